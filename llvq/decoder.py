@@ -1,0 +1,52 @@
+"""The decoder: quantized latents to images."""
+
+from collections.abc import Sequence
+
+from flax import nnx
+from jax import numpy as jnp
+from jaxtyping import Array, Float
+
+from llvq.layers import ResidualBlock, conv, conv_transpose
+
+
+class Decoder(nnx.Module):
+    """Refines the latents, then doubles height and width once for each of `hidden_dims`.
+
+    Every activation is a LeakyReLU of slope 0.01; the last layer, too, ends in one.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        hidden_dims: Sequence[int],
+        image_channels: int,
+        num_residual_blocks: int,
+        *,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        width = hidden_dims[-1]
+        self.mix = conv(latent_dim, width, 3, **kinds)
+        self.residual_blocks = nnx.List(
+            ResidualBlock(width, **kinds) for _ in range(num_residual_blocks)
+        )
+        upwards = tuple(reversed(hidden_dims))
+        self.upsample = nnx.List(
+            conv_transpose(features_in, features_out, **kinds)
+            for features_in, features_out in zip(
+                upwards, (*upwards[1:], image_channels), strict=True
+            )
+        )
+
+    def __call__(
+        self, quantized: Float[Array, "batch h w latent_dim"]
+    ) -> Float[Array, "batch height width channels"]:
+        x = nnx.leaky_relu(self.mix(quantized))
+        for block in self.residual_blocks:
+            x = block(x)
+        x = nnx.leaky_relu(x)
+        for upsample in self.upsample:
+            x = nnx.leaky_relu(upsample(x))
+        return x

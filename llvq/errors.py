@@ -1,0 +1,9 @@
+"""What a user did that cannot work: main.py prints these as one line."""
+
+
+class UserError(Exception):
+    """A mistake of the user's, with a message of one line: what is wrong and what to do."""
+
+
+class DivergenceError(UserError):
+    """The loss or the gradient became NaN or infinite."""

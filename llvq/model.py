@@ -1,0 +1,82 @@
+"""The autoencoder: encoder, quantizer and decoder in one."""
+
+from collections.abc import Sequence
+
+from flax import nnx
+from jax import numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from llvq.decoder import Decoder
+from llvq.encoder import Encoder
+from llvq.quantizers.base import Losses, Quantizer
+
+
+class VQVAE(nnx.Module):
+    """A vector-quantized autoencoder around any quantizer.
+
+        model = VQVAE(LatticeQuantizer(64, rngs=rngs), image_channels=1, hidden_dims=[64], rngs=rngs)
+        codes = model.encode(images)
+        images = model.decode(codes)
+
+    Images are float [batch, height, width, channels] in the value range that the model was trained
+    with; height and width must be multiples of 2 ** len(hidden_dims).
+    """
+
+    def __init__(
+        self,
+        quantizer: Quantizer,
+        *,
+        image_channels: int,
+        hidden_dims: Sequence[int],
+        num_residual_blocks: int = 2,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Args:
+        quantizer: what lies between encoder and decoder; its latent_dim is the network's.
+        image_channels: of the images, 1 or 3 as a rule.
+        hidden_dims: the width of the network after each halving of the image.
+        num_residual_blocks: in the encoder, and as many in the decoder.
+        dtype: of the convolutions' arithmetic.
+        param_dtype: of the convolutions' parameters.
+        rngs: where initial values are drawn from (stream `params`).
+        """
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        latent_dim = quantizer.latent_dim
+        self.encoder = Encoder(
+            image_channels, hidden_dims, latent_dim, num_residual_blocks, **kinds
+        )
+        self.quantizer = quantizer
+        self.decoder = Decoder(
+            latent_dim, hidden_dims, image_channels, num_residual_blocks, **kinds
+        )
+
+    def __call__(
+        self,
+        images: Float[Array, "batch height width channels"],
+        *,
+        train: bool = False,
+        mask: Bool[Array, "batch"] | None = None,
+    ) -> tuple[Float[Array, "batch height width channels"], Int[Array, "batch h w ..."], Losses]:
+        """(reconstructions, codes, quantizer losses); see `Quantizer` for codes, train and mask."""
+        quantized, codes, losses = self.quantizer(self.encoder(images), train=train, mask=mask)
+        return self.decoder(quantized), codes, losses
+
+    def encode(
+        self, images: Float[Array, "batch height width channels"]
+    ) -> Int[Array, "batch h w ..."]:
+        """The codes of images."""
+        return self.quantizer(self.encoder(images))[1]
+
+    def decode(
+        self, codes: Int[Array, "batch h w ..."]
+    ) -> Float[Array, "batch height width channels"]:
+        """The images of codes."""
+        return self.decoder(self.quantizer.lookup(codes))
+
+    def reconstruct(
+        self, images: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch height width channels"]:
+        """The images as they come back through the codes."""
+        return self(images)[0]

@@ -1,0 +1,74 @@
+"""VQ-EMA: a codebook learnt by exponential moving averages (arXiv 1711.00937, appendix A.1)."""
+
+import jax
+from flax import nnx
+from jax import numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from llvq.quantizers.base import COMMITMENT_COST, Losses, Quantizer
+from llvq.quantizers.vq import nearest
+
+
+class EMAVectorQuantizer(Quantizer):
+    """Replaces each latent by its nearest codebook vector; each vector follows its latents' mean.
+
+    Codes are indices into the codebook, one for each latent vector: int32 [batch, ...].
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        codebook_size: int = 512,
+        commitment_cost: float = COMMITMENT_COST,
+        decay: float = 0.99,
+        epsilon: float = 1e-5,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.latent_dim = latent_dim
+        self.commitment_cost = commitment_cost
+        self.decay = decay
+        self.epsilon = epsilon
+        self.param_dtype = param_dtype
+        shape = (codebook_size, latent_dim)
+        self.codebook = nnx.BatchStat(jax.random.normal(rngs.params(), shape, param_dtype))
+        self.ema_sum = nnx.BatchStat(jax.random.normal(rngs.params(), shape, param_dtype))
+        self.cluster_size = nnx.BatchStat(jnp.zeros(codebook_size, param_dtype))
+
+    def quantize(
+        self, latents: Float[Array, "... latent_dim"]
+    ) -> tuple[Float[Array, "... latent_dim"], Int[Array, "..."]]:
+        codes = nearest(latents, self.codebook[...])
+        return self.lookup(codes), codes
+
+    def lookup(self, codes: Int[Array, "..."]) -> Float[Array, "... latent_dim"]:
+        return jnp.take(self.codebook[...], codes, axis=0)
+
+    def losses(self, codebook_loss: Float[Array, ""], commitment_loss: Float[Array, ""]) -> Losses:
+        del codebook_loss  # the moving averages stand in for it
+        return {
+            "quantizer_loss": self.commitment_cost * commitment_loss,
+            "commitment_loss": commitment_loss,
+        }
+
+    def update_statistics(
+        self,
+        latents: Float[Array, "batch ... latent_dim"],
+        codes: Int[Array, "batch ..."],
+        mask: Bool[Array, "batch"] | None,
+    ) -> None:
+        codebook_size = self.codebook[...].shape[0]
+        one_hot = jax.nn.one_hot(codes, codebook_size, dtype=self.param_dtype)
+        if mask is not None:
+            one_hot *= mask.reshape(-1, *[1] * (one_hot.ndim - 1))
+        counts = jnp.einsum("...k->k", one_hot)
+        sums = jnp.einsum("...k,...d->kd", one_hot, latents, precision=jax.lax.Precision.HIGHEST)
+
+        size = self.decay * self.cluster_size[...] + (1.0 - self.decay) * counts
+        total = jnp.sum(size)
+        # Laplace smoothing: no cluster is ever empty.
+        size = (size + self.epsilon) / (total + codebook_size * self.epsilon) * total
+        self.cluster_size[...] = size
+        self.ema_sum[...] = self.decay * self.ema_sum[...] + (1.0 - self.decay) * sums
+        self.codebook[...] = self.ema_sum[...] / size[:, None]
