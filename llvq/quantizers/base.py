@@ -10,7 +10,6 @@ the dtype of `latents`: lattice codes reach 1e7.
 """
 
 import abc
-from collections.abc import Mapping
 
 import jax
 from flax import nnx
@@ -26,6 +25,8 @@ class Quantizer(nnx.Module):
     """A map of latent vectors to a discrete set, learnt with the network around it."""
 
     latent_dim: int
+    code_width: int
+    """How many integers make up the code of one latent vector."""
     param_dtype: jnp.dtype
 
     @abc.abstractmethod
@@ -92,6 +93,6 @@ class Quantizer(nnx.Module):
         )
         return straight_through, codes, losses
 
-    def histograms(self) -> Mapping[str, Float[Array, "..."]]:
-        """Arrays whose distribution is worth watching while training, by name."""
-        return {}
+    @abc.abstractmethod
+    def histograms(self, codes: Int[Array, "..."]) -> dict[str, Array]:
+        """Arrays whose distribution is worth watching, by name, given the codes of some images."""

@@ -4,8 +4,6 @@ The lattice is the set of all integer combinations of a diagonal basis: D number
 codebook, and quantizing is rounding each coordinate to a multiple of its basis entry.
 """
 
-from collections.abc import Mapping
-
 import jax
 from flax import nnx
 from jax import numpy as jnp
@@ -56,6 +54,7 @@ class LatticeQuantizer(Quantizer):
         rngs: nnx.Rngs,
     ) -> None:
         self.latent_dim = latent_dim
+        self.code_width = latent_dim
         self.gamma = gamma
         self.commitment_cost = commitment_cost
         self.param_dtype = param_dtype
@@ -94,7 +93,8 @@ class LatticeQuantizer(Quantizer):
             "basis_l1": basis_l1,
         }
 
-    def histograms(self) -> Mapping[str, Float[Array, "latent_dim"]]:
+    def histograms(self, codes: Int[Array, "..."]) -> dict[str, Array]:
+        del codes
         return {"basis": self.basis[...]}
 
 

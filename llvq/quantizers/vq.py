@@ -38,6 +38,7 @@ class VectorQuantizer(Quantizer):
         rngs: nnx.Rngs,
     ) -> None:
         self.latent_dim = latent_dim
+        self.code_width = 1
         self.commitment_cost = commitment_cost
         self.param_dtype = param_dtype
         bound = 1.0 / codebook_size
@@ -62,3 +63,6 @@ class VectorQuantizer(Quantizer):
             "codebook_loss": codebook_loss,
             "commitment_loss": commitment_loss,
         }
+
+    def histograms(self, codes: Int[Array, "..."]) -> dict[str, Array]:
+        return {"codebook_usage": codes}

@@ -27,6 +27,7 @@ class EMAVectorQuantizer(Quantizer):
         rngs: nnx.Rngs,
     ) -> None:
         self.latent_dim = latent_dim
+        self.code_width = 1
         self.commitment_cost = commitment_cost
         self.decay = decay
         self.epsilon = epsilon
@@ -51,6 +52,9 @@ class EMAVectorQuantizer(Quantizer):
             "quantizer_loss": self.commitment_cost * commitment_loss,
             "commitment_loss": commitment_loss,
         }
+
+    def histograms(self, codes: Int[Array, "..."]) -> dict[str, Array]:
+        return {"codebook_usage": codes}
 
     def update_statistics(
         self,

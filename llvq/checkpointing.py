@@ -1,0 +1,156 @@
+"""Checkpoints of a run, in WORKDIR/checkpoints, and checkpoints to evaluate.
+
+A checkpoint is a directory with two items: `state`, the pytree of the train state, and `config`,
+the run's config as JSON. Kept are the newest few and the two best by validation
+`reconstruction_loss` (not by total loss, which for a lattice holds −γ·Σ|b|).
+"""
+
+import os
+from typing import Any
+
+import jax
+from etils import epath
+from flax import nnx
+from orbax import checkpoint as ocp
+
+from llvq import train_state
+from llvq.configuration import Config, to_plain
+from llvq.errors import UserError
+from llvq.model import VQVAE
+from llvq.train_state import TrainState
+
+_BEST_BY = "reconstruction_loss"
+_NUM_BEST = 2
+
+_preservation = ocp.checkpoint_managers
+
+
+def open_manager(workdir: os.PathLike[str], keep_checkpoints: int) -> ocp.CheckpointManager:
+    """The manager of a run's checkpoints, saving in the background; use it as a context.
+
+    Raises:
+      UserError: if the workdir cannot be written to.
+    """
+    directory = epath.Path(workdir) / "checkpoints"
+    policy = _preservation.AnyPreservationPolicy(
+        [
+            _preservation.LatestN(keep_checkpoints),
+            _preservation.BestN(
+                get_metric_fn=lambda metrics: metrics[_BEST_BY],
+                reverse=True,  # ascending order keeps the highest
+                n=_NUM_BEST,
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
+    )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".writable-{jax.process_index()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--workdir={os.fspath(workdir)} cannot be written to: {error.strerror or error}"
+        ) from error
+    return ocp.CheckpointManager(
+        directory,
+        item_names=("state", "config"),
+        options=ocp.CheckpointManagerOptions(
+            preservation_policy=policy, cleanup_tmp_directories=True
+        ),
+    )
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: TrainState,
+    config: Config,
+    metrics: dict[str, float] | None,
+) -> None:
+    """Starts saving; validation metrics, if there are any at this step, rank the checkpoint."""
+    manager.save(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(to_plain(config))
+        ),
+        metrics=metrics,
+    )
+
+
+def restore_config(manager: ocp.CheckpointManager, step: int) -> Config:
+    """The config that a checkpoint was saved with."""
+    return manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+
+
+def restore_state(
+    manager: ocp.CheckpointManager, step: int, state: TrainState, sharding: jax.sharding.Sharding
+) -> TrainState:
+    """The state of a checkpoint, like `state` in structure, placed as `sharding` says."""
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+    )
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+    return manager.restore(step, args=args)["state"]
+
+
+def find(path: os.PathLike[str]) -> epath.Path:
+    """The checkpoint that a path means: itself, or the newest one of a run's directory.
+
+    Args:
+      path: a checkpoint, a directory of checkpoints, or a workdir.
+
+    Raises:
+      UserError: if there is no checkpoint.
+    """
+    root = epath.Path(path)
+    if (root / "state").exists() and (root / "config").exists():
+        return root
+    directory = root / "checkpoints" if (root / "checkpoints").exists() else root
+    names = [child.name for child in directory.iterdir()] if directory.exists() else []
+    steps = [int(name) for name in names if name.isdecimal()]
+    if not steps:
+        raise UserError(f"no checkpoint in {root}: train first, or name one with --checkpoint")
+    return directory / str(max(steps))
+
+
+def load(path: os.PathLike[str]) -> tuple[Config, TrainState]:
+    """A checkpoint's config and, of its state, what inference needs; opt_state is left empty.
+
+    Args:
+      path: as for `find`.
+
+    Raises:
+      UserError: if there is no checkpoint or it cannot be read.
+    """
+    checkpoint = find(path)
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            config: dict[str, Any] = reader.restore(checkpoint / "config")
+        model = _create_model(config)
+        _, params, statistics = train_state.split(model)
+        wanted = {"step": 0, "params": params, "statistics": statistics}
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            state = reader.restore(
+                checkpoint / "state",
+                args=ocp.args.PyTreeRestore(
+                    wanted,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                    partial_restore=True,
+                ),
+            )
+    except Exception as error:  # Orbax, TensorStore and JSON each raise their own kinds
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"checkpoint {checkpoint} cannot be read: {reason[0]}") from error
+    return config, TrainState(**state, opt_state=())
+
+
+def _create_model(config: Config) -> VQVAE:
+    return train_state.create_model(config["model"], config["quantizer"], config["compute_dtype"])
+
+
+def model_of(config: Config, state: TrainState) -> VQVAE:
+    """The model that a checkpoint holds, as `load` returned it."""
+    graphdef, _, _ = train_state.split(_create_model(config))
+    return nnx.merge(graphdef, state.params, state.statistics)
+

@@ -1,0 +1,153 @@
+"""What a config must satisfy: by itself, and against the config of the run that it resumes.
+
+A config is a nested mapping with the fields of configs/default.py: an ml_collections.ConfigDict
+(which is no Mapping, only like one) or plain dicts.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from llvq.errors import UserError
+from llvq.order import steps_per_epoch
+from llvq.quantizers import default_options
+from llvq.schedules import SCHEDULES
+from llvq.train_state import DTYPES
+
+Config = Mapping[str, Any]
+
+
+def to_plain(config: Any) -> Any:
+    """A config as JSON would give it back: plain dicts, lists and numbers."""
+    if hasattr(config, "items"):
+        return {key: to_plain(value) for key, value in sorted(config.items())}
+    return [to_plain(item) for item in config] if isinstance(config, list | tuple) else config
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A config as one flat dict with dotted names, e.g. {"model.latent_dim": 64}."""
+    flat: dict[str, Any] = {}
+    for key, value in to_plain(config).items():
+        name = f"{prefix}{key}"
+        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def to_json(config: Config) -> str:
+    """A config as indented JSON."""
+    return json.dumps(to_plain(config), indent=2)
+
+
+def num_train_steps(config: Config, num_images: int) -> int:
+    """How many steps a run takes: num_train_steps if given, else num_epochs."""
+    per_epoch = steps_per_epoch(num_images, config["batch_size"])
+    return config["num_train_steps"] or config["num_epochs"] * per_epoch
+
+
+def _require(condition: bool, field: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise UserError(f"config.{field}={value!r}: must be {expected}")
+
+
+def _require_integer(config: Config, field: str, minimum: int) -> None:
+    section: Any = config
+    *path, name = field.split(".")
+    for key in path:
+        section = section[key]
+    value = section[name]
+    valid = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+    _require(valid, field, value, f"an integer ≥ {minimum}")
+
+
+def validate(config: Config) -> None:
+    """Raises UserError, naming the field, unless the config describes a possible run."""
+    for field in (
+        "batch_size",
+        "num_epochs",
+        "keep_checkpoints",
+        "log_every_steps",
+        "eval_every_steps",
+        "checkpoint_every_steps",
+        "model.latent_dim",
+    ):
+        _require_integer(config, field, 1)
+    for field in ("seed", "num_train_steps", "model.num_residual_blocks"):
+        _require_integer(config, field, 0)
+    rate = config["learning_rate"]
+    _require(0 <= rate < math.inf, "learning_rate", rate, "a finite number ≥ 0")
+    for field, choices in (("compute_dtype", DTYPES), ("schedule", SCHEDULES)):
+        _require(config[field] in choices, field, config[field], f"one of {', '.join(choices)}")
+    _require(
+        config["compute_dtype"] != "float64" or jax.config.read("jax_enable_x64"),
+        "compute_dtype",
+        "float64",
+        "used with jax_enable_x64 (JAX_ENABLE_X64=1)",
+    )
+    _validate_model(config["model"])
+    _validate_quantizer(config["quantizer"])
+
+
+def _validate_model(model: Config) -> None:
+    hidden_dims, image_shape = tuple(model["hidden_dims"]), tuple(model["image_shape"])
+    for field, value, length in (("hidden_dims", hidden_dims, None), ("image_shape", image_shape, 3)):
+        valid = all(isinstance(n, int) and n >= 1 for n in value)
+        valid &= len(value) == length if length else len(value) > 0
+        _require(valid, f"model.{field}", value, f"{length or 'one or more'} integers ≥ 1")
+    factor = 2 ** len(hidden_dims)
+    _require(
+        image_shape[0] % factor == 0 and image_shape[1] % factor == 0,
+        "model.image_shape",
+        image_shape,
+        f"a multiple of {factor} in height and width, as {len(hidden_dims)} hidden_dims halve it",
+    )
+    _require(
+        min(image_shape[:2]) >= 11, "model.image_shape", image_shape, "11 or more high and wide (SSIM)"
+    )
+    low, high = model["value_range"]
+    _require(low < high, "model.value_range", (low, high), "two numbers, the lower first")
+
+
+def _validate_quantizer(quantizer: Config) -> None:
+    defaults = default_options(quantizer["name"])
+    for option in quantizer:
+        _require(
+            option == "name" or option in defaults,
+            f"quantizer.{option}",
+            quantizer[option],
+            f"left out: {quantizer['name']} has only {', '.join(defaults)}",
+        )
+    if "codebook_size" in quantizer:
+        _require_integer({"quantizer": quantizer}, "quantizer.codebook_size", 2)
+    for option, valid, expected in (
+        ("commitment_cost", lambda x: 0 <= x < math.inf, "a finite number ≥ 0"),
+        ("gamma", math.isfinite, "a finite number"),
+        ("decay", lambda x: 0 <= x < 1, "at least 0 and below 1"),
+        ("epsilon", lambda x: 0 < x < math.inf, "a finite number above 0"),
+    ):
+        if option in quantizer:
+            value = quantizer[option]
+            _require(valid(value), f"quantizer.{option}", value, expected)
+
+
+def check_same_model(config: Config, saved: Config, where: str) -> None:
+    """Raises UserError, naming the first field that differs, if `saved` describes another model."""
+    _check_same(config, saved, ("dataset.name", "model", "quantizer"), where)
+
+
+def check_resumable(config: Config, saved: Config, where: str) -> None:
+    """Raises UserError, naming the first field that differs, if `saved` is another run's config."""
+    _check_same(config, saved, ("dataset.name", "model", "quantizer", "seed", "batch_size"), where)
+
+
+def _check_same(config: Config, saved: Config, names: tuple[str, ...], where: str) -> None:
+    ours, theirs = flatten(config), flatten(saved)
+    for field in sorted(ours.keys() | theirs.keys()):
+        matters = any(field == name or field.startswith(f"{name}.") for name in names)
+        if matters and ours.get(field) != theirs.get(field):
+            raise UserError(
+                f"{where} holds a run with {field}={theirs.get(field)!r}, not "
+                f"{ours.get(field)!r}: use another directory, or the same {field}"
+            )

@@ -1,0 +1,243 @@
+"""Training: the loop from the first or the last saved step to the last."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from absl import logging
+
+from llvq import checkpointing, configuration, console, order, schedules, sharding, train_state
+from llvq.codebook_usage import CodebookUsage
+from llvq.configuration import Config
+from llvq.data import Dataset
+from llvq.errors import DivergenceError
+from llvq.evaluate import Evaluator, ProgressFactory
+from llvq.train_state import TrainState
+from llvq.train_step import Metrics, make_train_step
+
+
+class _MetricsWindow:
+    """Means of the train metrics since the last log, read one step behind the device."""
+
+    def __init__(self, describe_last_checkpoint: Callable[[], str]) -> None:
+        self._describe_last_checkpoint = describe_last_checkpoint
+        self._waiting: tuple[int, Metrics] | None = None
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of a step; raises DivergenceError if the step before it diverged."""
+        self.read()
+        self._waiting = step, metrics
+
+    def read(self) -> None:
+        """Waits for the last step; raises DivergenceError if its loss or gradient is not finite."""
+        if self._waiting is None:
+            return
+        step, metrics = self._waiting
+        self._waiting = None
+        for name, value in jax.device_get(metrics).items():
+            if not np.isfinite(value):
+                raise DivergenceError(
+                    f"{name} is {value} at step {step}: stopped; {self._describe_last_checkpoint()}"
+                )
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+        self._count += 1
+
+    def means(self) -> dict[str, float]:
+        """The mean of each metric; the window starts anew."""
+        means = {name: total / self._count for name, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
+
+
+class _Throughput:
+    """Steps a second, the time of evaluation, checkpoints and compilation not counted."""
+
+    def __init__(self) -> None:
+        self._start: float | None = None
+        self._steps = 0
+
+    def count_step(self) -> None:
+        """Call after each step; the first one only starts the clock, it compiles."""
+        if self._start is None:
+            self._start = time.monotonic()
+        else:
+            self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Steps a second since the last reading, if there were any."""
+        if self._start is None or not self._steps:
+            return {}
+        rate = self._steps / (time.monotonic() - self._start)
+        self.restart()
+        return {"steps_per_second": rate}
+
+    def restart(self) -> None:
+        """Leaves out the time since the last step."""
+        self._start, self._steps = time.monotonic(), 0
+
+
+def train_and_evaluate(
+    config: Config,
+    workdir: os.PathLike[str],
+    data: Dataset,
+    *,
+    writer: Any = None,
+    progress: ProgressFactory = console.Progress,
+) -> TrainState:
+    """Trains from the newest checkpoint of the workdir, or from scratch, to the config's last step.
+
+    Validates and saves as often as the config says, and at the end. The result depends on the
+    config and the data alone, not on how often the run was stopped and resumed.
+
+    Args:
+      config: the run's config.
+      workdir: where checkpoints are kept.
+      data: the data set; needs the splits "train" and "validation".
+      writer: takes scalars, images, histograms and texts: a clu MetricWriter or the like;
+        a ConsoleWriter by default.
+      progress: makes, for a number of steps, what is called with the number done after each.
+
+    Returns:
+      The final state.
+
+    Raises:
+      UserError: if the config is impossible, or the workdir cannot be written to or holds
+        another run.
+      DivergenceError: if loss or gradient become NaN or infinite.
+    """
+    configuration.validate(config)
+    mesh = sharding.make_mesh()
+    batch_size = config["batch_size"]
+    sharding.check_batch_size(batch_size, mesh)
+    writer = console.ConsoleWriter() if writer is None else writer
+
+    num_images = data.num_images["train"]
+    num_steps = configuration.num_train_steps(config, num_images)
+    schedule = schedules.create(
+        config["schedule"],
+        config["learning_rate"],
+        num_steps,
+        order.steps_per_epoch(num_images, batch_size),
+    )
+    learning_rates = schedules.tabulate(schedule, num_steps)
+    optimizer = optax.adam(schedule)
+    model = train_state.create_model(
+        config["model"], config["quantizer"], config["compute_dtype"], config["seed"]
+    )
+    graphdef, state = train_state.create_train_state(model, optimizer)
+    state = jax.device_put(state, sharding.replicated(mesh))
+    shared = (config["model"]["value_range"], train_state.DTYPES[config["compute_dtype"]][1], mesh)
+    train_step, statistics_step = make_train_step(graphdef, optimizer, *shared)
+    evaluator = Evaluator(graphdef, *shared)
+
+    with checkpointing.open_manager(workdir, config["keep_checkpoints"]) as checkpoints:
+        first_step = checkpoints.latest_step() or 0
+        if first_step:
+            saved = checkpointing.restore_config(checkpoints, first_step)
+            configuration.check_resumable(config, saved, os.fspath(workdir))
+            state = checkpointing.restore_state(
+                checkpoints, first_step, state, sharding.replicated(mesh)
+            )
+        if first_step >= num_steps:
+            logging.info("Nothing to train: %s is at step %d already", workdir, first_step)
+            return state
+        logging.info(
+            "%s at step %d of %d: %d parameters (%d of them the quantizer's), %d device(s)",
+            *("Resuming" if first_step else "Starting", first_step, num_steps),
+            train_state.num_parameters((state.params, state.statistics)),
+            train_state.num_parameters(
+                (state.params.get("quantizer", {}), state.statistics.get("quantizer", {}))
+            ),
+            mesh.size,
+        )
+        writer.write_hparams(
+            {
+                name: value if isinstance(value, int | float | str) else str(value)
+                for name, value in configuration.flatten(config).items()
+            }
+        )
+        writer.write_texts(
+            first_step, {"config": f"```json\n{configuration.to_json(config)}\n```"}
+        )
+
+        def last_checkpoint() -> str:
+            checkpoints.wait_until_finished()
+            latest = checkpoints.latest_step()
+            if latest is None:
+                return "no checkpoint was saved before it"
+            return f"the last good checkpoint is {checkpoints.directory / str(latest)}"
+
+        window, throughput = _MetricsWindow(last_checkpoint), _Throughput()
+        report = progress(num_steps)
+        batches = data.batches(
+            "train",
+            order.training_batches(
+                num_images,
+                batch_size,
+                seed=config["seed"],
+                first_step=first_step,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            ),
+        )
+        for step, (_, local_images) in zip(
+            range(first_step + 1, num_steps + 1), batches, strict=False
+        ):
+            images = sharding.to_devices(local_images, mesh)
+            learning_rate = learning_rates[step - 1]
+            run = train_step if learning_rate > 0 else statistics_step
+            state, metrics = run(state, images)
+            window.add(step, metrics)
+            throughput.count_step()
+            report(step)
+
+            is_log, is_evaluation, is_checkpoint = (
+                step % config[interval] == 0 or step == num_steps
+                for interval in ("log_every_steps", "eval_every_steps", "checkpoint_every_steps")
+            )
+            validation = None
+            if is_log or is_checkpoint:
+                window.read()  # nothing that diverged is logged or saved
+            if is_log:
+                usage = CodebookUsage()
+                usage.add(jax.device_get(evaluator.usage_step(state, images)))
+                rate = throughput.read()
+                scalars = {
+                    **window.means(),
+                    "perplexity": usage.perplexity,
+                    "distinct_codes": usage.num_distinct,
+                    "learning_rate": float(learning_rate),
+                    **rate,
+                    **{"images_per_second": batch_size * steps for steps in rate.values()},
+                }
+                writer.write_scalars(step, _prefixed("train", scalars))
+            if is_evaluation:
+                logging.info("Validating at step %d", step)
+                validation, usage = evaluator.measure(
+                    state, data, "validation", batch_size, progress
+                )
+                picture, histograms = evaluator.preview(state, data, "validation")
+                scalars = {
+                    **validation,
+                    "perplexity": usage.perplexity,
+                    "distinct_codes": usage.num_distinct,
+                }
+                writer.write_scalars(step, _prefixed("validation", scalars))
+                writer.write_images(step, {"validation/reconstructions": picture[None]})
+                writer.write_histograms(step, _prefixed("quantizer", histograms))
+            if is_checkpoint:
+                checkpointing.save(checkpoints, step, state, config, validation)
+            if is_evaluation or is_checkpoint:
+                throughput.restart()
+        writer.flush()
+    return state
+
+
+def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}/{name}": value for name, value in values.items()}

@@ -1,0 +1,75 @@
+"""One step of training, as a pure function on the train state."""
+
+from collections.abc import Callable
+
+import jax
+import optax
+from flax import nnx
+from jax import numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, UInt8
+
+from llvq import sharding
+from llvq.model import VQVAE
+from llvq.train_state import TrainState, Tree
+
+Metrics = dict[str, Float[Array, ""]]
+Step = Callable[[TrainState, UInt8[Array, "batch height width channels"]], tuple[TrainState, Metrics]]
+
+
+def scale_images(
+    images: UInt8[Array, "batch height width channels"],
+    value_range: tuple[float, float],
+    dtype: jnp.dtype,
+) -> Float[Array, "batch height width channels"]:
+    """Maps 0 … 255 linearly to the value range that the network sees."""
+    low, high = value_range
+    return low + images.astype(dtype) / 255.0 * (high - low)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef[VQVAE],
+    optimizer: optax.GradientTransformation,
+    value_range: tuple[float, float],
+    param_dtype: jnp.dtype,
+    mesh: Mesh,
+) -> tuple[Step, Step]:
+    """The jitted steps of a run: (train_step, statistics_step).
+
+    Both map (state, images) to (new state, metrics), with images uint8 split over the mesh, the
+    state replicated and donated. `train_step` minimises reconstruction loss + quantizer loss;
+    `statistics_step` is what is left of it where the learning rate is 0: no backward pass, only
+    the quantizer's statistics move.
+    """
+
+    def loss_fn(params: Tree, statistics: Tree, images: Array) -> tuple[Array, tuple[Metrics, Tree]]:
+        model = nnx.merge(graphdef, params, statistics)
+        targets = scale_images(images, value_range, param_dtype)
+        reconstructions, _, quantizer_losses = model(targets, train=True)
+        reconstruction_loss = jnp.mean((reconstructions.astype(param_dtype) - targets) ** 2)
+        loss = reconstruction_loss + quantizer_losses["quantizer_loss"]
+        metrics = {"loss": loss, "reconstruction_loss": reconstruction_loss, **quantizer_losses}
+        return loss, (metrics, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+
+    def train_step(state: TrainState, images: Array) -> tuple[TrainState, Metrics]:
+        grads, (metrics, statistics) = jax.grad(loss_fn, has_aux=True)(
+            state.params, state.statistics, images
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics["gradient_norm"] = optax.tree.norm(grads)
+        return TrainState(state.step + 1, params, statistics, opt_state), metrics
+
+    def statistics_step(state: TrainState, images: Array) -> tuple[TrainState, Metrics]:
+        _, (metrics, statistics) = loss_fn(state.params, state.statistics, images)
+        return state.replace(step=state.step + 1, statistics=statistics), metrics
+
+    def jit(step: Step) -> Step:
+        return jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(sharding.replicated(mesh), sharding.batch_sharded(mesh)),
+            out_shardings=sharding.replicated(mesh),
+        )
+
+    return jit(train_step), jit(statistics_step)
