@@ -1,0 +1,163 @@
+"""FashionMNIST (Xiao et al. 2017, arXiv 1708.07747): 28×28 greyscale images of clothes.
+
+Wherever the images come from they end in the official order, so that the split (the first 55,000
+and the last 5,000 training images; 10,000 test images) is the same for everyone.
+"""
+
+import gzip
+import hashlib
+import urllib.error
+import urllib.request
+import zlib
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from absl import logging
+from etils import epath
+from jaxtyping import UInt8
+
+from input_pipeline.errors import DataError
+from input_pipeline.pipeline import Pipeline
+
+IMAGE_SHAPE = (28, 28, 1)
+NUM_TRAIN = 55_000
+
+# TFDS's split: the IDX file's name, its length in bytes and SHA-256, both once decompressed:
+# distributors recompress the files.
+_FILES = {
+    "train": (
+        "train-images-idx3-ubyte",
+        47_040_016,
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    ),
+    "test": (
+        "t10k-images-idx3-ubyte",
+        7_840_016,
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    ),
+}
+_HEADER_BYTES = 16
+_DEBIAN_DIR = epath.Path("/usr/share/datasets/fashion-mnist")
+_CONNECT_SECONDS = 8.0
+
+Images = UInt8[np.ndarray, "n 28 28 1"]
+
+
+def load(data_dir: str = "", manual_dir: str = "") -> Pipeline:
+    """FashionMNIST from wherever it is: TFDS's directory, local IDX files, or TFDS's download.
+
+    Args:
+      data_dir: of TFDS; its default if empty.
+      manual_dir: where the IDX files lie (train-images-idx3-ubyte and t10k-images-idx3-ubyte, with
+        or without .gz). If empty: DATA_DIR/downloads/manual/fashion_mnist, as TFDS has it, then
+        where Debian's package `dataset-fashion-mnist` puts them.
+
+    Raises:
+      DataError: if the data is nowhere to be had, or what is there is not FashionMNIST.
+    """
+    builder = tfds.builder("fashion_mnist", data_dir=data_dir or None, try_gcs=False)
+    if not manual_dir and builder.is_prepared():
+        images = _read_tfds(builder)
+    elif (idx_dir := _find_idx_files(manual_dir, builder.data_dir)) is not None:
+        logging.info("Reading FashionMNIST from %s", idx_dir)
+        images = {split: _read_idx(idx_dir, split) for split in _FILES}
+    else:
+        images = _read_tfds(_download(data_dir))
+    return Pipeline(
+        {
+            "train": images["train"][:NUM_TRAIN],
+            "validation": images["train"][NUM_TRAIN:],
+            "test": images["test"],
+        },
+        IMAGE_SHAPE,
+        flip=False,
+    )
+
+
+def _find_idx_files(manual_dir: str, tfds_dir: str) -> epath.Path | None:
+    if manual_dir:
+        candidates = [epath.Path(manual_dir)]
+    else:
+        candidates = [epath.Path(tfds_dir) / "downloads/manual/fashion_mnist", _DEBIAN_DIR]
+    for directory in candidates:
+        if _idx_file(directory, "train") is not None:
+            return directory
+    if manual_dir:
+        raise DataError(
+            f"--config.dataset.manual_dir={manual_dir}: found no {_FILES['train'][0]} or "
+            f"{_FILES['train'][0]}.gz in it"
+        )
+    return None
+
+
+def _idx_file(directory: epath.Path, split: str) -> epath.Path | None:
+    for name in (_FILES[split][0], f"{_FILES[split][0]}.gz"):
+        if (directory / name).exists():
+            return directory / name
+    return None
+
+
+def _read_idx(directory: epath.Path, split: str) -> Images:
+    """The images of an IDX file, which must be the official one byte for byte."""
+    name, num_bytes, digest = _FILES[split]
+    path = _idx_file(directory, split)
+    if path is None:
+        raise DataError(f"{directory} lacks {name} (or {name}.gz)")
+    remedy = "fetch it again (see README, Data)"
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({error}): {remedy}") from error
+    if len(content) != num_bytes:
+        raise DataError(f"{path} has {len(content)} bytes of data, not {num_bytes}: {remedy}")
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise DataError(f"{path} is not FashionMNIST's {name}: its content differs; {remedy}")
+    return np.frombuffer(content, np.uint8, offset=_HEADER_BYTES).reshape(-1, *IMAGE_SHAPE)
+
+
+def _read_tfds(builder: tfds.core.DatasetBuilder) -> dict[str, Images]:
+    """The images that TFDS prepared, put back from its shuffled into the official order."""
+    images = {}
+    for split in _FILES:
+        shuffled = _read_tfds_split(builder, split)
+        hasher = tfds.core.hashing.Hasher(split)  # TFDS writes examples in the order of their hash
+        order = sorted(range(len(shuffled)), key=hasher.hash_key)
+        images[split] = np.empty_like(shuffled)
+        images[split][order] = shuffled
+    return images
+
+
+def _read_tfds_split(builder: tfds.core.DatasetBuilder, split: str) -> Images:
+    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        dataset = builder.as_dataset(split=split, batch_size=-1, shuffle_files=False)
+        return dataset["image"].numpy()
+    source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+    encoded = [example["image"] for example in source.__getitems__(range(len(source)))]
+    dataset = tf.data.Dataset.from_tensor_slices(encoded)
+    dataset = dataset.map(tf.io.decode_png, num_parallel_calls=tf.data.AUTOTUNE)
+    return dataset.batch(len(encoded)).get_single_element().numpy()
+
+
+def _download(data_dir: str) -> tfds.core.DatasetBuilder:
+    """TFDS's own download, not begun without the web: TFDS would retry for minutes."""
+    builder = tfds.builder(
+        "fashion_mnist",
+        data_dir=data_dir or None,
+        file_format=tfds.core.FileFormat.ARRAY_RECORD,
+        try_gcs=False,
+    )
+    url = f"{builder.URL}{_FILES['train'][0]}.gz"
+    try:
+        request = urllib.request.Request(url, method="HEAD")
+        urllib.request.urlopen(request, timeout=_CONNECT_SECONDS).close()
+    except (OSError, urllib.error.URLError) as error:
+        raise DataError(
+            f"FashionMNIST is not in {builder.data_dir} and {url} cannot be reached ({error}): "
+            "either fetch its IDX files (Debian: apt-get download dataset-fashion-mnist) and name "
+            "their directory with --config.dataset.manual_dir, or name a TFDS directory where it "
+            "is prepared with --config.dataset.data_dir"
+        ) from error
+    builder.download_and_prepare()
+    return builder

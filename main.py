@@ -1,0 +1,123 @@
+"""Trains or evaluates LL-VQ-VAE.
+
+    python main.py --config=configs/fashion_mnist.py:vq --workdir=runs/vq
+    python main.py --config=configs/fashion_mnist.py:vq --workdir=runs/vq --mode=evaluate
+
+The config argument names the quantizer; any field can be overridden, as in
+--config.num_train_steps=200. Run the same command again and it goes on where it stopped.
+"""
+
+import json
+import logging as python_logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# Before TensorFlow is imported: no notes of its own in the console, no search for a cloud server.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ.setdefault("NO_GCE_CHECK", "true")
+
+import jax
+import tensorflow as tf
+from absl import app, flags, logging
+from clu import metric_writers, periodic_actions
+from ml_collections import config_flags
+
+import input_pipeline
+from llvq import configuration, console
+from llvq.errors import UserError
+from llvq.evaluate import evaluate
+from llvq.train import train_and_evaluate
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. …:vq.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and results go.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "What to do.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "What to evaluate, if not the newest checkpoint of the workdir."
+)
+
+_PROGRESS_SECONDS = 10.0
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses flags; a mistake in them ends in one line, without a traceback."""
+    try:
+        arguments = flags.FLAGS(argv)
+        if flags.FLAGS.help or flags.FLAGS.helpfull or flags.FLAGS.helpshort:
+            return arguments
+        if len(arguments) > 1:
+            raise UserError(f"unexpected argument {arguments[1]!r}: options start with --")
+        for flag in (_CONFIG, _WORKDIR):
+            if not flag.value:
+                raise UserError(f"--{flag.name} is missing (see python main.py --help)")
+        _CONFIG.value.to_dict()  # a config file that could not be loaded raises here
+        return arguments
+    except AttributeError as error:
+        field = str(error).strip("\"'")
+        sys.exit(f"main.py: the config has no field {field!r}: configs/default.py lists them")
+    except (UserError, flags.Error, OSError) as error:
+        sys.exit(f"main.py: {' '.join(str(error).split())}")
+
+
+def _set_up_console() -> None:
+    """Short lines, and of the libraries' own messages only warnings."""
+    handler = logging.get_absl_handler()
+    handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    ours = ("/llvq/", "/clu/", "/input_pipeline/", "/main.py")
+    handler.addFilter(
+        lambda record: record.levelno >= python_logging.WARNING
+        or any(folder in record.pathname for folder in ours)
+    )
+    logging.set_verbosity(logging.INFO)
+
+
+def _make_writer(workdir: str) -> metric_writers.MetricWriter:
+    """Scalars to the console, everything to TensorBoard; only the first process writes."""
+    writers: list[Any] = [console.ConsoleWriter()]
+    if jax.process_index() == 0:
+        writers.append(metric_writers.SummaryWriter(workdir))
+    return metric_writers.AsyncMultiWriter(writers)
+
+
+def _make_progress(num_steps: int) -> Callable[[int], Any]:
+    return periodic_actions.ReportProgress(
+        num_train_steps=num_steps, every_secs=_PROGRESS_SECONDS
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    _set_up_console()
+    tf.config.set_visible_devices([], "GPU")  # the accelerators are JAX's
+    tf.config.set_visible_devices([], "TPU")
+    config = _CONFIG.value
+    if config.compute_dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    try:
+        configuration.validate(config)
+        data = input_pipeline.load(**config.dataset)
+        if _MODE.value == "train":
+            writer = _make_writer(_WORKDIR.value)
+            train_and_evaluate(
+                config, _WORKDIR.value, data, writer=writer, progress=_make_progress
+            )
+            writer.close()
+        else:
+            results = evaluate(
+                config,
+                _WORKDIR.value,
+                data,
+                checkpoint=_CHECKPOINT.value,
+                progress=_make_progress,
+            )
+            logging.info("%s", json.dumps(results, indent=2))
+    except (UserError, input_pipeline.DataError) as error:
+        sys.exit(f"main.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("main.py: interrupted; the same command goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse_flags)
