@@ -56,10 +56,11 @@ def load(data_dir: str = "", manual_dir: str = "") -> Pipeline:
     Raises:
       DataError: if the data is nowhere to be had, or what is there is not FashionMNIST.
     """
-    builder = tfds.builder("fashion_mnist", data_dir=data_dir or None, try_gcs=False)
+    data_dir = data_dir or tfds.core.constants.DATA_DIR
+    builder = tfds.builder("fashion_mnist", data_dir=data_dir, try_gcs=False)
     if not manual_dir and builder.is_prepared():
         images = _read_tfds(builder)
-    elif (idx_dir := _find_idx_files(manual_dir, builder.data_dir)) is not None:
+    elif (idx_dir := _find_idx_files(manual_dir, data_dir)) is not None:
         logging.info("Reading FashionMNIST from %s", idx_dir)
         images = {split: _read_idx(idx_dir, split) for split in _FILES}
     else:
@@ -75,11 +76,11 @@ def load(data_dir: str = "", manual_dir: str = "") -> Pipeline:
     )
 
 
-def _find_idx_files(manual_dir: str, tfds_dir: str) -> epath.Path | None:
+def _find_idx_files(manual_dir: str, data_dir: str) -> epath.Path | None:
     if manual_dir:
         candidates = [epath.Path(manual_dir)]
     else:
-        candidates = [epath.Path(tfds_dir) / "downloads/manual/fashion_mnist", _DEBIAN_DIR]
+        candidates = [epath.Path(data_dir) / "downloads/manual/fashion_mnist", _DEBIAN_DIR]
     for directory in candidates:
         if _idx_file(directory, "train") is not None:
             return directory
@@ -144,7 +145,7 @@ def _download(data_dir: str) -> tfds.core.DatasetBuilder:
     """TFDS's own download, not begun without the web: TFDS would retry for minutes."""
     builder = tfds.builder(
         "fashion_mnist",
-        data_dir=data_dir or None,
+        data_dir=data_dir,
         file_format=tfds.core.FileFormat.ARRAY_RECORD,
         try_gcs=False,
     )
@@ -154,7 +155,7 @@ def _download(data_dir: str) -> tfds.core.DatasetBuilder:
         urllib.request.urlopen(request, timeout=_CONNECT_SECONDS).close()
     except (OSError, urllib.error.URLError) as error:
         raise DataError(
-            f"FashionMNIST is not in {builder.data_dir} and {url} cannot be reached ({error}): "
+            f"FashionMNIST is not in {data_dir} and {url} cannot be reached ({error}): "
             "either fetch its IDX files (Debian: apt-get download dataset-fashion-mnist) and name "
             "their directory with --config.dataset.manual_dir, or name a TFDS directory where it "
             "is prepared with --config.dataset.data_dir"
