@@ -32,10 +32,10 @@ from llvq.evaluate import evaluate
 from llvq.train import train_and_evaluate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. …:vq.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and results go.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Where checkpoints, metrics and results go.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "What to do.")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "What to evaluate, if not the newest checkpoint of the workdir."
+    "checkpoint", "", "What to evaluate, if not the newest checkpoint of the workdir."
 )
 
 _PROGRESS_SECONDS = 10.0
@@ -67,8 +67,10 @@ def _set_up_console() -> None:
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     ours = ("/llvq/", "/clu/", "/input_pipeline/", "/main.py")
     handler.addFilter(
-        lambda record: record.levelno >= python_logging.WARNING
-        or any(folder in record.pathname for folder in ours)
+        lambda record: (
+            record.levelno >= python_logging.WARNING
+            or any(folder in record.pathname for folder in ours)
+        )
     )
     logging.set_verbosity(logging.INFO)
 
@@ -82,12 +84,11 @@ def _make_writer(workdir: str) -> metric_writers.MetricWriter:
 
 
 def _make_progress(num_steps: int) -> Callable[[int], Any]:
-    return periodic_actions.ReportProgress(
-        num_train_steps=num_steps, every_secs=_PROGRESS_SECONDS
-    )
+    return periodic_actions.ReportProgress(num_train_steps=num_steps, every_secs=_PROGRESS_SECONDS)
 
 
 def main(argv: Sequence[str]) -> None:
+    """Does what the flags say; a user's mistake ends in one line."""
     del argv
     _set_up_console()
     tf.config.set_visible_devices([], "GPU")  # the accelerators are JAX's
@@ -100,16 +101,14 @@ def main(argv: Sequence[str]) -> None:
         data = input_pipeline.load(**config.dataset)
         if _MODE.value == "train":
             writer = _make_writer(_WORKDIR.value)
-            train_and_evaluate(
-                config, _WORKDIR.value, data, writer=writer, progress=_make_progress
-            )
+            train_and_evaluate(config, _WORKDIR.value, data, writer=writer, progress=_make_progress)
             writer.close()
         else:
             results = evaluate(
                 config,
                 _WORKDIR.value,
                 data,
-                checkpoint=_CHECKPOINT.value,
+                checkpoint=_CHECKPOINT.value or None,
                 progress=_make_progress,
             )
             logging.info("%s", json.dumps(results, indent=2))

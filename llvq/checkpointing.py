@@ -25,7 +25,7 @@ _NUM_BEST = 2
 _preservation = ocp.checkpoint_managers
 
 
-def open_manager(workdir: os.PathLike[str], keep_checkpoints: int) -> ocp.CheckpointManager:
+def open_manager(workdir: epath.PathLike, keep_checkpoints: int) -> ocp.CheckpointManager:
     """The manager of a run's checkpoints, saving in the background; use it as a context.
 
     Raises:
@@ -94,7 +94,7 @@ def restore_state(
     return manager.restore(step, args=args)["state"]
 
 
-def find(path: os.PathLike[str]) -> epath.Path:
+def find(path: epath.PathLike) -> epath.Path:
     """The checkpoint that a path means: itself, or the newest one of a run's directory.
 
     Args:
@@ -114,7 +114,7 @@ def find(path: os.PathLike[str]) -> epath.Path:
     return directory / str(max(steps))
 
 
-def load(path: os.PathLike[str]) -> tuple[Config, TrainState]:
+def load(path: epath.PathLike) -> tuple[Config, TrainState]:
     """A checkpoint's config and, of its state, what inference needs; opt_state is left empty.
 
     Args:
@@ -153,4 +153,3 @@ def model_of(config: Config, state: TrainState) -> VQVAE:
     """The model that a checkpoint holds, as `load` returned it."""
     graphdef, _, _ = train_state.split(_create_model(config))
     return nnx.merge(graphdef, state.params, state.statistics)
-

@@ -92,7 +92,10 @@ def validate(config: Config) -> None:
 
 def _validate_model(model: Config) -> None:
     hidden_dims, image_shape = tuple(model["hidden_dims"]), tuple(model["image_shape"])
-    for field, value, length in (("hidden_dims", hidden_dims, None), ("image_shape", image_shape, 3)):
+    for field, value, length in (
+        ("hidden_dims", hidden_dims, None),
+        ("image_shape", image_shape, 3),
+    ):
         valid = all(isinstance(n, int) and n >= 1 for n in value)
         valid &= len(value) == length if length else len(value) > 0
         _require(valid, f"model.{field}", value, f"{length or 'one or more'} integers ≥ 1")
@@ -104,7 +107,10 @@ def _validate_model(model: Config) -> None:
         f"a multiple of {factor} in height and width, as {len(hidden_dims)} hidden_dims halve it",
     )
     _require(
-        min(image_shape[:2]) >= 11, "model.image_shape", image_shape, "11 or more high and wide (SSIM)"
+        min(image_shape[:2]) >= 11,
+        "model.image_shape",
+        image_shape,
+        "11 or more high and wide (SSIM)",
     )
     low, high = model["value_range"]
     _require(low < high, "model.value_range", (low, high), "two numbers, the lower first")

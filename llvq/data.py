@@ -14,8 +14,10 @@ Images = UInt8[np.ndarray, "n height width channels"]
 class Dataset(Protocol):
     """Images by split ("train", "validation" and, if there is one, "test") and index."""
 
-    num_images: Mapping[str, int]
-    """The number of images in each split."""
+    @property
+    def num_images(self) -> Mapping[str, int]:
+        """The number of images in each split."""
+        ...
 
     def batches(
         self, split: str, index_batches: Iterable[IndexBatch]

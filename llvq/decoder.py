@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from flax import nnx
-from jax import numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from llvq.layers import ResidualBlock, conv, conv_transpose
+from llvq import layers
 
 
 class Decoder(nnx.Module):
@@ -22,19 +22,23 @@ class Decoder(nnx.Module):
         image_channels: int,
         num_residual_blocks: int,
         *,
-        dtype: jnp.dtype,
-        param_dtype: jnp.dtype,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         width = hidden_dims[-1]
-        self.mix = conv(latent_dim, width, 3, **kinds)
+        self.mix = layers.conv(
+            latent_dim, width, 3, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
         self.residual_blocks = nnx.List(
-            ResidualBlock(width, **kinds) for _ in range(num_residual_blocks)
+            layers.ResidualBlock(width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            for _ in range(num_residual_blocks)
         )
         upwards = tuple(reversed(hidden_dims))
         self.upsample = nnx.List(
-            conv_transpose(features_in, features_out, **kinds)
+            layers.conv_transpose(
+                features_in, features_out, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
             for features_in, features_out in zip(
                 upwards, (*upwards[1:], image_channels), strict=True
             )

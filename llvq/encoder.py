@@ -1,12 +1,13 @@
 """The encoder: images to latents."""
 
+import functools
 from collections.abc import Sequence
 
 from flax import nnx
-from jax import numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from llvq.layers import ResidualBlock, conv
+from llvq import layers
 
 
 class Encoder(nnx.Module):
@@ -22,23 +23,24 @@ class Encoder(nnx.Module):
         latent_dim: int,
         num_residual_blocks: int,
         *,
-        dtype: jnp.dtype,
-        param_dtype: jnp.dtype,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        conv = functools.partial(layers.conv, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         width = hidden_dims[-1]
         self.downsample = nnx.List(
-            conv(features_in, features_out, 4, strides=2, **kinds)
+            conv(features_in, features_out, 4, strides=2)
             for features_in, features_out in zip(
                 (image_channels, *hidden_dims[:-1]), hidden_dims, strict=True
             )
         )
-        self.mix = conv(width, width, 3, **kinds)
+        self.mix = conv(width, width, 3)
         self.residual_blocks = nnx.List(
-            ResidualBlock(width, **kinds) for _ in range(num_residual_blocks)
+            layers.ResidualBlock(width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            for _ in range(num_residual_blocks)
         )
-        self.project = conv(width, latent_dim, 1, **kinds)
+        self.project = conv(width, latent_dim, 1)
 
     def __call__(
         self, images: Float[Array, "batch height width channels"]

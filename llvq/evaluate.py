@@ -1,7 +1,6 @@
 """Evaluation: reconstruction metrics of a split, and the codebook's usage over splits."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ from etils import epath
 from flax import nnx
 from jax import numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, UInt8, UInt32
 
 from llvq import (
@@ -50,7 +50,7 @@ class Evaluator:
         self,
         graphdef: nnx.GraphDef[VQVAE],
         value_range: tuple[float, float],
-        param_dtype: jnp.dtype,
+        param_dtype: DTypeLike,
         mesh: Mesh,
     ) -> None:
         """Args:
@@ -188,7 +188,9 @@ class Evaluator:
         batch = order.IndexBatch(index, np.zeros(len(index), bool), np.ones(len(index), bool))
         _, images = next(iter(data.batches(split, [batch])))
         on_devices = jax.device_put(images, sharding.replicated(self._mesh))
-        originals, reconstructions, histograms = jax.device_get(self.preview_step(state, on_devices))
+        originals, reconstructions, histograms = jax.device_get(
+            self.preview_step(state, on_devices)
+        )
         return visualize.comparison(originals, reconstructions), histograms
 
 
@@ -198,10 +200,10 @@ def _add_masked(usage: CodebookUsage, keys: np.ndarray, mask: np.ndarray) -> Non
 
 def evaluate(
     config: Config,
-    workdir: os.PathLike[str],
+    workdir: epath.PathLike,
     data: Dataset,
     *,
-    checkpoint: os.PathLike[str] | None = None,
+    checkpoint: epath.PathLike | None = None,
     progress: ProgressFactory = console.Progress,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint; writes evaluation.json and reconstructions.png into the workdir.

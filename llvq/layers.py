@@ -8,7 +8,7 @@ import math
 
 import jax
 from flax import nnx
-from jax import numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -24,8 +24,8 @@ def conv(
     *,
     strides: int = 1,
     use_bias: bool = True,
-    dtype: jnp.dtype,
-    param_dtype: jnp.dtype,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
     """A convolution padded so that the output has 1/strides of the input's height and width."""
@@ -49,8 +49,8 @@ def conv_transpose(
     in_features: int,
     out_features: int,
     *,
-    dtype: jnp.dtype,
-    param_dtype: jnp.dtype,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
     rngs: nnx.Rngs,
 ) -> nnx.ConvTranspose:
     """A transposed convolution, 4×4 with stride 2: exactly doubles height and width.
@@ -76,7 +76,7 @@ class ResidualBlock(nnx.Module):
     """x + conv1×1(relu(conv3×3(x))), both convolutions without bias."""
 
     def __init__(
-        self, features: int, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+        self, features: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         def conv_without_bias(kernel_size: int) -> nnx.Conv:
             return conv(

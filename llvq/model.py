@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from flax import nnx
 from jax import numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from llvq.decoder import Decoder
@@ -14,7 +15,8 @@ from llvq.quantizers.base import Losses, Quantizer
 class VQVAE(nnx.Module):
     """A vector-quantized autoencoder around any quantizer.
 
-        model = VQVAE(LatticeQuantizer(64, rngs=rngs), image_channels=1, hidden_dims=[64], rngs=rngs)
+        quantizer = LatticeQuantizer(64, rngs=rngs)
+        model = VQVAE(quantizer, image_channels=1, hidden_dims=[64], rngs=rngs)
         codes = model.encode(images)
         images = model.decode(codes)
 
@@ -29,8 +31,8 @@ class VQVAE(nnx.Module):
         image_channels: int,
         hidden_dims: Sequence[int],
         num_residual_blocks: int = 2,
-        dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         """Args:
@@ -42,14 +44,24 @@ class VQVAE(nnx.Module):
         param_dtype: of the convolutions' parameters.
         rngs: where initial values are drawn from (stream `params`).
         """
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        latent_dim = quantizer.latent_dim
         self.encoder = Encoder(
-            image_channels, hidden_dims, latent_dim, num_residual_blocks, **kinds
+            image_channels,
+            hidden_dims,
+            quantizer.latent_dim,
+            num_residual_blocks,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
         self.quantizer = quantizer
         self.decoder = Decoder(
-            latent_dim, hidden_dims, image_channels, num_residual_blocks, **kinds
+            quantizer.latent_dim,
+            hidden_dims,
+            image_channels,
+            num_residual_blocks,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
         )
 
     def __call__(

@@ -1,6 +1,9 @@
-"""Learning-rate schedules, by the names that configs use."""
+"""Learning-rate schedules, by the names that configs use.
 
-from collections.abc import Callable
+constant     the same rate throughout
+first_epoch  the rate during the first epoch, exactly 0 afterwards: the authors' exponential decay
+             with a factor of 0.0 an epoch; what is learnt without gradients (vq_ema) goes on
+"""
 
 import jax
 import numpy as np
@@ -8,22 +11,15 @@ import optax
 from jax import numpy as jnp
 from jaxtyping import Float
 
-SCHEDULES: dict[str, Callable[[float, int, int], optax.Schedule]] = {
-    # The same rate throughout.
-    "constant": lambda rate, num_steps, epoch: optax.constant_schedule(rate),
-    # The rate during the first epoch, exactly 0 afterwards: the authors' exponential decay with a
-    # factor of 0.0 an epoch. What is learnt without gradients (vq_ema) goes on.
-    "first_epoch": lambda rate, num_steps, epoch: optax.join_schedules(
-        [optax.constant_schedule(rate), optax.constant_schedule(0.0)], [epoch]
-    ),
-    # From the rate to 0 along half a cosine.
-    "cosine": lambda rate, num_steps, epoch: optax.cosine_decay_schedule(rate, num_steps),
-}
+SCHEDULES = ("constant", "first_epoch")
 
 
-def create(name: str, learning_rate: float, num_steps: int, steps_per_epoch: int) -> optax.Schedule:
-    """The schedule of a name, for a run of num_steps."""
-    return SCHEDULES[name](learning_rate, num_steps, steps_per_epoch)
+def create(name: str, learning_rate: float, steps_per_epoch: int) -> optax.Schedule:
+    """The schedule of a name: maps a step, counted from 0, to its learning rate."""
+    constant = optax.constant_schedule(learning_rate)
+    if name == "first_epoch":
+        return optax.join_schedules([constant, optax.constant_schedule(0.0)], [steps_per_epoch])
+    return constant
 
 
 def tabulate(schedule: optax.Schedule, num_steps: int) -> Float[np.ndarray, "num_steps"]:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import optax
 from absl import logging
+from etils import epath
 
 from llvq import checkpointing, configuration, console, order, schedules, sharding, train_state
 from llvq.codebook_usage import CodebookUsage
@@ -56,9 +57,10 @@ class _MetricsWindow:
 
 
 class _Throughput:
-    """Steps a second, the time of evaluation, checkpoints and compilation not counted."""
+    """Steps and images a second; evaluation, checkpoints and compilation do not count."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
         self._start: float | None = None
         self._steps = 0
 
@@ -70,12 +72,12 @@ class _Throughput:
             self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """Steps a second since the last reading, if there were any."""
+        """The rates since the last reading, if there were steps."""
         if self._start is None or not self._steps:
             return {}
         rate = self._steps / (time.monotonic() - self._start)
         self.restart()
-        return {"steps_per_second": rate}
+        return {"steps_per_second": rate, "images_per_second": rate * self._batch_size}
 
     def restart(self) -> None:
         """Leaves out the time since the last step."""
@@ -84,7 +86,7 @@ class _Throughput:
 
 def train_and_evaluate(
     config: Config,
-    workdir: os.PathLike[str],
+    workdir: epath.PathLike,
     data: Dataset,
     *,
     writer: Any = None,
@@ -120,10 +122,7 @@ def train_and_evaluate(
     num_images = data.num_images["train"]
     num_steps = configuration.num_train_steps(config, num_images)
     schedule = schedules.create(
-        config["schedule"],
-        config["learning_rate"],
-        num_steps,
-        order.steps_per_epoch(num_images, batch_size),
+        config["schedule"], config["learning_rate"], order.steps_per_epoch(num_images, batch_size)
     )
     learning_rates = schedules.tabulate(schedule, num_steps)
     optimizer = optax.adam(schedule)
@@ -162,9 +161,7 @@ def train_and_evaluate(
                 for name, value in configuration.flatten(config).items()
             }
         )
-        writer.write_texts(
-            first_step, {"config": f"```json\n{configuration.to_json(config)}\n```"}
-        )
+        writer.write_texts(first_step, {"config": f"```json\n{configuration.to_json(config)}\n```"})
 
         def last_checkpoint() -> str:
             checkpoints.wait_until_finished()
@@ -173,7 +170,7 @@ def train_and_evaluate(
                 return "no checkpoint was saved before it"
             return f"the last good checkpoint is {checkpoints.directory / str(latest)}"
 
-        window, throughput = _MetricsWindow(last_checkpoint), _Throughput()
+        window, throughput = _MetricsWindow(last_checkpoint), _Throughput(batch_size)
         report = progress(num_steps)
         batches = data.batches(
             "train",
@@ -207,14 +204,12 @@ def train_and_evaluate(
             if is_log:
                 usage = CodebookUsage()
                 usage.add(jax.device_get(evaluator.usage_step(state, images)))
-                rate = throughput.read()
                 scalars = {
                     **window.means(),
                     "perplexity": usage.perplexity,
                     "distinct_codes": usage.num_distinct,
                     "learning_rate": float(learning_rate),
-                    **rate,
-                    **{"images_per_second": batch_size * steps for steps in rate.values()},
+                    **throughput.read(),
                 }
                 writer.write_scalars(step, _prefixed("train", scalars))
             if is_evaluation:

@@ -22,8 +22,7 @@ DTYPES = {
 }
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Attributes:
     step: how many batches have been trained on.
     params: what gradients train, nested dicts of arrays.
@@ -72,8 +71,8 @@ def split(model: VQVAE) -> tuple[nnx.GraphDef[VQVAE], Tree, Tree]:
 
     `nnx.merge(graphdef, params, statistics)` is the model again.
     """
-    graphdef, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
-    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
+    params, statistics = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
+    return nnx.graphdef(model), nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
 
 
 def create_train_state(
@@ -85,6 +84,6 @@ def create_train_state(
     return graphdef, TrainState(step, params, statistics, optimizer.init(params))
 
 
-def num_parameters(tree: Tree) -> int:
+def num_parameters(tree: Any) -> int:
     """How many numbers a pytree of arrays holds."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

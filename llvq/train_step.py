@@ -7,6 +7,7 @@ import optax
 from flax import nnx
 from jax import numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt8
 
 from llvq import sharding
@@ -14,13 +15,15 @@ from llvq.model import VQVAE
 from llvq.train_state import TrainState, Tree
 
 Metrics = dict[str, Float[Array, ""]]
-Step = Callable[[TrainState, UInt8[Array, "batch height width channels"]], tuple[TrainState, Metrics]]
+Step = Callable[
+    [TrainState, UInt8[Array, "batch height width channels"]], tuple[TrainState, Metrics]
+]
 
 
 def scale_images(
     images: UInt8[Array, "batch height width channels"],
     value_range: tuple[float, float],
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> Float[Array, "batch height width channels"]:
     """Maps 0 … 255 linearly to the value range that the network sees."""
     low, high = value_range
@@ -31,7 +34,7 @@ def make_train_step(
     graphdef: nnx.GraphDef[VQVAE],
     optimizer: optax.GradientTransformation,
     value_range: tuple[float, float],
-    param_dtype: jnp.dtype,
+    param_dtype: DTypeLike,
     mesh: Mesh,
 ) -> tuple[Step, Step]:
     """The jitted steps of a run: (train_step, statistics_step).
@@ -42,7 +45,9 @@ def make_train_step(
     the quantizer's statistics move.
     """
 
-    def loss_fn(params: Tree, statistics: Tree, images: Array) -> tuple[Array, tuple[Metrics, Tree]]:
+    def loss_fn(
+        params: Tree, statistics: Tree, images: Array
+    ) -> tuple[Array, tuple[Metrics, Tree]]:
         model = nnx.merge(graphdef, params, statistics)
         targets = scale_images(images, value_range, param_dtype)
         reconstructions, _, quantizer_losses = model(targets, train=True)

@@ -1,7 +1,6 @@
 """Pictures of reconstructions."""
 
 import io
-import os
 
 import numpy as np
 from etils import epath
@@ -18,9 +17,7 @@ def comparison(
     return np.rint(255 * np.clip(np.concatenate(rows), 0.0, 1.0)).astype(np.uint8)
 
 
-def write_png(
-    path: os.PathLike[str], picture: UInt8[np.ndarray, "height width channels"]
-) -> None:
+def write_png(path: epath.PathLike, picture: UInt8[np.ndarray, "height width channels"]) -> None:
     """Writes a picture of 1 or 3 channels; small ones are enlarged until a person can see them."""
     scale = max(1, 256 // picture.shape[0])
     picture = picture.repeat(scale, axis=0).repeat(scale, axis=1)

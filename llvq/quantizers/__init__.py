@@ -5,6 +5,7 @@ from typing import Any
 
 from flax import nnx
 from jax import numpy as jnp
+from jax.typing import DTypeLike
 
 from llvq.errors import UserError
 from llvq.quantizers.base import Quantizer
@@ -40,7 +41,7 @@ def create(
     name: str,
     latent_dim: int,
     *,
-    param_dtype: jnp.dtype = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
     **options: float,
 ) -> Quantizer:

@@ -14,6 +14,7 @@ import abc
 import jax
 from flax import nnx
 from jax import numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 COMMITMENT_COST = 0.25
@@ -27,7 +28,7 @@ class Quantizer(nnx.Module):
     latent_dim: int
     code_width: int
     """How many integers make up the code of one latent vector."""
-    param_dtype: jnp.dtype
+    param_dtype: DTypeLike
 
     @abc.abstractmethod
     def quantize(

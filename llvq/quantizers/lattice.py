@@ -7,6 +7,7 @@ codebook, and quantizing is rounding each coordinate to a multiple of its basis 
 import jax
 from flax import nnx
 from jax import numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llvq.quantizers.base import COMMITMENT_COST, Losses, Quantizer
@@ -38,7 +39,7 @@ class LatticeQuantizer(Quantizer):
         codebook_size: int = 512,
         gamma: float = 1.0,
         commitment_cost: float = COMMITMENT_COST,
-        param_dtype: jnp.dtype = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         bound = sparse_basis_bound(codebook_size, latent_dim)
@@ -50,7 +51,7 @@ class LatticeQuantizer(Quantizer):
         basis_bound: float,
         gamma: float,
         commitment_cost: float,
-        param_dtype: jnp.dtype,
+        param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
         self.latent_dim = latent_dim
@@ -110,7 +111,7 @@ class DenseLatticeQuantizer(LatticeQuantizer):
         *,
         gamma: float = -1.0,
         commitment_cost: float = COMMITMENT_COST,
-        param_dtype: jnp.dtype = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         self._set_up(latent_dim, 1.0, gamma, commitment_cost, param_dtype, rngs)

@@ -3,6 +3,7 @@
 import jax
 from flax import nnx
 from jax import numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llvq.quantizers.base import COMMITMENT_COST, Losses, Quantizer
@@ -34,7 +35,7 @@ class VectorQuantizer(Quantizer):
         *,
         codebook_size: int = 512,
         commitment_cost: float = COMMITMENT_COST,
-        param_dtype: jnp.dtype = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         self.latent_dim = latent_dim

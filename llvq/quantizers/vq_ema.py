@@ -3,6 +3,7 @@
 import jax
 from flax import nnx
 from jax import numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from llvq.quantizers.base import COMMITMENT_COST, Losses, Quantizer
@@ -23,7 +24,7 @@ class EMAVectorQuantizer(Quantizer):
         commitment_cost: float = COMMITMENT_COST,
         decay: float = 0.99,
         epsilon: float = 1e-5,
-        param_dtype: jnp.dtype = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         self.latent_dim = latent_dim

@@ -1,0 +1,131 @@
+#!/bin/sh
+# Sets up, gets the data, trains, evaluates and shows the result. Run it again: what is done is
+# skipped, what was stopped goes on.
+set -eu
+cd "$(dirname "$0")"
+
+usage() {
+    cat <<'END'
+usage: ./run.sh [--quick] [DATA SET …] [QUANTIZER …]
+       ./run.sh --setup
+
+Trains each quantizer on each data set with the paper's recipe (by default sparse_lattice on
+fashion_mnist) and evaluates it, in runs/DATA SET/QUANTIZER.
+
+  --quick   200 steps only, in runs/quick/…
+  --setup   only make .venv and get FashionMNIST
+END
+}
+
+say() { printf '\n== %s\n' "$*"; }
+
+find_python() {
+    for candidate in python3 python3.13 python3.12 python3.11 python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "run.sh: needs Python 3.11 or newer" >&2
+    exit 1
+}
+
+make_venv() {
+    cmp -s requirements.txt .venv/requirements.installed && return
+    python=$(find_python)
+    say "Making .venv with $("$python" --version) and installing requirements.txt"
+    if ! "$python" -m venv .venv; then
+        echo "run.sh: $python cannot make a virtual environment (Debian: install python3-venv)" >&2
+        exit 1
+    fi
+    .venv/bin/python -m pip install --quiet --requirement requirements.txt
+    cp requirements.txt .venv/requirements.installed
+}
+
+# FashionMNIST from Debian's package mirror, without root; elsewhere TFDS downloads it from the web.
+get_fashion_mnist() {
+    data_dir=${TFDS_DATA_DIR:-$HOME/tensorflow_datasets}
+    manual_dir=$data_dir/downloads/manual/fashion_mnist
+    if [ -d "$data_dir/fashion_mnist" ] || [ -d "$manual_dir" ] ||
+        [ -d /usr/share/datasets/fashion-mnist ] || ! command -v apt-get >/dev/null; then
+        return
+    fi
+    say "Getting FashionMNIST (30 MB) from the package mirror"
+    temporary=$(mktemp -d)
+    if (cd "$temporary" && download_debian_package dataset-fashion-mnist); then
+        mkdir -p "$(dirname "$manual_dir")"
+        mv "$temporary/usr/share/datasets/fashion-mnist" "$manual_dir"
+    else
+        echo "No such package there; it will be downloaded from the web."
+    fi
+    rm -rf "$temporary"
+}
+
+download_debian_package() {
+    if ! apt-get --quiet=2 download "$1"; then
+        # No package lists on this machine yet: fetch them to a place of our own.
+        mkdir -p lists/partial cache/archives/partial
+        own="-o Dir::State::Lists=$PWD/lists -o Dir::Cache=$PWD/cache"
+        # shellcheck disable=SC2086
+        apt-get --quiet=2 $own update && apt-get --quiet=2 $own download "$1" || return
+    fi
+    dpkg-deb --extract "$1"_*.deb .
+}
+
+# What is evaluated already: the newest checkpoint is older than the evaluation.
+is_evaluated() {
+    [ -f "$1/evaluation.json" ] &&
+        [ -z "$(find "$1/checkpoints" -mindepth 1 -maxdepth 1 -newer "$1/evaluation.json")" ]
+}
+
+run() {
+    dataset=$1 quantizer=$2
+    workdir=$runs/$dataset/$quantizer
+    config=configs/$dataset.py:$quantizer
+    say "Training $quantizer on $dataset in $workdir"
+    # shellcheck disable=SC2086
+    .venv/bin/python main.py --config="$config" --workdir="$workdir" $overrides
+    if ! is_evaluated "$workdir"; then
+        say "Evaluating $workdir"
+        .venv/bin/python main.py --config="$config" --workdir="$workdir" --mode=evaluate
+    fi
+}
+
+summary() {
+    say "$1"
+    cat "$1/evaluation.json"
+    echo "pictures:    $1/reconstructions.png (originals above reconstructions)"
+    echo "checkpoints: $1/checkpoints"
+    echo "TensorBoard: .venv/bin/tensorboard --logdir=$1"
+}
+
+datasets='' quantizers='' overrides='' runs=runs
+for argument; do
+    case $argument in
+    --quick) overrides=--config.num_train_steps=200 runs=runs/quick ;;
+    --setup) datasets=none ;;
+    --help | -h) usage && exit ;;
+    -*) usage >&2 && exit 2 ;;
+    *)
+        if [ -f "configs/$argument.py" ] && [ "$argument" != default ]; then
+            datasets="$datasets $argument"
+        else
+            quantizers="$quantizers $argument"
+        fi
+        ;;
+    esac
+done
+
+make_venv
+get_fashion_mnist
+[ "$datasets" = none ] && exit
+for dataset in ${datasets:-fashion_mnist}; do
+    for quantizer in ${quantizers:-sparse_lattice}; do
+        run "$dataset" "$quantizer"
+    done
+done
+for dataset in ${datasets:-fashion_mnist}; do
+    for quantizer in ${quantizers:-sparse_lattice}; do
+        summary "$runs/$dataset/$quantizer"
+    done
+done

@@ -1,0 +1,314 @@
+"""The quantizers against NumPy in float64.
+
+Inputs are float32 and results agree to float32's rounding over the sums involved: 1e-5 of a
+tensor's norm. Codes are compared exactly, away from ties by construction of the inputs.
+"""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax import numpy as jnp
+
+from llvq import (
+    DenseLatticeQuantizer,
+    EMAVectorQuantizer,
+    LatticeQuantizer,
+    VectorQuantizer,
+    quantizers,
+)
+from llvq.errors import UserError
+from llvq.quantizers.lattice import LARGEST_CODE, SMALLEST_BASIS, sparse_basis_bound
+from tests.tiny import NAMES
+
+DIM = 8
+BETA = 0.25
+
+
+def assert_close(actual, desired):
+    error = np.linalg.norm(np.asarray(actual, np.float64) - desired) / np.linalg.norm(desired)
+    assert error < 1e-5
+
+
+def make_latents(shape=(4, 3, 5, DIM), scale=1.0, seed=0):
+    return np.random.default_rng(seed).normal(0, scale, shape).astype(np.float32)
+
+
+def make(name, **options):
+    return quantizers.create(name, DIM, rngs=nnx.Rngs(1), **options)
+
+
+def nearest_in_float64(latents, codebook):
+    distances = ((latents[..., None, :].astype(np.float64) - codebook) ** 2).sum(-1)
+    two_smallest = np.sort(distances, axis=-1)[..., :2]
+    assert np.all(np.diff(two_smallest) > 1e-4), "inputs too near a tie to test with"
+    return distances.argmin(-1)
+
+
+def grads_of(quantizer, latents, weights):
+    """Gradients of Σ weights·quantized + quantizer loss: by parameters and by latents."""
+
+    def loss_fn(quantizer, latents):
+        quantized, _, losses = quantizer(latents)
+        return jnp.sum(weights * quantized) + losses["quantizer_loss"]
+
+    return nnx.grad(loss_fn, argnums=(0, 1))(quantizer, latents)
+
+
+@pytest.fixture
+def spread_codebook():
+    """16 vectors far apart, so that no latent near one of them is near a tie."""
+    return 3.0 * np.random.default_rng(5).normal(size=(16, DIM)).astype(np.float32)
+
+
+def latents_near(codebook, seed=0):
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(0, len(codebook), (4, 3, 5))
+    return (codebook[chosen] + rng.normal(0, 0.3, (4, 3, 5, DIM))).astype(np.float32)
+
+
+class TestVectorQuantizer:
+    def test_against_numpy(self, spread_codebook):
+        quantizer = make("vq", codebook_size=16)
+        quantizer.codebook[...] = jnp.asarray(spread_codebook)
+        latents = latents_near(spread_codebook)
+        codes = nearest_in_float64(latents, spread_codebook)
+        distance = np.mean((spread_codebook[codes] - latents.astype(np.float64)) ** 2)
+
+        quantized, actual_codes, losses = quantizer(latents)
+        np.testing.assert_array_equal(actual_codes, codes)
+        np.testing.assert_array_equal(quantized, spread_codebook[codes])
+        assert_close(losses["codebook_loss"], distance)
+        assert_close(losses["commitment_loss"], distance)
+        assert_close(losses["quantizer_loss"], (1 + BETA) * distance)
+        np.testing.assert_array_equal(quantizer.lookup(actual_codes), quantized)
+
+    def test_gradients(self, spread_codebook):
+        quantizer = make("vq", codebook_size=16)
+        quantizer.codebook[...] = jnp.asarray(spread_codebook)
+        latents = latents_near(spread_codebook)
+        weights = make_latents(seed=7)
+        codes = nearest_in_float64(latents, spread_codebook)
+        difference = spread_codebook[codes] - latents.astype(np.float64)
+
+        by_parameters, by_latents = grads_of(quantizer, latents, weights)
+        desired = np.zeros_like(spread_codebook, np.float64)
+        np.add.at(desired, codes, 2 * difference / latents.size)
+        assert_close(by_parameters["codebook"][...], desired)
+        assert_close(by_latents, weights - BETA * 2 * difference / latents.size)
+
+    def test_lowest_index_wins_a_tie(self):
+        quantizer = make("vq", codebook_size=6)
+        quantizer.codebook[...] = jnp.ones((6, DIM)).at[jnp.array([1, 4])].set(0.0)
+        _, codes, _ = quantizer(np.full((1, DIM), 0.1, np.float32))
+        assert codes == 1
+
+    def test_starts_uniform_within_one_over_codebook_size(self):
+        codebook = np.asarray(VectorQuantizer(64, rngs=nnx.Rngs(0)).codebook[...])
+        assert codebook.shape == (512, 64)
+        assert 0.999 / 512 < np.abs(codebook).max() <= 1 / 512
+        assert abs(codebook.std() * 512 - 1 / np.sqrt(3)) < 0.01
+
+
+class TestEMAVectorQuantizer:
+    def test_three_training_steps_against_numpy(self, spread_codebook):
+        quantizer = make("vq_ema", codebook_size=16)
+        quantizer.codebook[...] = jnp.asarray(spread_codebook)
+        codebook = spread_codebook.astype(np.float64)
+        ema_sum = np.asarray(quantizer.ema_sum[...], np.float64)
+        cluster_size = np.zeros(16)
+        for step in range(3):
+            latents = latents_near(codebook, seed=step)
+            codes = nearest_in_float64(latents, codebook)
+            quantized, actual_codes, losses = quantizer(latents, train=True)
+            # The result is of the codebook from before the update.
+            np.testing.assert_array_equal(actual_codes, codes)
+            assert_close(quantized, codebook[codes])
+            distance = np.mean((codebook[codes] - latents) ** 2)
+            assert_close(losses["quantizer_loss"], BETA * distance)
+
+            one_hot = np.eye(16)[codes.reshape(-1)]
+            cluster_size = 0.99 * cluster_size + 0.01 * one_hot.sum(0)
+            n = cluster_size.sum()
+            cluster_size = (cluster_size + 1e-5) / (n + 16 * 1e-5) * n
+            ema_sum = 0.99 * ema_sum + 0.01 * one_hot.T @ latents.reshape(-1, DIM)
+            codebook = ema_sum / cluster_size[:, None]
+            assert_close(quantizer.cluster_size[...], cluster_size)
+            assert_close(quantizer.ema_sum[...], ema_sum)
+            assert_close(quantizer.codebook[...], codebook)
+            # Clusters that nothing fell into are blown up; carry on from an even codebook.
+            codebook = spread_codebook.astype(np.float64)
+            quantizer.codebook[...] = jnp.asarray(spread_codebook)
+
+    def test_evaluation_changes_nothing(self, spread_codebook):
+        quantizer = make("vq_ema", codebook_size=16)
+        before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(quantizer)))
+        quantizer(make_latents())
+        after = nnx.to_pure_dict(nnx.state(quantizer))
+        jax.tree.map(np.testing.assert_array_equal, before, after)
+
+    def test_has_no_trained_parameters_and_starts_normal(self):
+        quantizer = EMAVectorQuantizer(64, rngs=nnx.Rngs(0))
+        assert not jax.tree.leaves(nnx.state(quantizer, nnx.Param))
+        codebook, ema_sum = np.asarray(quantizer.codebook[...]), np.asarray(quantizer.ema_sum[...])
+        for array in (codebook, ema_sum):
+            assert abs(array.mean()) < 0.02
+            assert abs(array.std() - 1) < 0.02
+        assert abs(np.corrcoef(codebook.ravel(), ema_sum.ravel())[0, 1]) < 0.02
+        assert not np.any(np.asarray(quantizer.cluster_size[...]))
+
+    def test_gradient_reaches_latents_only(self, spread_codebook):
+        quantizer = make("vq_ema", codebook_size=16)
+        quantizer.codebook[...] = jnp.asarray(spread_codebook)
+        latents, weights = latents_near(spread_codebook), make_latents(seed=7)
+        codes = nearest_in_float64(latents, spread_codebook)
+        _, by_latents = grads_of(quantizer, latents, weights)
+        difference = spread_codebook[codes] - latents.astype(np.float64)
+        assert_close(by_latents, weights - BETA * 2 * difference / latents.size)
+
+
+class TestLattice:
+    @pytest.mark.parametrize(("name", "gamma"), [("sparse_lattice", 1.0), ("dense_lattice", -1.0)])
+    def test_against_numpy(self, name, gamma):
+        quantizer = make(name)
+        basis = np.array([0.5, -0.25, 3.0, 1e-3, -2.0, 0.1, -1e-2, 7.0], np.float32)
+        quantizer.basis[...] = jnp.asarray(basis)
+        rng = np.random.default_rng(0)
+        desired_codes = rng.integers(-50, 50, (4, 3, 5, DIM))
+        offsets = rng.uniform(-0.4, 0.4, desired_codes.shape)  # clear of the ties at ±0.5
+        latents = ((desired_codes + offsets) * basis.astype(np.float64)).astype(np.float32)
+        difference = desired_codes * basis.astype(np.float64) - latents
+        distance = np.mean(difference**2)
+        weights = make_latents(seed=7)
+
+        quantized, codes, losses = quantizer(latents)
+        assert codes.dtype == jnp.int32
+        np.testing.assert_array_equal(codes, desired_codes)
+        np.testing.assert_array_equal(quantized, basis * desired_codes.astype(np.float32))
+        assert_close(losses["codebook_loss"], distance)
+        assert_close(losses["basis_l1"], np.abs(basis.astype(np.float64)).sum())
+        assert_close(losses["quantizer_loss"], (1 + BETA) * distance - gamma * np.abs(basis).sum())
+        np.testing.assert_array_equal(quantizer.lookup(codes), quantized)
+
+        by_parameters, by_latents = grads_of(quantizer, latents, 0.0 * weights)
+        axes = (0, 1, 2)
+        assert_close(
+            by_parameters["basis"][...],
+            (2 * difference * desired_codes).sum(axes) / latents.size - gamma * np.sign(basis),
+        )
+        assert_close(by_latents, -BETA * 2 * difference / latents.size)
+
+    def test_straight_through_to_the_encoder(self):
+        latents, weights = make_latents(), make_latents(seed=7)
+        quantizer = make("sparse_lattice", commitment_cost=0.0)
+        _, by_latents = grads_of(quantizer, latents, weights)
+        np.testing.assert_array_equal(by_latents, weights)
+
+    def test_ties_go_to_even(self):
+        quantizer = make("sparse_lattice")
+        quantizer.basis[...] = jnp.ones(DIM)
+        _, codes, _ = quantizer(np.array([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3.5, 0.0]], np.float32))
+        np.testing.assert_array_equal(codes, [[0, 2, 2, 0, -2, -2, 4, 0]])
+
+    def test_the_reciprocal_is_taken_first(self):
+        """Where z/b and z·(1/b) round to different integers, it is the second that counts."""
+        rng = np.random.default_rng(0)
+        basis = rng.uniform(1e-6, 1e-5, 10**6).astype(np.float32)
+        latents = rng.normal(size=10**6).astype(np.float32)
+        product = np.rint(latents * (np.float32(1) / basis))
+        differs = np.flatnonzero(product != np.rint(latents / basis))[:DIM]
+        assert len(differs) == DIM
+        quantizer = make("dense_lattice")
+        quantizer.basis[...] = jnp.asarray(basis[differs])
+        codes = jax.jit(lambda z: quantizer(z)[1])(latents[differs][None])
+        np.testing.assert_array_equal(codes[0], product[differs])
+
+    @pytest.mark.parametrize("name", ["sparse_lattice", "dense_lattice"])
+    def test_basis_at_zero_stays_finite_and_moves_on(self, name):
+        quantizer = make(name)
+        tiny = [0.0, -0.0, 1e-12, -1e-12, 2e-38, -2e-38, 9.9e-8, -9.9e-8]
+        quantizer.basis[...] = jnp.asarray(tiny, jnp.float32)
+        latents = make_latents()
+        quantized, _, losses = quantizer(latents)
+        floor = np.float32(SMALLEST_BASIS)
+        np.testing.assert_array_equal(
+            quantizer.effective_basis(), floor * np.array([1, 1, 1, -1, 1, -1, 1, -1])
+        )
+        # ±1e-7 is still a lattice: nothing is further from it than half a step, but for float32.
+        assert np.abs(np.asarray(quantized) - latents).max() < 1e-6
+        by_parameters, by_latents = grads_of(quantizer, latents, latents)
+        for value in (*losses.values(), by_latents, by_parameters["basis"][...]):
+            assert np.all(np.isfinite(value))
+        # The size term alone moves an entry this small, away from zero or towards and across it.
+        sign = np.array([1, 1, 1, -1, 1, -1, 1, -1])
+        np.testing.assert_allclose(by_parameters["basis"][...], -quantizer.gamma * sign)
+
+    def test_training_crosses_zero_and_stays_finite(self):
+        quantizer = make("dense_lattice")
+        quantizer.basis[...] = jnp.asarray([3e-3, -3e-3, 1e-3, 5e-3, -1e-3, 2e-3, -2e-3, 4e-3])
+        signs_seen = [np.sign(quantizer.basis[...])]
+        for step in range(20):
+            by_parameters, by_latents = grads_of(quantizer, make_latents(seed=step), 0.0)
+            assert np.all(np.isfinite(by_latents))
+            quantizer.basis[...] -= 1e-3 * by_parameters["basis"][...]
+            assert np.all(np.isfinite(quantizer.basis[...]))
+            signs_seen.append(np.sign(quantizer.basis[...]))
+        assert np.all(np.ptp(signs_seen, axis=0) == 2), "every entry should have changed sign"
+
+    def test_codes_saturate(self):
+        quantizer = make("dense_lattice")
+        quantizer.basis[...] = jnp.full(DIM, SMALLEST_BASIS)
+        _, codes, _ = quantizer(np.array([[1e3, -1e3, np.inf, -np.inf, 1e30, -1e30, 0, 1]], "f"))
+        top = LARGEST_CODE
+        np.testing.assert_array_equal(codes[0, :7], [top, -top, top, -top, top, -top, 0])
+        assert codes[0, 7] == np.rint(np.float32(1) * (np.float32(1) / np.float32(1e-7)))
+
+    def test_starting_bases(self):
+        assert sparse_basis_bound(512, 64) == pytest.approx(9.77, abs=0.01)
+        for cls, bound in ((LatticeQuantizer, 9.77), (DenseLatticeQuantizer, 1.0)):
+            bases = [cls(64, rngs=nnx.Rngs(seed)).basis[...] for seed in range(20)]
+            largest = np.abs(bases).max()
+            assert 0.99 * bound < largest < 1.001 * bound
+            assert abs(np.mean(bases)) < 0.1 * bound
+
+    def test_lookup_is_float32_whatever_the_latents_are(self):
+        quantizer = make("dense_lattice")
+        quantized, codes, _ = quantizer(make_latents().astype(jnp.bfloat16))
+        assert quantized.dtype == jnp.float32
+        np.testing.assert_array_equal(quantizer.lookup(codes), quantized)
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestContract:
+    def test_masked_images_do_not_count(self, name):
+        latents, junk = make_latents(), make_latents(seed=9, scale=5.0)
+        mask = np.array([True, True, True, True, False, False, False, False])
+        plain, masked = make(name), make(name)
+        _, codes, losses = plain(latents, train=True)
+        _, more_codes, masked_losses = masked(
+            np.concatenate([latents, junk]), train=True, mask=mask
+        )
+        np.testing.assert_array_equal(more_codes[:4], codes)
+        for part, value in losses.items():
+            assert float(masked_losses[part]) == pytest.approx(float(value), rel=1e-6)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+            nnx.to_pure_dict(nnx.state(plain)),
+            nnx.to_pure_dict(nnx.state(masked)),
+        )
+
+    def test_wrong_latent_dim_is_refused(self, name):
+        with pytest.raises(ValueError, match=r"latent_dim=8"):
+            make(name)(make_latents((2, 3, 3, DIM + 1)))
+
+    def test_any_number_of_axes(self, name):
+        latents = make_latents((6, DIM))
+        flat, flat_codes, _ = make(name)(latents)
+        deep, deep_codes, _ = make(name)(latents.reshape(3, 1, 2, DIM))
+        np.testing.assert_array_equal(flat.reshape(deep.shape), deep)
+        np.testing.assert_array_equal(flat_codes.reshape(deep_codes.shape), deep_codes)
+
+
+def test_unknown_name():
+    with pytest.raises(UserError, match=r"'fsq'.*vq, vq_ema, sparse_lattice, dense_lattice"):
+        quantizers.create("fsq", 8, rngs=nnx.Rngs(0))

@@ -1,0 +1,57 @@
+"""A model, a data set and a config small enough for tests."""
+
+from typing import Any
+
+import numpy as np
+
+from llvq.data import ArrayDataset
+from llvq.quantizers import QUANTIZERS, default_options
+
+NAMES = tuple(QUANTIZERS)
+
+
+def config(quantizer: str, **overrides: Any) -> dict[str, Any]:
+    """A config of 6 steps for images of 12×12×1; dotted names override, e.g. **{"model.x": 1}."""
+    fields: dict[str, Any] = {
+        "seed": 3,
+        "batch_size": 16,
+        "num_epochs": 1,
+        "num_train_steps": 6,
+        "learning_rate": 1e-3,
+        "compute_dtype": "float32",
+        "schedule": "constant",
+        "keep_checkpoints": 2,
+        "log_every_steps": 2,
+        "eval_every_steps": 2,
+        "checkpoint_every_steps": 2,
+        "dataset": {"name": "tiny", "data_dir": "", "manual_dir": ""},
+        "quantizer": {"name": quantizer, **default_options(quantizer)},
+        "model": {
+            "image_shape": (12, 12, 1),
+            "value_range": (-0.5, 0.5),
+            "hidden_dims": (8,),
+            "num_residual_blocks": 2,
+            "latent_dim": 8,
+        },
+    }
+    for name, value in overrides.items():
+        *path, field = name.split(".")
+        section = fields
+        for key in path:
+            section = section[key]
+        section[field] = value
+    return fields
+
+
+def images(count: int, seed: int = 0) -> np.ndarray:
+    """Smooth random images: waves of random direction and phase, uint8 [count, 12, 12, 1]."""
+    rng = np.random.default_rng(seed)
+    frequency, phase = rng.uniform(0, 0.8, (2, count, 1, 1)), rng.uniform(0, 6.3, (count, 1, 1))
+    y, x = np.mgrid[:12, :12]
+    waves = np.sin(frequency[0] * x + frequency[1] * y + phase)
+    return np.rint(127.5 * (1 + waves)).astype(np.uint8)[..., None]
+
+
+def dataset() -> ArrayDataset:
+    """70 training, 21 validation and 19 test images: no batch of 16 divides any of them."""
+    return ArrayDataset(train=images(70), validation=images(21, 1), test=images(19, 2))
