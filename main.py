@@ -26,7 +26,7 @@ from clu import metric_writers, periodic_actions
 from ml_collections import config_flags
 
 import input_pipeline
-from llvq import configuration, console
+from llvq import checkpointing, configuration, console
 from llvq.errors import UserError
 from llvq.evaluate import evaluate
 from llvq.train import train_and_evaluate
@@ -100,6 +100,7 @@ def main(argv: Sequence[str]) -> None:
         configuration.validate(config)
         data = input_pipeline.load(**config.dataset)
         if _MODE.value == "train":
+            checkpointing.require_writable(_WORKDIR.value)
             writer = _make_writer(_WORKDIR.value)
             train_and_evaluate(config, _WORKDIR.value, data, writer=writer, progress=_make_progress)
             writer.close()

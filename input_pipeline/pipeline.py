@@ -37,6 +37,7 @@ class Pipeline:
 
     Attributes:
       num_images: the number of images in each split.
+      image_shape: of every image, (height, width, channels).
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Pipeline:
         flip: whether to mirror the images whose index batch says so.
         """
         self._sources = sources
-        self._image_shape = image_shape
+        self.image_shape = image_shape
         self._flip = flip
         self.num_images = {split: len(source) for split, source in sources.items()}
 
@@ -71,7 +72,7 @@ class Pipeline:
 
         def read(index: tf.Tensor, flip: tf.Tensor) -> tf.Tensor:
             images = tf.numpy_function(lambda i: source[i], [index], tf.uint8, stateful=False)
-            images = tf.ensure_shape(images, (None, *self._image_shape))
+            images = tf.ensure_shape(images, (None, *self.image_shape))
             if self._flip:
                 images = tf.where(flip[:, None, None, None], images[:, :, ::-1], images)
             return images

@@ -5,7 +5,6 @@ the run's config as JSON. Kept are the newest few and the two best by validation
 `reconstruction_loss` (not by total loss, which for a lattice holds −γ·Σ|b|).
 """
 
-import os
 from typing import Any
 
 import jax
@@ -25,12 +24,22 @@ _NUM_BEST = 2
 _preservation = ocp.checkpoint_managers
 
 
-def open_manager(workdir: epath.PathLike, keep_checkpoints: int) -> ocp.CheckpointManager:
-    """The manager of a run's checkpoints, saving in the background; use it as a context.
+def require_writable(workdir: epath.PathLike) -> None:
+    """Makes the workdir if need be; raises UserError unless files can be written to it."""
+    directory = epath.Path(workdir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".writable-{jax.process_index()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--workdir={directory} cannot be written to: {error.strerror or error}"
+        ) from error
 
-    Raises:
-      UserError: if the workdir cannot be written to.
-    """
+
+def open_manager(workdir: epath.PathLike, keep_checkpoints: int) -> ocp.CheckpointManager:
+    """The manager of a run's checkpoints, saving in the background; use it as a context."""
     directory = epath.Path(workdir) / "checkpoints"
     policy = _preservation.AnyPreservationPolicy(
         [
@@ -43,15 +52,7 @@ def open_manager(workdir: epath.PathLike, keep_checkpoints: int) -> ocp.Checkpoi
             ),
         ]
     )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".writable-{jax.process_index()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--workdir={os.fspath(workdir)} cannot be written to: {error.strerror or error}"
-        ) from error
+    directory.mkdir(parents=True, exist_ok=True)
     return ocp.CheckpointManager(
         directory,
         item_names=("state", "config"),

@@ -4,7 +4,6 @@ A config is a nested mapping with the fields of configs/default.py: an ml_collec
 (which is no Mapping, only like one) or plain dicts.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -36,9 +35,10 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def to_json(config: Config) -> str:
-    """A config as indented JSON."""
-    return json.dumps(to_plain(config), indent=2)
+def to_markdown(config: Config) -> str:
+    """A config as a Markdown table, a row for each field."""
+    rows = (f"| {name} | {value} |" for name, value in flatten(config).items())
+    return "\n".join(("| field | value |", "| --- | --- |", *rows))
 
 
 def num_train_steps(config: Config, num_images: int) -> int:
@@ -112,8 +112,13 @@ def _validate_model(model: Config) -> None:
         image_shape,
         "11 or more high and wide (SSIM)",
     )
-    low, high = model["value_range"]
-    _require(low < high, "model.value_range", (low, high), "two numbers, the lower first")
+    value_range = tuple(model["value_range"])
+    _require(
+        len(value_range) == 2 and value_range[0] < value_range[1],
+        "model.value_range",
+        value_range,
+        "two numbers, the lower first",
+    )
 
 
 def _validate_quantizer(quantizer: Config) -> None:
@@ -136,6 +141,14 @@ def _validate_quantizer(quantizer: Config) -> None:
         if option in quantizer:
             value = quantizer[option]
             _require(valid(value), f"quantizer.{option}", value, expected)
+
+
+def check_image_shape(config: Config, image_shape: tuple[int, ...]) -> None:
+    """Raises UserError unless the config's images are the data set's."""
+    configured = tuple(config["model"]["image_shape"])
+    _require(
+        configured == image_shape, "model.image_shape", configured, f"{image_shape}, the data's"
+    )
 
 
 def check_same_model(config: Config, saved: Config, where: str) -> None:

@@ -19,6 +19,11 @@ class Dataset(Protocol):
         """The number of images in each split."""
         ...
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of every image: (height, width, channels)."""
+        ...
+
     def batches(
         self, split: str, index_batches: Iterable[IndexBatch]
     ) -> Iterator[tuple[IndexBatch, Images]]:
@@ -38,7 +43,7 @@ class ArrayDataset:
           **splits: images of each split, uint8 [n, height, width, channels].
 
         Raises:
-          ValueError: if a split is not such an array.
+          ValueError: if a split is not such an array, or images differ in shape.
         """
         for split, images in splits.items():
             if images.dtype != np.uint8 or images.ndim != 4:
@@ -46,6 +51,10 @@ class ArrayDataset:
                     f"split {split!r}: expected uint8 [n, height, width, channels], "
                     f"found {images.dtype} {list(images.shape)}"
                 )
+        shapes = {images.shape[1:] for images in splits.values()}
+        if len(shapes) != 1:
+            raise ValueError(f"all images must have one shape, found {sorted(shapes)}")
+        (self.image_shape,) = shapes
         self._splits = splits
         self._flip = flip
         self.num_images = {split: len(images) for split, images in splits.items()}

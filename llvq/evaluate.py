@@ -27,7 +27,6 @@ from llvq import (
 from llvq.codebook_usage import CodebookUsage, fingerprints
 from llvq.configuration import Config
 from llvq.data import Dataset
-from llvq.errors import UserError
 from llvq.model import VQVAE
 from llvq.train_state import DTYPES, TrainState
 from llvq.train_step import scale_images
@@ -226,9 +225,11 @@ def evaluate(
         be written to.
     """
     configuration.validate(config)
+    configuration.check_image_shape(config, data.image_shape)
     mesh = sharding.make_mesh()
     batch_size = config["batch_size"]
     sharding.check_batch_size(batch_size, mesh)
+    checkpointing.require_writable(workdir)
     path = checkpointing.find(workdir if checkpoint is None else checkpoint)
     saved, state = checkpointing.load(path)
     configuration.check_same_model(config, saved, str(path))
@@ -260,10 +261,6 @@ def evaluate(
     }
     if jax.process_index() == 0:
         directory = epath.Path(workdir)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
-            visualize.write_png(directory / "reconstructions.png", picture)
-        except OSError as error:
-            raise UserError(f"--workdir={directory} cannot be written to: {error}") from error
+        visualize.write_png(directory / "reconstructions.png", picture)
+        (directory / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
     return results

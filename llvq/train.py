@@ -114,9 +114,11 @@ def train_and_evaluate(
       DivergenceError: if loss or gradient become NaN or infinite.
     """
     configuration.validate(config)
+    configuration.check_image_shape(config, data.image_shape)
     mesh = sharding.make_mesh()
     batch_size = config["batch_size"]
     sharding.check_batch_size(batch_size, mesh)
+    checkpointing.require_writable(workdir)
     writer = console.ConsoleWriter() if writer is None else writer
 
     num_images = data.num_images["train"]
@@ -161,7 +163,7 @@ def train_and_evaluate(
                 for name, value in configuration.flatten(config).items()
             }
         )
-        writer.write_texts(first_step, {"config": f"```json\n{configuration.to_json(config)}\n```"})
+        writer.write_texts(first_step, {"config": configuration.to_markdown(config)})
 
         def last_checkpoint() -> str:
             checkpoints.wait_until_finished()

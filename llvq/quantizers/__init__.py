@@ -33,7 +33,7 @@ def default_options(name: str) -> dict[str, Any]:
     Raises:
       UserError: if there is no quantizer of that name.
     """
-    parameters = inspect.signature(_quantizer_class(name)).parameters.values()
+    parameters = inspect.signature(_quantizer_class(name).__init__).parameters.values()
     return {p.name: p.default for p in parameters if isinstance(p.default, int | float)}
 
 

@@ -1,0 +1,149 @@
+"""Evaluation against NumPy over the whole split at once."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from llvq import checkpointing, evaluate, sharding, train
+from llvq.data import ArrayDataset
+from llvq.errors import UserError
+from llvq.evaluate import Evaluator
+from llvq.train_state import split
+from tests import tiny
+
+
+@pytest.fixture(scope="module", params=["vq", "dense_lattice"])
+def run(request, tmp_path_factory):
+    """(config, workdir) of a short run."""
+    config = tiny.config(
+        request.param,
+        num_train_steps=100,
+        learning_rate=1e-2,
+        eval_every_steps=100,
+        checkpoint_every_steps=100,
+    )
+    workdir = tmp_path_factory.mktemp(request.param)
+    train.train_and_evaluate(config, workdir, tiny.dataset())
+    return config, workdir
+
+
+def by_hand(workdir, images):
+    """(scaled images, reconstructions, codes) of all images in one unsharded batch."""
+    model = checkpointing.model_of(*checkpointing.load(workdir))
+    scaled = images / np.float32(255) - np.float32(0.5)
+    outputs, codes, _ = model(scaled)
+    return scaled.astype(np.float64), np.asarray(outputs, np.float64), np.asarray(codes)
+
+
+def test_figures_pictures_and_files(run):
+    config, workdir = run
+    results = evaluate.evaluate(config, workdir, tiny.dataset())
+    assert json.loads((workdir / "evaluation.json").read_text()) == results
+    assert results["step"] == 100
+    assert results["split"] == "test"
+
+    scaled, outputs, _ = by_hand(workdir, tiny.images(19, 2))  # 16 + 3 images, filled up to 16
+    squares = np.mean((scaled - outputs) ** 2, axis=(1, 2, 3))
+    assert results["reconstruction_loss"] == pytest.approx(squares.mean(), rel=1e-5)
+    clipped = np.mean((scaled - np.clip(outputs, -0.5, 0.5)) ** 2, axis=(1, 2, 3))
+    assert results["psnr"] == pytest.approx(np.mean(-10 * np.log10(clipped)), rel=1e-5)
+    assert results["loss"] == pytest.approx(
+        results["reconstruction_loss"] + results["quantizer_loss"]
+    )
+
+    everything = np.concatenate([tiny.images(70), tiny.images(21, 1)])
+    codes = by_hand(workdir, everything)[2].reshape(91 * 36, -1)
+    _, counts = np.unique(codes, axis=0, return_counts=True)
+    frequencies = counts / counts.sum()
+    assert results["num_quantized_vectors"] == 91 * 36
+    assert results["effective_codebook_size"] == len(counts)
+    if config["quantizer"]["name"] == "dense_lattice":
+        assert len(counts) > 100
+    assert results["perplexity"] == pytest.approx(
+        np.exp(-np.sum(frequencies * np.log(frequencies))), rel=1e-6
+    )
+    header = (workdir / "reconstructions.png").read_bytes()[:24]
+    width, height = (int.from_bytes(header[i : i + 4]) for i in (16, 20))
+    assert (width, height) == (8 * 12 * 10, 2 * 12 * 10)  # eight pairs, enlarged tenfold
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
+def test_any_number_of_devices_counts_every_image_once(run, num_devices):
+    _, workdir = run
+    saved, state = checkpointing.load(workdir)
+    mesh = sharding.make_mesh(jax.devices()[:num_devices])
+    graphdef, _, _ = split(checkpointing.model_of(saved, state))
+    evaluator = Evaluator(graphdef, (-0.5, 0.5), np.float32, mesh)
+    state = jax.device_put(state, sharding.replicated(mesh))
+    steps = []
+
+    def progress(num_steps):
+        steps.append(num_steps)
+        return lambda step: None
+
+    for batch_size in (8, 16, 64):
+        means, usage = evaluator.measure(state, tiny.dataset(), "validation", batch_size, progress)
+        scaled, outputs, codes = by_hand(workdir, tiny.images(21, 1))
+        assert means["reconstruction_loss"] == pytest.approx(
+            np.mean((scaled - outputs) ** 2), rel=1e-5
+        )
+        assert usage.num_vectors == 21 * 36
+        assert usage.num_distinct == len(np.unique(codes.reshape(21 * 36, -1), axis=0))
+    assert steps == [3, 2, 1]
+
+
+def test_quantizer_losses_are_of_the_whole_split(run):
+    config, workdir = run
+    saved, state = checkpointing.load(workdir)
+    model = checkpointing.model_of(saved, state)
+    _, _, losses = model.quantizer(model.encoder(tiny.images(19, 2) / np.float32(255) - 0.5))
+    results = evaluate.evaluate(config, workdir, tiny.dataset())
+    for name, value in losses.items():
+        assert results[name] == pytest.approx(float(value), rel=1e-5)
+
+
+def test_without_a_test_split_validation_stands_in(run, tmp_path):
+    config, workdir = run
+    data = ArrayDataset(train=tiny.images(70), validation=tiny.images(21, 1))
+    results = evaluate.evaluate(config, tmp_path, data, checkpoint=workdir)
+    assert results["split"] == "validation"
+    scaled, outputs, _ = by_hand(workdir, tiny.images(21, 1))
+    assert results["reconstruction_loss"] == pytest.approx(
+        np.mean((scaled - outputs) ** 2), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("which", ["workdir", "checkpoints", "step"])
+def test_what_checkpoint_may_name(run, tmp_path, which):
+    config, workdir = run
+    path = {
+        "workdir": workdir,
+        "checkpoints": workdir / "checkpoints",
+        "step": workdir / "checkpoints" / "100",
+    }[which]
+    results = evaluate.evaluate(config, tmp_path, tiny.dataset(), checkpoint=path)
+    assert results["checkpoint"] == str(workdir / "checkpoints" / "100")
+    assert (tmp_path / "evaluation.json").exists()
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=rf"no checkpoint in {tmp_path}: train first"):
+        evaluate.evaluate(tiny.config("vq"), tmp_path, tiny.dataset())
+
+
+def test_another_models_checkpoint(run, tmp_path):
+    _, workdir = run
+    with pytest.raises(UserError, match=r"checkpoints/100 holds a run with quantizer"):
+        evaluate.evaluate(tiny.config("vq_ema"), tmp_path, tiny.dataset(), checkpoint=workdir)
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path):
+    config = tiny.config("vq", num_train_steps=2)
+    train.train_and_evaluate(config, tmp_path, tiny.dataset())
+    for path in (tmp_path / "checkpoints/2/state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"^checkpoint .*/2 cannot be read: [^\n]*$"):
+        evaluate.evaluate(config, tmp_path, tiny.dataset())
