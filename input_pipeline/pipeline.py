@@ -1,21 +1,27 @@
 """From index batches to batches of images: tf.data reads, decodes and flips ahead of training."""
 
 import collections
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
 import numpy as np
 import tensorflow as tf
 from jaxtyping import Bool, Int, UInt8
 
+_BATCHES_AHEAD = 2  # of up to 100 MB each
+
 
 class Source(Protocol):
-    """Images with random access."""
+    """Images with random access, as pixels or encoded."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: Int[np.ndarray, "n"]) -> UInt8[np.ndarray, "n h w c"]:
-        """The images of some indices. Called from tf.data's threads."""
+    def __getitem__(self, index: Int[np.ndarray, "n"]) -> np.ndarray:
+        """The images of some indices: uint8 [n, h, w, c], or n encoded ones (bytes objects).
+
+        Called from tf.data's threads, once for a whole batch.
+        """
         ...
 
 
@@ -41,16 +47,24 @@ class Pipeline:
     """
 
     def __init__(
-        self, sources: Mapping[str, Source], image_shape: tuple[int, int, int], *, flip: bool
+        self,
+        sources: Mapping[str, Source],
+        image_shape: tuple[int, int, int],
+        *,
+        flip: bool,
+        decode: Callable[[tf.Tensor], tf.Tensor] | None = None,
     ) -> None:
         """Args:
         sources: the images of each split.
-        image_shape: of every image, (height, width, channels).
+        image_shape: of every image, (height, width, channels), once decoded.
         flip: whether to mirror the images whose index batch says so.
+        decode: an encoded image (a string tensor) to its pixels (uint8), in TensorFlow; None where
+          sources hold pixels.
         """
         self._sources = sources
-        self.image_shape = image_shape
+        self._decode = decode
         self._flip = flip
+        self.image_shape = image_shape
         self.num_images = {split: len(source) for split, source in sources.items()}
 
     def batches(
@@ -60,27 +74,40 @@ class Pipeline:
 
         Args:
           split: a key of `num_images`.
-          index_batches: may be endless; read a few batches ahead.
+          index_batches: may be endless; read a few batches ahead. All of one size.
         """
         source = self._sources[split]
         under_way: collections.deque[BatchT] = collections.deque()
+        upcoming = iter(index_batches)
+        first = next(upcoming, None)
+        if first is None:
+            return
 
         def indices() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for batch in index_batches:
+            for batch in itertools.chain([first], upcoming):
                 under_way.append(batch)
                 yield batch.index, batch.flip
 
-        def read(index: tf.Tensor, flip: tf.Tensor) -> tf.Tensor:
-            images = tf.numpy_function(lambda i: source[i], [index], tf.uint8, stateful=False)
-            images = tf.ensure_shape(images, (None, *self.image_shape))
-            if self._flip:
-                images = tf.where(flip[:, None, None, None], images[:, :, ::-1], images)
-            return images
+        def read(index: tf.Tensor, flip: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            dtype = tf.uint8 if self._decode is None else tf.string
+            return tf.numpy_function(lambda i: source[i], [index], dtype, stateful=False), flip
 
+        def finish(image: tf.Tensor, flip: tf.Tensor) -> tf.Tensor:
+            image = image if self._decode is None else self._decode(image)
+            image = tf.ensure_shape(image, self.image_shape)
+            return tf.where(flip, image[:, ::-1], image) if self._flip else image
+
+        parallel = {"num_parallel_calls": tf.data.AUTOTUNE, "deterministic": True}
         dataset = tf.data.Dataset.from_generator(
             indices,
             output_signature=(tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.bool)),
         )
-        dataset = dataset.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        for images in dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator():
+        dataset = dataset.map(read, **parallel)
+        if self._decode is None and not self._flip:  # whole batches are ready as they are
+            dataset = dataset.map(
+                lambda images, _: tf.ensure_shape(images, (None, *self.image_shape))
+            )
+        else:
+            dataset = dataset.unbatch().map(finish, **parallel).batch(len(first.index))
+        for images in dataset.prefetch(_BATCHES_AHEAD).as_numpy_iterator():
             yield under_way.popleft(), images
