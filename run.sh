@@ -62,12 +62,15 @@ get_fashion_mnist() {
 }
 
 download_debian_package() {
-    if ! apt-get --quiet=2 download "$1"; then
+    # (Root's apt would warn that its sandbox user cannot write here.)
+    apt="apt-get --quiet=2 -o APT::Sandbox::User=root"
+    # shellcheck disable=SC2086
+    if ! $apt download "$1"; then
         # No package lists on this machine yet: fetch them to a place of our own.
         mkdir -p lists/partial cache/archives/partial
         own="-o Dir::State::Lists=$PWD/lists -o Dir::Cache=$PWD/cache"
         # shellcheck disable=SC2086
-        apt-get --quiet=2 $own update && apt-get --quiet=2 $own download "$1" || return
+        $apt $own update && $apt $own download "$1" || return
     fi
     dpkg-deb --extract "$1"_*.deb .
 }
