@@ -65,13 +65,14 @@ def _set_up_console() -> None:
     """Short lines, and of the libraries' own messages only warnings."""
     handler = logging.get_absl_handler()
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    ours = ("/llvq/", "/clu/", "/input_pipeline/", "/main.py")
-    handler.addFilter(
-        lambda record: (
-            record.levelno >= python_logging.WARNING
-            or any(folder in record.pathname for folder in ours)
-        )
-    )
+
+    def concerns_user(record: python_logging.LogRecord) -> bool:
+        if "site-packages" not in record.pathname or "/clu/" in record.pathname:
+            return True
+        is_tensorflow = "/tensorflow" in record.pathname  # it warns of much that is as it should be
+        return record.levelno >= (python_logging.ERROR if is_tensorflow else python_logging.WARNING)
+
+    handler.addFilter(concerns_user)
     logging.set_verbosity(logging.INFO)
 
 

@@ -40,7 +40,7 @@ def require_writable(workdir: epath.PathLike) -> None:
 
 def open_manager(workdir: epath.PathLike, keep_checkpoints: int) -> ocp.CheckpointManager:
     """The manager of a run's checkpoints, saving in the background; use it as a context."""
-    directory = epath.Path(workdir) / "checkpoints"
+    directory = epath.Path(workdir).resolve() / "checkpoints"  # Orbax: absolute paths only
     policy = _preservation.AnyPreservationPolicy(
         [
             _preservation.LatestN(keep_checkpoints),
@@ -104,7 +104,7 @@ def find(path: epath.PathLike) -> epath.Path:
     Raises:
       UserError: if there is no checkpoint.
     """
-    root = epath.Path(path)
+    root = epath.Path(path).resolve()
     if (root / "state").exists() and (root / "config").exists():
         return root
     directory = root / "checkpoints" if (root / "checkpoints").exists() else root
