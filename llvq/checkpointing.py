@@ -5,6 +5,8 @@ the run's config as JSON. Kept are the newest few and the two best by validation
 `reconstruction_loss` (not by total loss, which for a lattice holds −γ·Σ|b|).
 """
 
+import os
+import pathlib
 from typing import Any
 
 import jax
@@ -24,6 +26,11 @@ _NUM_BEST = 2
 _preservation = ocp.checkpoint_managers
 
 
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """Orbax takes absolute paths only; gs://… is one already."""
+    return epath.Path(path if "://" in os.fspath(path) else pathlib.Path(path).absolute())
+
+
 def require_writable(workdir: epath.PathLike) -> None:
     """Makes the workdir if need be; raises UserError unless files can be written to it."""
     directory = epath.Path(workdir)
@@ -40,7 +47,7 @@ def require_writable(workdir: epath.PathLike) -> None:
 
 def open_manager(workdir: epath.PathLike, keep_checkpoints: int) -> ocp.CheckpointManager:
     """The manager of a run's checkpoints, saving in the background; use it as a context."""
-    directory = epath.Path(workdir).resolve() / "checkpoints"  # Orbax: absolute paths only
+    directory = _absolute(workdir) / "checkpoints"
     policy = _preservation.AnyPreservationPolicy(
         [
             _preservation.LatestN(keep_checkpoints),
@@ -104,7 +111,7 @@ def find(path: epath.PathLike) -> epath.Path:
     Raises:
       UserError: if there is no checkpoint.
     """
-    root = epath.Path(path).resolve()
+    root = _absolute(path)
     if (root / "state").exists() and (root / "config").exists():
         return root
     directory = root / "checkpoints" if (root / "checkpoints").exists() else root

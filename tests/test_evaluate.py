@@ -1,6 +1,7 @@
 """Evaluation against NumPy over the whole split at once."""
 
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -147,3 +148,8 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=r"^checkpoint .*/2 cannot be read: [^\n]*$"):
         evaluate.evaluate(config, tmp_path, tiny.dataset())
+
+
+def test_bucket_paths_are_left_as_they_are():
+    assert str(checkpointing._absolute("gs://bucket/runs/vq")) == "gs://bucket/runs/vq"
+    assert str(checkpointing._absolute("runs/vq")) == str(pathlib.Path.cwd() / "runs/vq")
