@@ -14,18 +14,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Before TensorFlow is imported: no notes of its own in the console, no search for a cloud server.
+# For TensorFlow: no notes of its own in the console, no search for a cloud server.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("NO_GCE_CHECK", "true")
 
 import jax
-import tensorflow as tf
 from absl import app, flags, logging
-from clu import metric_writers, periodic_actions
 from ml_collections import config_flags
 
-import input_pipeline
 from llvq import checkpointing, configuration, console
 from llvq.errors import UserError
 from llvq.evaluate import evaluate
@@ -52,7 +49,11 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         for flag in (_CONFIG, _WORKDIR):
             if not flag.value:
                 raise UserError(f"--{flag.name} is missing (see python main.py --help)")
-        _CONFIG.value.to_dict()  # a config file that could not be loaded raises here
+        config = _CONFIG.value
+        config.to_dict()  # a config file that could not be loaded raises here
+        if config.compute_dtype == "float64":
+            jax.config.update("jax_enable_x64", True)
+        configuration.validate(config)
         return arguments
     except AttributeError as error:
         field = str(error).strip("\"'")
@@ -76,8 +77,10 @@ def _set_up_console() -> None:
     logging.set_verbosity(logging.INFO)
 
 
-def _make_writer(workdir: str) -> metric_writers.MetricWriter:
+def _make_writer(workdir: str) -> Any:
     """Scalars to the console, everything to TensorBoard; only the first process writes."""
+    from clu import metric_writers
+
     writers: list[Any] = [console.ConsoleWriter()]
     if jax.process_index() == 0:
         writers.append(metric_writers.SummaryWriter(workdir))
@@ -85,20 +88,24 @@ def _make_writer(workdir: str) -> metric_writers.MetricWriter:
 
 
 def _make_progress(num_steps: int) -> Callable[[int], Any]:
+    from clu import periodic_actions
+
     return periodic_actions.ReportProgress(num_train_steps=num_steps, every_secs=_PROGRESS_SECONDS)
 
 
 def main(argv: Sequence[str]) -> None:
     """Does what the flags say; a user's mistake ends in one line."""
     del argv
+    # TensorFlow takes seconds to import: not before the flags are known to be good.
+    import tensorflow as tf
+
+    import input_pipeline
+
     _set_up_console()
     tf.config.set_visible_devices([], "GPU")  # the accelerators are JAX's
     tf.config.set_visible_devices([], "TPU")
     config = _CONFIG.value
-    if config.compute_dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
     try:
-        configuration.validate(config)
         data = input_pipeline.load(**config.dataset)
         if _MODE.value == "train":
             checkpointing.require_writable(_WORKDIR.value)

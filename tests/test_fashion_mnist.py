@@ -10,6 +10,7 @@ pytest.importorskip("tensorflow", reason="the input pipeline needs TensorFlow")
 
 import tensorflow_datasets as tfds
 from etils import epath
+from tensorflow_datasets.image_classification import mnist
 
 import input_pipeline
 from input_pipeline import DataError, fashion_mnist
@@ -63,14 +64,19 @@ def test_split_and_order_are_the_official_files(idx_dir):
 def test_a_prepared_tfds_directory_gives_the_same_images(
     file_format, idx_dir, tmp_path, monkeypatch
 ):
-    """Prepared by TFDS itself, from the real files; TFDS shuffles what it writes."""
-    for name, count in (("train-labels-idx1-ubyte", 60_000), ("t10k-labels-idx1-ubyte", 10_000)):
-        (idx_dir / name).write_bytes(bytes(8 + count))
+    """Prepared by TFDS itself, which shuffles what it writes, from the first of the real images."""
+    counts = {"train": 3000, "t10k": 1000}
+    monkeypatch.setattr(mnist, "_TRAIN_EXAMPLES", counts["train"])
+    monkeypatch.setattr(mnist, "_TEST_EXAMPLES", counts["t10k"])
+    for name, count in counts.items():
+        (tmp_path / f"{name}-labels-idx1-ubyte").write_bytes(bytes(8 + count))
+        content = (idx_dir / f"{name}-images-idx3-ubyte").read_bytes()
+        (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(content[: 16 + count * 28 * 28])
     monkeypatch.setattr(
         tfds.download.DownloadManager,
         "download_and_extract",
         lambda _, urls: {
-            key: str(idx_dir / url.rsplit("/", 1)[1].removesuffix(".gz"))
+            key: str(tmp_path / url.rsplit("/", 1)[1].removesuffix(".gz"))
             for key, url in urls.items()
         },
     )
@@ -78,8 +84,8 @@ def test_a_prepared_tfds_directory_gives_the_same_images(
     builder.download_and_prepare()
     prepared = input_pipeline.load("fashion_mnist", data_dir=str(tmp_path))
     local = input_pipeline.load("fashion_mnist", manual_dir=str(idx_dir))
-    for split in ("train", "validation", "test"):
-        np.testing.assert_array_equal(all_images(prepared, split), all_images(local, split))
+    for split, count in (("train", 3000), ("test", 1000)):
+        np.testing.assert_array_equal(all_images(prepared, split), all_images(local, split)[:count])
 
 
 def damaged(content, kind):

@@ -60,7 +60,12 @@ def events(workdir):
 @needs_files
 def test_train_resume_extend_and_evaluate_on_the_real_data(tmp_path):
     relative = os.path.relpath(tmp_path, ROOT)  # as people type it
-    config = (f"{FASHION}:sparse_lattice", f"--workdir={relative}", *SMALL)
+    config = (
+        f"{FASHION}:sparse_lattice",
+        f"--workdir={relative}",
+        "--config.batch_size=500",
+        *SMALL,
+    )
     first = main(*config, "--config.num_train_steps=10")
     assert first.returncode == 0, first.stderr
     assert "Starting at step 0 of 10" in first.stderr

@@ -344,7 +344,7 @@ def test_what_a_run_writes(tmp_path):
         assert set(writer.histograms[6]) == {histogram}
         picture = writer.images[6]["validation/reconstructions"]
         assert picture.shape == (1, 2 * 12, 8 * 12, 1)
-        assert "\n| seed | 3 |\n" in writer.texts[0]["config"]
+        assert "\n| seed | 3 |" in writer.texts[0]["config"]
         assert writer.hparams["quantizer.name"] == quantizer
 
 
