@@ -7,6 +7,7 @@ The config argument names the quantizer; any field can be overridden, as in
 --config.num_train_steps=200. Run the same command again and it goes on where it stopped.
 """
 
+import contextlib
 import json
 import logging as python_logging
 import os
@@ -109,9 +110,10 @@ def main(argv: Sequence[str]) -> None:
         data = input_pipeline.load(**config.dataset)
         if _MODE.value == "train":
             checkpointing.require_writable(_WORKDIR.value)
-            writer = _make_writer(_WORKDIR.value)
-            train_and_evaluate(config, _WORKDIR.value, data, writer=writer, progress=_make_progress)
-            writer.close()
+            with contextlib.closing(_make_writer(_WORKDIR.value)) as writer:
+                train_and_evaluate(
+                    config, _WORKDIR.value, data, writer=writer, progress=_make_progress
+                )
         else:
             results = evaluate(
                 config,

@@ -1,4 +1,15 @@
-"""FashionMNIST."""
+"""FashionMNIST, 28×28 greyscale.
+
+    python main.py --config=configs/fashion_mnist.py:sparse_lattice --workdir=runs/sparse_lattice
+
+Expected with seed 0, on 2 CPU cores (at 2.5 steps/s; README has the table):
+
+  quantizer       steps   train    evaluate   test MSE   effective codebook size
+  vq                860    9 min    4 min      0.00983             28
+  vq_ema          4,300   29 min    4 min      0.05194             16
+  sparse_lattice    860    7 min    2 min      0.00963            158
+  dense_lattice     860   10 min    4 min      0.00682     11,456,731
+"""
 
 from ml_collections import ConfigDict
 
