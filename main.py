@@ -7,7 +7,6 @@ The config argument names the quantizer; any field can be overridden, as in
 --config.num_train_steps=200. Run the same command again and it goes on where it stopped.
 """
 
-import contextlib
 import json
 import logging as python_logging
 import os
@@ -43,13 +42,13 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses flags; a mistake in them ends in one line, without a traceback."""
     try:
         arguments = flags.FLAGS(argv)
-        if flags.FLAGS.help or flags.FLAGS.helpfull or flags.FLAGS.helpshort:
-            return arguments
         if len(arguments) > 1:
             raise UserError(f"unexpected argument {arguments[1]!r}: options start with --")
         for flag in (_CONFIG, _WORKDIR):
             if not flag.value:
                 raise UserError(f"--{flag.name} is missing (see python main.py --help)")
+        if _CHECKPOINT.value and _MODE.value != "evaluate":
+            raise UserError("--checkpoint is for --mode=evaluate only")
         config = _CONFIG.value
         config.to_dict()  # a config file that could not be loaded raises here
         if config.compute_dtype == "float64":
@@ -60,7 +59,10 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         field = str(error).strip("\"'")
         sys.exit(f"main.py: the config has no field {field!r}: configs/default.py lists them")
     except (UserError, flags.Error, OSError) as error:
-        sys.exit(f"main.py: {' '.join(str(error).split())}")
+        # A mistake inside a config file comes with its traceback, the cause in the last line.
+        is_traceback = "Traceback" in str(error)
+        text = str(error).strip().splitlines()[-1] if is_traceback else str(error)
+        sys.exit(f"main.py: {' '.join(text.split())}")
 
 
 def _set_up_console() -> None:
@@ -78,13 +80,13 @@ def _set_up_console() -> None:
     logging.set_verbosity(logging.INFO)
 
 
-def _make_writer(workdir: str) -> Any:
+def _make_writer() -> Any:
     """Scalars to the console, everything to TensorBoard; only the first process writes."""
     from clu import metric_writers
 
     writers: list[Any] = [console.ConsoleWriter()]
     if jax.process_index() == 0:
-        writers.append(metric_writers.SummaryWriter(workdir))
+        writers.append(metric_writers.SummaryWriter(_WORKDIR.value))
     return metric_writers.AsyncMultiWriter(writers)
 
 
@@ -107,13 +109,14 @@ def main(argv: Sequence[str]) -> None:
     tf.config.set_visible_devices([], "TPU")
     config = _CONFIG.value
     try:
+        checkpointing.require_writable(_WORKDIR.value)
+        if _MODE.value == "evaluate":  # before data is looked for
+            checkpointing.find(_CHECKPOINT.value or _WORKDIR.value)
         data = input_pipeline.load(**config.dataset)
         if _MODE.value == "train":
-            checkpointing.require_writable(_WORKDIR.value)
-            with contextlib.closing(_make_writer(_WORKDIR.value)) as writer:
-                train_and_evaluate(
-                    config, _WORKDIR.value, data, writer=writer, progress=_make_progress
-                )
+            train_and_evaluate(
+                config, _WORKDIR.value, data, make_writer=_make_writer, progress=_make_progress
+            )
         else:
             results = evaluate(
                 config,

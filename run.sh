@@ -21,12 +21,12 @@ say() { printf '\n== %s\n' "$*"; }
 
 find_python() {
     for candidate in python3 python3.13 python3.12 python3.11 python; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "run.sh: needs Python 3.11 or newer" >&2
+    echo "run.sh: needs Python 3.11, 3.12 or 3.13" >&2
     exit 1
 }
 
@@ -102,18 +102,20 @@ summary() {
     echo "TensorBoard: .venv/bin/tensorboard --logdir=$1"
 }
 
-datasets='' quantizers='' overrides='' runs=runs
+datasets='' quantizers='' overrides='' runs=runs only_set_up=''
 for argument; do
     case $argument in
     --quick) overrides=--config.num_train_steps=200 runs=runs/quick ;;
-    --setup) datasets=none ;;
+    --setup) only_set_up=yes ;;
     --help | -h) usage && exit ;;
     -*) usage >&2 && exit 2 ;;
+    vq | vq_ema | sparse_lattice | dense_lattice) quantizers="$quantizers $argument" ;;
     *)
         if [ -f "configs/$argument.py" ] && [ "$argument" != default ]; then
             datasets="$datasets $argument"
         else
-            quantizers="$quantizers $argument"
+            echo "run.sh: no data set or quantizer is called $argument" >&2
+            exit 2
         fi
         ;;
     esac
@@ -121,7 +123,7 @@ done
 
 make_venv
 get_fashion_mnist
-[ "$datasets" = none ] && exit
+[ "$only_set_up" ] && exit
 for dataset in ${datasets:-fashion_mnist}; do
     for quantizer in ${quantizers:-sparse_lattice}; do
         run "$dataset" "$quantizer"

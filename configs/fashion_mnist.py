@@ -2,7 +2,7 @@
 
     python main.py --config=configs/fashion_mnist.py:sparse_lattice --workdir=runs/sparse_lattice
 
-Expected with seed 0, on 2 CPU cores (at 2.5 steps/s; README has the table):
+Expected with seed 0; times on 2 CPU cores that were doing other work besides (README has more):
 
   quantizer       steps   train    evaluate   test MSE   effective codebook size
   vq                860    9 min    4 min      0.00983             28

@@ -6,7 +6,7 @@ and the last 5,000 training images; 10,000 test images) is the same for everyone
 
 import gzip
 import hashlib
-import urllib.error
+import threading
 import urllib.request
 import zlib
 
@@ -122,7 +122,13 @@ def _read_tfds(builder: tfds.core.DatasetBuilder) -> dict[str, Images]:
     """The images that TFDS prepared, put back from its shuffled into the official order."""
     images = {}
     for split in _FILES:
-        shuffled = _read_tfds_split(builder, split)
+        try:
+            shuffled = _read_tfds_split(builder, split)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"{builder.data_path} cannot be read ({reason}): delete it to have it prepared anew"
+            ) from error
         hasher = tfds.core.hashing.Hasher(split)  # TFDS writes examples in the order of their hash
         order = sorted(range(len(shuffled)), key=hasher.hash_key)
         images[split] = np.empty_like(shuffled)
@@ -149,16 +155,37 @@ def _download(data_dir: str) -> tfds.core.DatasetBuilder:
         file_format=tfds.core.FileFormat.ARRAY_RECORD,
         try_gcs=False,
     )
+    remedy = (
+        "either fetch its IDX files (Debian: apt-get download dataset-fashion-mnist) and name "
+        "their directory with --config.dataset.manual_dir, or name a TFDS directory where it "
+        "is prepared with --config.dataset.data_dir"
+    )
     url = f"{builder.URL}{_FILES['train'][0]}.gz"
-    try:
-        request = urllib.request.Request(url, method="HEAD")
-        urllib.request.urlopen(request, timeout=_CONNECT_SECONDS).close()
-    except (OSError, urllib.error.URLError) as error:
+    if (problem := _cannot_reach(url)) is not None:
         raise DataError(
-            f"FashionMNIST is not in {data_dir} and {url} cannot be reached ({error}): "
-            "either fetch its IDX files (Debian: apt-get download dataset-fashion-mnist) and name "
-            "their directory with --config.dataset.manual_dir, or name a TFDS directory where it "
-            "is prepared with --config.dataset.data_dir"
-        ) from error
-    builder.download_and_prepare()
+            f"FashionMNIST is not in {data_dir} and {url} cannot be reached ({problem}): {remedy}"
+        )
+    try:
+        builder.download_and_prepare()
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"FashionMNIST's download failed ({reason}): {remedy}") from error
     return builder
+
+
+def _cannot_reach(url: str) -> str | None:
+    """Why a web address does not answer within seconds, looking up its name included."""
+    outcome: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            urllib.request.urlopen(request, timeout=_CONNECT_SECONDS).close()
+            outcome.append(None)
+        except OSError as error:  # urllib's own errors are OSErrors too
+            outcome.append(str(error))
+
+    thread = threading.Thread(target=ask, daemon=True)  # a look-up cannot be stopped, only left
+    thread.start()
+    thread.join(_CONNECT_SECONDS)
+    return outcome[0] if outcome else f"no answer in {_CONNECT_SECONDS:.0f} s"

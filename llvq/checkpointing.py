@@ -5,22 +5,24 @@ the run's config as JSON. Kept are the newest few and the two best by validation
 `reconstruction_loss` (not by total loss, which for a lattice holds −γ·Σ|b|).
 """
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 from orbax import checkpoint as ocp
 
-from llvq import train_state
-from llvq.configuration import Config, to_plain
+from llvq import sharding, train_state
+from llvq.configuration import Config, check_resumable, to_plain
 from llvq.errors import UserError
 from llvq.model import VQVAE
 from llvq.train_state import TrainState
 
-_BEST_BY = "reconstruction_loss"
 _NUM_BEST = 2
 
 _preservation = ocp.checkpoint_managers
@@ -45,6 +47,22 @@ def require_writable(workdir: epath.PathLike) -> None:
         ) from error
 
 
+def _rank(metrics: Mapping[str, float]) -> float:
+    return metrics["reconstruction_loss"]
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: epath.Path, remedy: str) -> Iterator[None]:
+    """Makes one line of whatever Orbax, TensorStore or JSON raise over a damaged checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"checkpoint {checkpoint} cannot be read ({reason[0]}): {remedy}"
+        ) from error
+
+
 def open_manager(workdir: epath.PathLike, keep_checkpoints: int) -> ocp.CheckpointManager:
     """The manager of a run's checkpoints, saving in the background; use it as a context."""
     directory = _absolute(workdir) / "checkpoints"
@@ -52,7 +70,7 @@ def open_manager(workdir: epath.PathLike, keep_checkpoints: int) -> ocp.Checkpoi
         [
             _preservation.LatestN(keep_checkpoints),
             _preservation.BestN(
-                get_metric_fn=lambda metrics: metrics[_BEST_BY],
+                get_metric_fn=_rank,
                 reverse=True,  # ascending order keeps the highest
                 n=_NUM_BEST,
                 keep_checkpoints_without_metrics=False,
@@ -64,7 +82,11 @@ def open_manager(workdir: epath.PathLike, keep_checkpoints: int) -> ocp.Checkpoi
         directory,
         item_names=("state", "config"),
         options=ocp.CheckpointManagerOptions(
-            preservation_policy=policy, cleanup_tmp_directories=True
+            preservation_policy=policy,
+            # Without best_fn Orbax does not write metrics, and a resumed run forgets the best.
+            best_fn=_rank,
+            best_mode="min",
+            cleanup_tmp_directories=True,
         ),
     )
 
@@ -86,20 +108,25 @@ def save(
     )
 
 
-def restore_config(manager: ocp.CheckpointManager, step: int) -> Config:
-    """The config that a checkpoint was saved with."""
-    return manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
-
-
-def restore_state(
-    manager: ocp.CheckpointManager, step: int, state: TrainState, sharding: jax.sharding.Sharding
+def restore(
+    manager: ocp.CheckpointManager, step: int, state: TrainState, config: Config, mesh: Mesh
 ) -> TrainState:
-    """The state of a checkpoint, like `state` in structure, placed as `sharding` says."""
+    """The state of a checkpoint, like `state` in structure, replicated over a mesh.
+
+    Raises:
+      UserError: if the checkpoint is another run's, or is damaged.
+    """
+    directory = manager.directory / str(step)
+    remedy = "delete it to go on from the one before it, or use another --workdir"
+    with _reading(directory, remedy):
+        items = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
+    check_resumable(config, items["config"], os.fspath(manager.directory.parent))
     target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), state
     )
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-    return manager.restore(step, args=args)["state"]
+    with _reading(directory, remedy):
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        return manager.restore(step, args=args)["state"]
 
 
 def find(path: epath.PathLike) -> epath.Path:
@@ -132,11 +159,10 @@ def load(path: epath.PathLike) -> tuple[Config, TrainState]:
       UserError: if there is no checkpoint or it cannot be read.
     """
     checkpoint = find(path)
-    try:
+    with _reading(checkpoint, "name another one with --checkpoint"):
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             config: dict[str, Any] = reader.restore(checkpoint / "config")
-        model = _create_model(config)
-        _, params, statistics = train_state.split(model)
+        _, params, statistics = train_state.split(_create_model(config))
         wanted = {"step": 0, "params": params, "statistics": statistics}
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             state = reader.restore(
@@ -147,14 +173,13 @@ def load(path: epath.PathLike) -> tuple[Config, TrainState]:
                     partial_restore=True,
                 ),
             )
-    except Exception as error:  # Orbax, TensorStore and JSON each raise their own kinds
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"checkpoint {checkpoint} cannot be read: {reason[0]}") from error
     return config, TrainState(**state, opt_state=())
 
 
 def _create_model(config: Config) -> VQVAE:
-    return train_state.create_model(config["model"], config["quantizer"], config["compute_dtype"])
+    return train_state.create_model(
+        config["model"], config["quantizer"], config["compute_dtype"], config["seed"]
+    )
 
 
 def model_of(config: Config, state: TrainState) -> VQVAE:

@@ -19,6 +19,14 @@ from llvq.train_state import DTYPES
 Config = Mapping[str, Any]
 
 
+_FIELDS = (
+    *("seed", "batch_size", "num_epochs", "num_train_steps", "learning_rate", "schedule"),
+    *("compute_dtype", "keep_checkpoints", "log_every_steps", "eval_every_steps"),
+    *("checkpoint_every_steps", "dataset.name", "quantizer.name", "model.image_shape"),
+    *("model.value_range", "model.hidden_dims", "model.num_residual_blocks", "model.latent_dim"),
+)
+
+
 def to_plain(config: Any) -> Any:
     """A config as JSON would give it back: plain dicts, lists and numbers."""
     if hasattr(config, "items"):
@@ -64,6 +72,13 @@ def _require_integer(config: Config, field: str, minimum: int) -> None:
 
 def validate(config: Config) -> None:
     """Raises UserError, naming the field, unless the config describes a possible run."""
+    config = to_plain(config)
+    for field in _FIELDS:
+        section: Any = config
+        for name in field.split("."):
+            if not isinstance(section, dict) or name not in section:
+                raise UserError(f"the config lacks {field}: configs/default.py lists every field")
+            section = section[name]
     for field in (
         "batch_size",
         "num_epochs",
@@ -76,6 +91,7 @@ def validate(config: Config) -> None:
         _require_integer(config, field, 1)
     for field in ("seed", "num_train_steps", "model.num_residual_blocks"):
         _require_integer(config, field, 0)
+    _require(config["seed"] < 2**32, "seed", config["seed"], "below 2**32")
     rate = config["learning_rate"]
     _require(0 <= rate < math.inf, "learning_rate", rate, "a finite number ≥ 0")
     for field, choices in (("compute_dtype", DTYPES), ("schedule", SCHEDULES)):
@@ -113,8 +129,9 @@ def _validate_model(model: Config) -> None:
         "11 or more high and wide (SSIM)",
     )
     value_range = tuple(model["value_range"])
+    are_numbers = all(isinstance(x, int | float) and math.isfinite(x) for x in value_range)
     _require(
-        len(value_range) == 2 and value_range[0] < value_range[1],
+        are_numbers and len(value_range) == 2 and value_range[0] < value_range[1],
         "model.value_range",
         value_range,
         "two numbers, the lower first",
@@ -122,13 +139,12 @@ def _validate_model(model: Config) -> None:
 
 
 def _validate_quantizer(quantizer: Config) -> None:
-    defaults = default_options(quantizer["name"])
-    for option in quantizer:
-        _require(
-            option == "name" or option in defaults,
-            f"quantizer.{option}",
-            quantizer[option],
-            f"left out: {quantizer['name']} has only {', '.join(defaults)}",
+    options = default_options(quantizer["name"])
+    if set(quantizer) != {"name", *options}:
+        raise UserError(
+            f"config.quantizer has the fields {', '.join(sorted(quantizer))}, but "
+            f"{quantizer['name']} takes name, {', '.join(options)}: name the quantizer in the "
+            f"config argument (configs/….py:{quantizer['name']})"
         )
     if "codebook_size" in quantizer:
         _require_integer({"quantizer": quantizer}, "quantizer.codebook_size", 2)
@@ -163,7 +179,8 @@ def check_resumable(config: Config, saved: Config, where: str) -> None:
 
 def _check_same(config: Config, saved: Config, names: tuple[str, ...], where: str) -> None:
     ours, theirs = flatten(config), flatten(saved)
-    for field in sorted(ours.keys() | theirs.keys()):
+    most_telling_first = ["dataset.name", "quantizer.name", *sorted(ours.keys() | theirs.keys())]
+    for field in most_telling_first:
         matters = any(field == name or field.startswith(f"{name}.") for name in names)
         if matters and ours.get(field) != theirs.get(field):
             raise UserError(

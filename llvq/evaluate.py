@@ -157,6 +157,13 @@ class Evaluator:
         means = {name: total / data.num_images[split] for name, total in totals.items()}
         return {"loss": means["reconstruction_loss"] + means["quantizer_loss"], **means}, usage
 
+    def loss(self, state: TrainState, images: UInt8[Array, "batch height width channels"]) -> float:
+        """Reconstruction + quantizer loss of one whole batch."""
+        mask = sharding.to_devices(np.ones(len(images) // jax.process_count(), bool), self._mesh)
+        sums, _ = self.metrics_step(state, images, mask)
+        total = float(sums["reconstruction_loss"] + sums["quantizer_loss"])
+        return total / len(images)
+
     def count_codes(
         self,
         state: TrainState,
@@ -235,9 +242,7 @@ def evaluate(
     configuration.check_same_model(config, saved, str(path))
     state = jax.device_put(state, sharding.replicated(mesh))
 
-    graphdef, _, _ = train_state.split(
-        train_state.create_model(config["model"], config["quantizer"], config["compute_dtype"])
-    )
+    graphdef, _, _ = train_state.split(checkpointing.model_of(config, state))
     evaluator = Evaluator(
         graphdef, config["model"]["value_range"], DTYPES[config["compute_dtype"]][1], mesh
     )

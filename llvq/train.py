@@ -1,6 +1,6 @@
 """Training: the loop from the first or the last saved step to the last."""
 
-import os
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,8 +27,7 @@ class _MetricsWindow:
     def __init__(self, describe_last_checkpoint: Callable[[], str]) -> None:
         self._describe_last_checkpoint = describe_last_checkpoint
         self._waiting: tuple[int, Metrics] | None = None
-        self._sums: dict[str, float] = {}
-        self._count = 0
+        self._values: dict[str, list[float]] = {}
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step; raises DivergenceError if the step before it diverged."""
@@ -46,13 +45,12 @@ class _MetricsWindow:
                 raise DivergenceError(
                     f"{name} is {value} at step {step}: stopped; {self._describe_last_checkpoint()}"
                 )
-            self._sums[name] = self._sums.get(name, 0.0) + float(value)
-        self._count += 1
+            self._values.setdefault(name, []).append(float(value))
 
     def means(self) -> dict[str, float]:
-        """The mean of each metric; the window starts anew."""
-        means = {name: total / self._count for name, total in self._sums.items()}
-        self._sums, self._count = {}, 0
+        """The mean of each metric over the steps that had it; the window starts anew."""
+        means = {name: float(np.mean(values)) for name, values in self._values.items()}
+        self._values = {}
         return means
 
 
@@ -89,7 +87,7 @@ def train_and_evaluate(
     workdir: epath.PathLike,
     data: Dataset,
     *,
-    writer: Any = None,
+    make_writer: Callable[[], Any] = console.ConsoleWriter,
     progress: ProgressFactory = console.Progress,
 ) -> TrainState:
     """Trains from the newest checkpoint of the workdir, or from scratch, to the config's last step.
@@ -101,8 +99,8 @@ def train_and_evaluate(
       config: the run's config.
       workdir: where checkpoints are kept.
       data: the data set; needs the splits "train" and "validation".
-      writer: takes scalars, images, histograms and texts: a clu MetricWriter or the like;
-        a ConsoleWriter by default.
+      make_writer: makes what takes scalars, images, histograms and texts, a clu MetricWriter or
+        the like, once it is sure that there is something to train; a ConsoleWriter by default.
       progress: makes, for a number of steps, what is called with the number done after each.
 
     Returns:
@@ -119,7 +117,6 @@ def train_and_evaluate(
     batch_size = config["batch_size"]
     sharding.check_batch_size(batch_size, mesh)
     checkpointing.require_writable(workdir)
-    writer = console.ConsoleWriter() if writer is None else writer
 
     num_images = data.num_images["train"]
     num_steps = configuration.num_train_steps(config, num_images)
@@ -137,14 +134,13 @@ def train_and_evaluate(
     train_step, statistics_step = make_train_step(graphdef, optimizer, *shared)
     evaluator = Evaluator(graphdef, *shared)
 
-    with checkpointing.open_manager(workdir, config["keep_checkpoints"]) as checkpoints:
+    with (
+        checkpointing.open_manager(workdir, config["keep_checkpoints"]) as checkpoints,
+        contextlib.ExitStack() as stack,
+    ):
         first_step = checkpoints.latest_step() or 0
         if first_step:
-            saved = checkpointing.restore_config(checkpoints, first_step)
-            configuration.check_resumable(config, saved, os.fspath(workdir))
-            state = checkpointing.restore_state(
-                checkpoints, first_step, state, sharding.replicated(mesh)
-            )
+            state = checkpointing.restore(checkpoints, first_step, state, config, mesh)
         if first_step >= num_steps:
             logging.info("Nothing to train: %s is at step %d already", workdir, first_step)
             return state
@@ -157,6 +153,7 @@ def train_and_evaluate(
             ),
             mesh.size,
         )
+        writer = stack.enter_context(contextlib.closing(make_writer()))
         writer.write_hparams(
             {
                 name: value if isinstance(value, int | float | str) else str(value)
@@ -201,9 +198,15 @@ def train_and_evaluate(
                 for interval in ("log_every_steps", "eval_every_steps", "checkpoint_every_steps")
             )
             validation = None
-            if is_log or is_checkpoint:
+            if is_log or is_evaluation or is_checkpoint:
                 window.read()  # nothing that diverged is logged or saved
+                loss = evaluator.loss(state, images)  # the last update may have ruined the state
+                if not np.isfinite(loss):
+                    raise DivergenceError(
+                        f"the loss is {loss} after step {step}: stopped; {last_checkpoint()}"
+                    )
             if is_log:
+                rates = throughput.read()
                 usage = CodebookUsage()
                 usage.add(jax.device_get(evaluator.usage_step(state, images)))
                 scalars = {
@@ -211,7 +214,7 @@ def train_and_evaluate(
                     "perplexity": usage.perplexity,
                     "distinct_codes": usage.num_distinct,
                     "learning_rate": float(learning_rate),
-                    **throughput.read(),
+                    **rates,
                 }
                 writer.write_scalars(step, _prefixed("train", scalars))
             if is_evaluation:
@@ -230,9 +233,8 @@ def train_and_evaluate(
                 writer.write_histograms(step, _prefixed("quantizer", histograms))
             if is_checkpoint:
                 checkpointing.save(checkpoints, step, state, config, validation)
-            if is_evaluation or is_checkpoint:
+            if is_log or is_evaluation or is_checkpoint:
                 throughput.restart()
-        writer.flush()
     return state
 
 

@@ -39,8 +39,8 @@ class TrainState(struct.PyTreeNode):
 def create_model(
     model: Mapping[str, Any],
     quantizer: Mapping[str, Any],
-    compute_dtype: str = "float32",
-    seed: int = 0,
+    compute_dtype: str,
+    seed: int,
 ) -> VQVAE:
     """A freshly initialised model.
 

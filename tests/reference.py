@@ -1,8 +1,6 @@
 """The reference data beside the checkout, where there is any: see tests/test_golden.py."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -36,8 +34,3 @@ def state_dict(dataset: str, quantizer: str) -> dict[str, np.ndarray]:
     path = ROOT / "checkpoints" / "{}/{}.ckpt".format(*FILES[dataset, quantizer])
     file = torch.load(path, map_location="cpu", weights_only=True)
     return {name: tensor.numpy() for name, tensor in file["state_dict"].items()}
-
-
-def expected() -> Any:
-    """What the authors published, and what their weights give on the real FashionMNIST."""
-    return json.loads((ROOT / "expected.json").read_text())

@@ -49,6 +49,7 @@ BAD = [
     ("checkpoint_every_steps", 0),
     ("num_train_steps", -1),
     ("seed", -1),
+    ("seed", 2**32),
     ("learning_rate", -1e-3),
     ("learning_rate", math.nan),
     ("learning_rate", math.inf),
@@ -66,6 +67,8 @@ BAD = [
     ("model.image_shape", (8, 8, 1)),
     ("model.value_range", (1.0, 0.0)),
     ("model.value_range", (0.0,)),
+    ("model.value_range", (0.0, "b")),
+    ("model.value_range", (0.0, math.inf)),
     ("quantizer.codebook_size", 1),
     ("quantizer.codebook_size", -512),
     ("quantizer.commitment_cost", -0.25),
@@ -89,8 +92,28 @@ def test_lattice_options():
     for value in (math.nan, math.inf):
         with pytest.raises(UserError, match=r"config\.quantizer\.gamma"):
             configuration.validate(tiny.config("sparse_lattice", **{"quantizer.gamma": value}))
-    with pytest.raises(UserError, match=r"quantizer\.decay.*dense_lattice has only gamma, commit"):
+    with pytest.raises(UserError, match=r"decay.*dense_lattice takes name, gamma, commitment_cost"):
         configuration.validate(tiny.config("dense_lattice", **{"quantizer.decay": 0.9}))
+
+
+@pytest.mark.parametrize("ours", QUANTIZERS)
+@pytest.mark.parametrize("theirs", QUANTIZERS)
+def test_a_quantizer_is_not_turned_into_another_by_its_name(ours, theirs):
+    config = tiny.config(ours, **{"quantizer.name": theirs})
+    if ours == theirs:
+        configuration.validate(config)
+    else:
+        with pytest.raises(UserError, match=rf"the config argument \(configs/….py:{theirs}\)"):
+            configuration.validate(config)
+
+
+@pytest.mark.parametrize("field", ["seed", "model.latent_dim", "dataset.name", "quantizer.name"])
+def test_missing_fields_are_named(field):
+    config = tiny.config("vq")
+    *path, name = field.split(".")
+    del (config[path[0]] if path else config)[name]
+    with pytest.raises(UserError, match=f"the config lacks {field}"):
+        configuration.validate(config)
 
 
 def test_config_dicts_and_plain_dicts_are_alike():

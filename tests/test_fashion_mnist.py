@@ -1,6 +1,7 @@
 """Finding, verifying and reading FashionMNIST; tests on its content use the real files."""
 
 import gzip
+import socket
 import time
 
 import numpy as np
@@ -132,16 +133,20 @@ def test_an_empty_manual_dir_is_named(tmp_path):
         input_pipeline.load("fashion_mnist", manual_dir=str(tmp_path))
 
 
-def test_without_the_web_both_ways_out_are_named_in_time(tmp_path, monkeypatch):
+@pytest.mark.parametrize("host", ["refuses", "is silent", "has no name that is ever found"])
+def test_without_the_web_both_ways_out_are_named_in_time(host, tmp_path, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "_DEBIAN_DIR", epath.Path(tmp_path / "none"))
-    # A host that does not answer, on this machine: nothing listens on the discard port.
-    monkeypatch.setattr(
-        tfds.image_classification.FashionMNIST, "URL", "http://127.0.0.1:9/", raising=True
-    )
-    start = time.monotonic()
-    with pytest.raises(DataError, match=r"cannot be reached.*dataset\.manual_dir.*data_dir"):
-        input_pipeline.load("fashion_mnist", data_dir=str(tmp_path))
-    assert time.monotonic() - start < 20
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts, and never says a word
+        port = 9 if host == "refuses" else server.getsockname()[1]
+        monkeypatch.setattr(
+            tfds.image_classification.FashionMNIST, "URL", f"http://127.0.0.1:{port}/"
+        )
+        if host == "has no name that is ever found":
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30))
+        start = time.monotonic()
+        with pytest.raises(DataError, match=r"cannot be reached.*dataset\.manual_dir.*data_dir"):
+            input_pipeline.load("fashion_mnist", data_dir=str(tmp_path))
+        assert time.monotonic() - start < 15  # what is left of 20 s is for starting up
 
 
 def test_unknown_data_set():

@@ -61,7 +61,7 @@ class Recorder:
     def write_hparams(self, hparams):
         self.hparams = hparams
 
-    def flush(self):
+    def close(self):
         pass
 
 
@@ -191,7 +191,7 @@ def test_training_is_adam_on_the_sum_of_losses(tmp_path):
     data = tiny.dataset()
     state = train.train_and_evaluate(config, tmp_path, data)
 
-    model = train_state.create_model(config["model"], config["quantizer"], seed=3)
+    model = train_state.create_model(config["model"], config["quantizer"], "float32", 3)
     optimizer = optax.adam(1e-3)
     graphdef, params, _ = train_state.split(model)
     opt_state = optimizer.init(params)
@@ -213,7 +213,7 @@ def test_training_is_adam_on_the_sum_of_losses(tmp_path):
 
 
 def test_where_the_learning_rate_is_zero_only_statistics_move(tmp_path):
-    """vq_ema's later epochs: as a full train step with learning rate 0 would do."""
+    """vq_ema's later epochs: as the quantizer, tested on its own, moves on the same latents."""
     config = tiny.config(
         "vq_ema", schedule="first_epoch", num_train_steps=0, num_epochs=2, batch_size=32
     )
@@ -223,7 +223,7 @@ def test_where_the_learning_rate_is_zero_only_statistics_move(tmp_path):
     assert (int(first.step), int(both.step)) == (3, 6)
     assert_identical(first.params, both.params)
 
-    model = train_state.create_model(config["model"], config["quantizer"], seed=3)
+    model = train_state.create_model(config["model"], config["quantizer"], "float32", 3)
     graphdef, _, _ = train_state.split(model)
     model = nnx.merge(graphdef, first.params, first.statistics)
     batches = data.batches("train", order.training_batches(70, 32, seed=3, first_step=3))
@@ -248,13 +248,31 @@ def test_divergence_stops_the_run_and_leaves_the_last_checkpoint(tmp_path):
     checkpoint = tmp_path / "checkpoints" / "4"
     before = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
     worse = tiny.config("vq", num_train_steps=30, learning_rate=1e30)
-    with pytest.raises(DivergenceError, match=rf"at step [567].*checkpoint is {checkpoint}$"):
+    with pytest.raises(DivergenceError, match=rf"step [567].*checkpoint is {checkpoint}$"):
         train.train_and_evaluate(worse, tmp_path, tiny.dataset())
     assert newest(tmp_path / "checkpoints") == 4
     assert before == {path: path.read_bytes() for path in before}
     # What is left can be gone on with.
     state = train.train_and_evaluate(tiny.config("vq"), tmp_path, tiny.dataset())
     assert int(state.step) == 6
+
+
+def test_a_state_that_an_update_ruined_is_not_saved(tmp_path):
+    """The loss of step 1 is fine, from before its update; what would be saved after it is not."""
+    config = tiny.config("vq", learning_rate=1e30, checkpoint_every_steps=1, eval_every_steps=1)
+    with pytest.raises(DivergenceError, match=r"after step 1: stopped; no checkpoint was saved"):
+        train.train_and_evaluate(config, tmp_path, tiny.dataset())
+    assert newest(tmp_path / "checkpoints") == 0
+
+
+def test_a_damaged_newest_checkpoint_is_one_line(tmp_path):
+    train.train_and_evaluate(tiny.config("vq", num_train_steps=4), tmp_path, tiny.dataset())
+    for item in ("config", "state"):
+        for path in (tmp_path / "checkpoints" / "4" / item).rglob("*"):
+            if path.is_file():
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"^checkpoint .*/4 cannot be read [^\n]*: delete it to"):
+        train.train_and_evaluate(tiny.config("vq"), tmp_path, tiny.dataset())
 
 
 def test_divergence_before_any_checkpoint(tmp_path):
@@ -282,7 +300,7 @@ def test_another_runs_workdir_is_refused(override, message, finished_run):
 
 def test_another_quantizers_workdir_is_refused(finished_run):
     config = tiny.config("sparse_lattice")
-    with pytest.raises(UserError, match=r"holds a run with quantizer.*another directory"):
+    with pytest.raises(UserError, match=r"quantizer.name='vq', not 'sparse_lattice'"):
         train.train_and_evaluate(config, finished_run, tiny.dataset())
 
 
@@ -299,15 +317,18 @@ def finished_run(tmp_path_factory):
     return workdir
 
 
-def test_kept_are_the_newest_and_the_best_by_reconstruction_loss(tmp_path):
-    config, step = tiny.config("vq"), 0
-    model = train_state.create_model(config["model"], config["quantizer"])
+@pytest.mark.parametrize("restarts", [False, True])
+def test_kept_are_the_newest_and_the_best_by_reconstruction_loss(restarts, tmp_path):
+    config = tiny.config("vq")
+    model = train_state.create_model(config["model"], config["quantizer"], "float32", 3)
     _, state = train_state.create_train_state(model, optax.adam(1e-3))
     losses = [0.9, 0.1, 0.5, 0.2, None, 0.8, 0.7, None]
-    with checkpointing.open_manager(tmp_path, keep_checkpoints=3) as manager:
-        for step, loss in enumerate(losses, start=1):
-            metrics = None if loss is None else {"reconstruction_loss": loss, "loss": -loss}
-            checkpointing.save(manager, step, state, config, metrics)
+    steps = list(enumerate(losses, start=1))
+    for part in (steps[:5], steps[5:]) if restarts else (steps,):
+        with checkpointing.open_manager(tmp_path, keep_checkpoints=3) as manager:
+            for step, loss in part:
+                metrics = None if loss is None else {"reconstruction_loss": loss, "loss": -loss}
+                checkpointing.save(manager, step, state, config, metrics)
     kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert kept == [2, 4, 6, 7, 8]
 
@@ -321,7 +342,10 @@ def test_what_a_run_writes(tmp_path):
     for quantizer, own in parts.items():
         writer = Recorder()
         train.train_and_evaluate(
-            tiny.config(quantizer), tmp_path / quantizer, tiny.dataset(), writer=writer
+            tiny.config(quantizer),
+            tmp_path / quantizer,
+            tiny.dataset(),
+            make_writer=lambda writer=writer: writer,
         )
         common = own | {"loss", "reconstruction_loss", "quantizer_loss"}
         common |= {"perplexity", "distinct_codes"}

@@ -17,6 +17,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+CODEBOOK_SIZE = 512
 COMMITMENT_COST = 0.25
 
 Losses = dict[str, Float[Array, ""]]

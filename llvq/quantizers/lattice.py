@@ -10,7 +10,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from llvq.quantizers.base import COMMITMENT_COST, Losses, Quantizer
+from llvq.quantizers.base import CODEBOOK_SIZE, COMMITMENT_COST, Losses, Quantizer
 
 # Below this a basis entry counts as ±SMALLEST_BASIS, so that nothing divides by zero.
 SMALLEST_BASIS = 1e-7
@@ -36,7 +36,7 @@ class LatticeQuantizer(Quantizer):
         self,
         latent_dim: int,
         *,
-        codebook_size: int = 512,
+        codebook_size: int = CODEBOOK_SIZE,
         gamma: float = 1.0,
         commitment_cost: float = COMMITMENT_COST,
         param_dtype: DTypeLike = jnp.float32,

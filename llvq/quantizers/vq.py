@@ -6,7 +6,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from llvq.quantizers.base import COMMITMENT_COST, Losses, Quantizer
+from llvq.quantizers.base import CODEBOOK_SIZE, COMMITMENT_COST, Losses, Quantizer
 
 
 def nearest(
@@ -33,7 +33,7 @@ class VectorQuantizer(Quantizer):
         self,
         latent_dim: int,
         *,
-        codebook_size: int = 512,
+        codebook_size: int = CODEBOOK_SIZE,
         commitment_cost: float = COMMITMENT_COST,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,

@@ -6,7 +6,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from llvq.quantizers.base import COMMITMENT_COST, Losses, Quantizer
+from llvq.quantizers.base import CODEBOOK_SIZE, COMMITMENT_COST, Losses, Quantizer
 from llvq.quantizers.vq import nearest
 
 
@@ -20,7 +20,7 @@ class EMAVectorQuantizer(Quantizer):
         self,
         latent_dim: int,
         *,
-        codebook_size: int = 512,
+        codebook_size: int = CODEBOOK_SIZE,
         commitment_cost: float = COMMITMENT_COST,
         decay: float = 0.99,
         epsilon: float = 1e-5,
