@@ -189,7 +189,7 @@ class _Hub:
             raise DataError(f"{self._where} cannot be read ({reason:.300}): {_WAYS_OUT}") from error
 
     def read(self, split: str, positions: range) -> Iterator[tuple[str, bytes]]:
-        """The images of one tar, which is deleted behind the last."""
+        """The images of one tar, which is deleted when they have been read or something is wrong."""
         indices = self._indices[split][positions.start : positions.stop]
         path = self._fetch(self._tars[indices.start])
         try:
@@ -201,7 +201,8 @@ class _Hub:
                     yield f"{members[index].name} of {path.name}", file.read()
         except (OSError, tarfile.TarError) as error:
             raise DataError(f"{path} cannot be read ({error}): {_WAYS_OUT}") from error
-        path.unlink()
+        finally:
+            path.unlink()
 
     def _fetch(self, tar: Any) -> epath.Path:
         path = epath.Path(

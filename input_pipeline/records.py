@@ -1,6 +1,7 @@
 """Encoded images in the ArrayRecord shards of a directory that TFDS describes, read by index."""
 
 import bisect
+import contextlib
 import itertools
 from collections.abc import Sequence
 from concurrent import futures
@@ -87,7 +88,7 @@ def _count_records(shard: epath.Path) -> int | None:
     if not shard.exists():
         return None
     reader = array_record_module.ArrayRecordReader(str(shard), options="readahead_buffer_size:0")
-    try:
-        return reader.num_records()
-    finally:
+    num_records = reader.num_records()
+    with contextlib.suppress(RuntimeError):  # what closing a damaged shard raises
         reader.close()
+    return num_records
