@@ -189,7 +189,7 @@ class _Hub:
             raise DataError(f"{self._where} cannot be read ({reason:.300}): {_WAYS_OUT}") from error
 
     def read(self, split: str, positions: range) -> Iterator[tuple[str, bytes]]:
-        """The images of one tar, which is deleted when they have been read or something is wrong."""
+        """The images of one tar, which is deleted behind the last, or when something is wrong."""
         indices = self._indices[split][positions.start : positions.stop]
         path = self._fetch(self._tars[indices.start])
         try:

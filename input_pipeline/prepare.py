@@ -191,7 +191,7 @@ def _announce(directory: epath.Path, num_images: int, num_bytes: int, seconds: f
             )
         free = f" ({free_bytes / 1e9:.1f} GB free)"
     logging.info(
-        "Preparing %s: %s images, %.1f GB of disk%s, about %.0f minutes besides any download; "
+        "Preparing %s: %s images, %.1f GB of disk%s, about %.0f min besides any download; "
         "may be interrupted, the same command goes on",
         directory,
         f"{num_images:,}",

@@ -108,7 +108,7 @@ def test_disk_and_time_are_stated_before_it_starts(tmp_path, caplog, monkeypatch
     with caplog.at_level("INFO", logger="absl"):
         run(tmp_path, late_read, num_bytes=3_000_000_000, scratch_bytes=1_000_000_000)
     assert f"Preparing {tmp_path}: 13 images, 4.0 GB of disk (" in said[0]
-    assert "about 6 minutes" in said[0]  # 13 images of a minute each on 2 cores, rounded to even
+    assert "about 6 min" in said[0]  # 13 images of a minute each on 2 cores, rounded to even
 
 
 def test_too_small_a_disk_is_one_line_at_once(tmp_path):
