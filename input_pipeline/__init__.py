@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 
-from input_pipeline import fashion_mnist
+from input_pipeline import celeba, fashion_mnist, ffhq1024
 from input_pipeline.errors import DataError
 from input_pipeline.pipeline import Pipeline
 
-DATASETS: dict[str, Callable[[str, str], Pipeline]] = {"fashion_mnist": fashion_mnist.load}
+DATASETS: dict[str, Callable[[str, str], Pipeline]] = {
+    "fashion_mnist": fashion_mnist.load,
+    "celeba": celeba.load,
+    "ffhq1024": ffhq1024.load,
+}
 
 
 def load(name: str, data_dir: str = "", manual_dir: str = "") -> Pipeline:

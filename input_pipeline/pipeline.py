@@ -2,12 +2,15 @@
 
 import collections
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import tensorflow as tf
 from jaxtyping import Bool, Int, UInt8
+
+from input_pipeline.errors import DataError
 
 _BATCHES_AHEAD = 2  # of up to 100 MB each
 
@@ -25,6 +28,15 @@ class Source(Protocol):
         ...
 
 
+@runtime_checkable
+class Located(Protocol):
+    """A source that knows where its images lie."""
+
+    def where(self, index: int) -> str:
+        """Of one image: its file and its place in it."""
+        ...
+
+
 class Batch(Protocol):
     """Which images to read, and which of them to mirror."""
 
@@ -36,6 +48,11 @@ class Batch(Protocol):
 
 
 BatchT = TypeVar("BatchT", bound=Batch)
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, without the names of TensorFlow's operations."""
+    return " ".join(re.sub(r"{{.*?}}|\[Op:.*", "", str(error)).split())[:200]
 
 
 class Pipeline:
@@ -75,6 +92,9 @@ class Pipeline:
         Args:
           split: a key of `num_images`.
           index_batches: may be endless; read a few batches ahead. All of one size.
+
+        Raises:
+          DataError: if an image is damaged.
         """
         source = self._sources[split]
         under_way: collections.deque[BatchT] = collections.deque()
@@ -109,5 +129,28 @@ class Pipeline:
             )
         else:
             dataset = dataset.unbatch().map(finish, **parallel).batch(len(first.index))
-        for images in dataset.prefetch(_BATCHES_AHEAD).as_numpy_iterator():
+        batches = dataset.prefetch(_BATCHES_AHEAD).as_numpy_iterator()
+        while True:
+            try:
+                images = next(batches, None)
+            except tf.errors.OpError as error:
+                raise self._explain(split, under_way[0].index, error) from error
+            if images is None:
+                return
             yield under_way.popleft(), images
+
+    def _explain(self, split: str, batch: Int[np.ndarray, "n"], error: Exception) -> DataError:
+        """Finds the damaged image of a batch, one by one, for an error that names it."""
+        source = self._sources[split]
+        for index in batch:
+            try:
+                (image,) = source[np.array([index])]
+                if self._decode is not None:
+                    tf.ensure_shape(self._decode(image), self.image_shape)
+            except Exception as cause:  # whatever the source and TensorFlow raise
+                message = f"image {index} of split {split!r} cannot be read: {_one_line(cause)}"
+                if isinstance(source, Located):
+                    message = f"{source.where(index)}: {message}; delete dataset_info.json beside "
+                    message += "it to have what is damaged prepared again"
+                return DataError(message)
+        return DataError(f"images of split {split!r} cannot be read: {_one_line(error)}")

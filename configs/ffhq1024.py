@@ -1,0 +1,19 @@
+"""FFHQ-1024."""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """See configs/default.py for the argument and the fields."""
+    config = default.get_config(argument)
+    config.dataset.name = "ffhq1024"
+    config.batch_size = 32
+    config.model.image_shape = (1024, 1024, 3)
+    config.model.value_range = (0.0, 1.0)
+    config.model.hidden_dims = (16, 32)
+    config.log_every_steps = 25
+    config.eval_every_steps = 625  # a third of an epoch: the validation split is large
+    config.checkpoint_every_steps = 125  # images take long here; little is to be lost
+    return config

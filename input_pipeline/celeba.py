@@ -1,0 +1,222 @@
+"""CelebA (Liu et al. 2015): 202,599 aligned faces of 218×178, of which the centre is used.
+
+Wherever the images come from, those of a split are in the order of their file names. On disk they
+are in TFDS's order (by a hash of the file name), in its own directories and in ours alike.
+"""
+
+import functools
+import itertools
+import urllib.request
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from absl import logging
+from etils import epath
+from tensorflow_datasets.core import hashing
+
+from input_pipeline import image_files, prepare, records
+from input_pipeline.errors import DataError
+from input_pipeline.image_files import ImageFiles
+from input_pipeline.pipeline import Pipeline
+from input_pipeline.records import RecordSource
+
+IMAGE_SHAPE = (148, 148, 3)
+STORED_SHAPE = (218, 178, 3)
+NUM_IMAGES = {"train": 162_770, "validation": 19_867, "test": 19_962}  # in the order of file names
+
+_TOP, _LEFT = 35, 15
+_IMAGES = "img_align_celeba"
+_PARTITION = "list_eval_partition.txt"
+_IMAGES_PER_SHARD = 5_000
+_SECONDS_PER_IMAGE = 0.002
+_PROBE_URL = "https://drive.google.com"
+_CONNECT_SECONDS = 8.0
+_FETCH = (
+    f"fetch {_IMAGES}.zip and {_PARTITION} from http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html "
+    "by hand, put both into one directory and name it with --config.dataset.manual_dir"
+)
+
+
+def load(
+    data_dir: str = "", manual_dir: str = "", *, num_images: Mapping[str, int] = NUM_IMAGES
+) -> Pipeline:
+    """CelebA from wherever it is: prepared, TFDS's `celeb_a`, official files, TFDS's download.
+
+    What is not in ArrayRecord yet is written so, once, into DATA_DIR/celeba.
+
+    Args:
+      data_dir: of TFDS; its default if empty.
+      manual_dir: where img_align_celeba.zip (or the folder img_align_celeba) and
+        list_eval_partition.txt lie. If empty: DATA_DIR/downloads/manual/celeba.
+      num_images: in each split.
+
+    Raises:
+      DataError: if the data is nowhere to be had, or what is there is not CelebA.
+    """
+    root = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    sources = _open(root, manual_dir, num_images)
+    return Pipeline(sources, IMAGE_SHAPE, flip=True, decode=_decode)
+
+
+def _decode(example: tf.Tensor) -> tf.Tensor:
+    """The centre of an image; integer-accurate as Pillow decodes, where TensorFlow would hurry."""
+    crop = (_TOP, _LEFT, *IMAGE_SHAPE[:2])
+    return tf.io.decode_and_crop_jpeg(
+        records.image_bytes(example), crop, channels=3, dct_method="INTEGER_ACCURATE"
+    )
+
+
+def _decode_whole(encoded: bytes) -> tf.Tensor:
+    """All of an image, with the channels it has; nothing but JPEG passes."""
+    height, width, _ = tf.io.extract_jpeg_shape(encoded)
+    return tf.io.decode_and_crop_jpeg(encoded, (0, 0, height, width))
+
+
+def _open(
+    root: epath.Path, manual_dir: str, num_images: Mapping[str, int]
+) -> dict[str, RecordSource]:
+    stored = _stored_names(num_images)
+    order = {split: np.argsort(names) for split, names in stored.items()}
+    directory = root / "celeba" / prepare.VERSION
+    if prepare.is_prepared(directory):
+        return prepare.open_prepared(directory, num_images, order)
+
+    builder = tfds.builder("celeb_a", data_dir=root, try_gcs=False)
+    files = None
+    if not builder.is_prepared():
+        files = _find_files(root, manual_dir, num_images)
+        builder = builder if files else _download(root)
+    if files:
+        read = functools.partial(_read_files, files, stored)
+        num_bytes = files.num_bytes(itertools.chain(*stored.values()))
+    elif builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+        return {
+            split: RecordSource(builder, split, count, order[split])
+            for split, count in num_images.items()
+        }
+    else:
+        logging.info("Converting %s from TFRecord to ArrayRecord, once", builder.data_path)
+        read = functools.partial(_read_tfds, builder, stored)
+        num_bytes = builder.info.dataset_size
+    prepare.prepare(
+        directory,
+        "celeba",
+        num_images,
+        read,
+        _decode_whole,
+        image_shape=STORED_SHAPE,
+        images_per_shard=_IMAGES_PER_SHARD,
+        num_bytes=num_bytes,
+        seconds_per_image=_SECONDS_PER_IMAGE,
+    )
+    return prepare.open_prepared(directory, num_images, order)
+
+
+def _file_names(num_images: Mapping[str, int]) -> dict[str, list[str]]:
+    """The official file names of each split: numbered through, one split after the other."""
+    numbers = itertools.count(1)
+    return {
+        split: [f"{number:06d}.jpg" for number in itertools.islice(numbers, count)]
+        for split, count in num_images.items()
+    }
+
+
+def _stored_names(num_images: Mapping[str, int]) -> dict[str, list[str]]:
+    """The file names of each split in the order in which TFDS stores the images."""
+    return {
+        split: sorted(names, key=hashing.Hasher(split).hash_key)
+        for split, names in _file_names(num_images).items()
+    }
+
+
+def _find_files(
+    root: epath.Path, manual_dir: str, num_images: Mapping[str, int]
+) -> ImageFiles | None:
+    directory = epath.Path(manual_dir or root / "downloads/manual/celeba").expanduser()
+    files = image_files.find(directory, _IMAGES)
+    if files:
+        _check_partition(directory / _PARTITION, num_images)
+    elif manual_dir:
+        raise DataError(
+            f"--config.dataset.manual_dir={manual_dir}: found neither {_IMAGES}.zip nor a folder "
+            f"{_IMAGES} in it"
+        )
+    return files
+
+
+def _check_partition(path: epath.Path, num_images: Mapping[str, int]) -> None:
+    """The official list names every file once, numbered through, with the number of its split."""
+    expected = [
+        f"{name} {number}"
+        for number, names in enumerate(_file_names(num_images).values())
+        for name in names
+    ]
+    try:
+        found = [" ".join(line.split()) for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}): {_FETCH}") from error
+    for i, (want, have) in enumerate(itertools.zip_longest(expected, found), start=1):
+        if want != have:
+            raise DataError(
+                f"{path}, line {i}: expected {want or 'no more lines'}, found "
+                f"{have or 'nothing'}; it is not the official list: {_FETCH}"
+            )
+
+
+def _read_files(
+    files: ImageFiles, stored: Mapping[str, list[str]], split: str, positions: range
+) -> Iterator[tuple[str, bytes]]:
+    for position in positions:
+        yield files.read(stored[split][position])
+
+
+def _read_tfds(
+    builder: tfds.core.DatasetBuilder,
+    stored: Mapping[str, list[str]],
+    split: str,
+    positions: range,
+) -> Iterator[tuple[str, bytes]]:
+    """Images of a TFRecord directory, in the order in which they are stored."""
+    names = stored[split][positions.start : positions.stop]
+    dataset = builder.as_dataset(
+        split=f"{split}[{positions.start}:{positions.stop}]",
+        shuffle_files=False,
+        read_config=tfds.ReadConfig(interleave_cycle_length=1),  # else shards are read mixed
+        decoders=tfds.decode.PartialDecoding(
+            {"image": True}, decoders={"image": tfds.decode.SkipDecoding()}
+        ),
+    )
+    num_read = 0
+    try:
+        for name, example in zip(names, dataset.as_numpy_iterator(), strict=False):
+            yield f"{name} in {builder.data_path}", example["image"]
+            num_read += 1
+    except tf.errors.OpError as error:
+        raise DataError(
+            f"{builder.data_path}, {split} record {positions.start + num_read} or its file cannot "
+            "be read: prepare celeb_a again with TFDS"
+        ) from error
+    if num_read != len(names):
+        raise DataError(
+            f"{builder.data_path} lacks {split} records from {positions.start + num_read} on: "
+            "prepare celeb_a again with TFDS"
+        )
+
+
+def _download(root: epath.Path) -> tfds.core.DatasetBuilder:
+    """TFDS's own download, not begun without the web: TFDS would retry for minutes."""
+    builder = tfds.builder(
+        "celeb_a", data_dir=root, file_format=tfds.core.FileFormat.ARRAY_RECORD, try_gcs=False
+    )
+    try:
+        urllib.request.urlopen(_PROBE_URL, timeout=_CONNECT_SECONDS).close()
+        builder.download_and_prepare()
+    except Exception as error:  # TFDS's own, its HTTP library's, and those of its parsers
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"CelebA is not in {root} and cannot be downloaded from Google Drive, which limits how "
+            f"often ({reason:.200}): {_FETCH}"
+        ) from error
+    return builder

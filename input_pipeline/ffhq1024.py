@@ -1,0 +1,241 @@
+"""FFHQ (Karras et al. 2019, arXiv 1812.04948): 70,000 faces of 1024×1024.
+
+The first 60,000 are the training split, the last 10,000 the validation split, as published. They
+stay as encoded as they come, PNG or lossless WebP: the pixels are the same.
+"""
+
+import functools
+import itertools
+import pathlib
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import huggingface_hub
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from etils import epath
+
+from input_pipeline import image_files, prepare, records
+from input_pipeline.errors import DataError
+from input_pipeline.image_files import ImageFiles
+from input_pipeline.pipeline import Pipeline
+
+IMAGE_SHAPE = (1024, 1024, 3)
+NUM_IMAGES = {"train": 60_000, "validation": 10_000}  # in the order of their indices
+IMAGES_PER_GROUP = 1_000  # in every folder of the official release and every tar of the hub
+
+_FOLDER = "images1024x1024"
+_HUB_DATASET = "gaunernst/ffhq-1024-wds"
+_HUB_REVISION = "d74f1f1f59e3bbe975bee29872b9bef827314577"
+_HUB_SECONDS = 8.0  # for a first answer
+_SECONDS_PER_IMAGE = 0.04
+_WAYS_OUT = (
+    f"set HF_ENDPOINT to a mirror of the hub, or name the directory that holds the official "
+    f"{_FOLDER} (folder or .zip) with --config.dataset.manual_dir"
+)
+
+
+def load(
+    data_dir: str = "",
+    manual_dir: str = "",
+    *,
+    num_images: Mapping[str, int] = NUM_IMAGES,
+    images_per_group: int = IMAGES_PER_GROUP,
+    image_shape: tuple[int, int, int] = IMAGE_SHAPE,
+) -> Pipeline:
+    """FFHQ-1024: prepared, from the official release, or from the Hugging Face hub.
+
+    What is not prepared yet is written, once, into DATA_DIR/ffhq1024.
+
+    Args:
+      data_dir: of TFDS; its default if empty.
+      manual_dir: where the official folder images1024x1024 lies, or images1024x1024.zip. If empty:
+        DATA_DIR/downloads/manual/ffhq1024, then the hub.
+      num_images: in each split.
+      images_per_group: in every folder of the release, tar of the hub and shard.
+      image_shape: of every image, (height, width, channels).
+
+    Raises:
+      DataError: if the data is nowhere to be had, or what is there is not FFHQ-1024.
+    """
+    root = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    directory = root / "ffhq1024" / prepare.VERSION
+    if not prepare.is_prepared(directory):
+        indices = _indices(num_images)
+        scratch = _scratch(directory)
+        files = _find_files(root, manual_dir)
+        if files:
+            read: prepare.ReadImages = functools.partial(
+                _read_release, files, indices, images_per_group
+            )
+            paths = (_path(i, images_per_group) for i in itertools.chain(*indices.values()))
+            num_bytes, scratch_bytes = files.num_bytes(paths), 0
+        else:
+            hub = _Hub(scratch, indices, images_per_group)
+            read, num_bytes, scratch_bytes = hub.read, hub.num_bytes, hub.largest_tar
+        prepare.prepare(
+            directory,
+            "ffhq1024",
+            num_images,
+            read,
+            _decode_image,
+            image_shape=image_shape,
+            images_per_shard=images_per_group,
+            num_bytes=num_bytes,
+            seconds_per_image=_SECONDS_PER_IMAGE,
+            scratch_bytes=scratch_bytes,
+        )
+        shutil.rmtree(scratch, ignore_errors=True)  # the hub's client leaves its notes there
+    sources = prepare.open_prepared(directory, num_images)
+    return Pipeline(sources, image_shape, flip=True, decode=_decode)
+
+
+def _decode(example: tf.Tensor) -> tf.Tensor:
+    return _decode_image(records.image_bytes(example))
+
+
+def _decode_image(encoded: tf.Tensor | bytes) -> tf.Tensor:
+    """PNG or WebP, with the channels it has."""
+    return tf.io.decode_image(encoded, expand_animations=False)
+
+
+def _scratch(directory: epath.Path) -> epath.Path:
+    """Where a tar is kept while it is converted: the hub's client writes to local disks only."""
+    if prepare.is_local(directory):
+        return directory / "download"
+    return epath.Path(tempfile.gettempdir()) / "ffhq1024-download"
+
+
+def _indices(num_images: Mapping[str, int]) -> dict[str, range]:
+    """The official indices of each split's images."""
+    ends = itertools.accumulate(num_images.values())
+    return {
+        split: range(end - count, end)
+        for (split, count), end in zip(num_images.items(), ends, strict=True)
+    }
+
+
+def _find_files(root: epath.Path, manual_dir: str) -> ImageFiles | None:
+    directory = epath.Path(manual_dir or root / "downloads/manual/ffhq1024").expanduser()
+    files = image_files.find(directory, _FOLDER)
+    if manual_dir and not files:
+        raise DataError(
+            f"--config.dataset.manual_dir={manual_dir}: found neither a folder {_FOLDER} nor "
+            f"{_FOLDER}.zip in it"
+        )
+    return files
+
+
+def _path(index: int, images_per_group: int) -> str:
+    """Of an image in the official release."""
+    return f"{index - index % images_per_group:05d}/{index:05d}.png"
+
+
+def _read_release(
+    files: ImageFiles,
+    indices: Mapping[str, range],
+    images_per_group: int,
+    split: str,
+    positions: range,
+) -> Iterator[tuple[str, bytes]]:
+    for index in indices[split][positions.start : positions.stop]:
+        yield files.read(_path(index, images_per_group))
+
+
+class _Hub:
+    """The tars of the data set on the hub, fetched one at a time."""
+
+    def __init__(self, scratch: epath.Path, indices: Mapping[str, range], per_tar: int) -> None:
+        """Args:
+        scratch: a local directory for the tar at hand.
+        indices: of each split's images.
+        per_tar: how many images a tar holds.
+
+        Raises:
+          DataError: if the hub cannot be reached, or lacks a tar.
+        """
+        self._scratch = scratch
+        self._indices = indices
+        self._per_tar = per_tar
+        self._api = huggingface_hub.HfApi()
+        info = self._ask(
+            self._api.dataset_info,
+            _HUB_DATASET,
+            revision=_HUB_REVISION,
+            timeout=_HUB_SECONDS,
+            files_metadata=True,
+        )
+        files = {file.rfilename: file for file in info.siblings}
+        try:
+            starts = range(0, sum(map(len, indices.values())), per_tar)
+            self._tars = {start: files[f"{start:05d}.tar"] for start in starts}
+        except KeyError as error:
+            raise DataError(f"{self._where} lacks {error.args[0]}: {_WAYS_OUT}") from error
+        sizes = [tar.size for tar in self._tars.values()]
+        self.num_bytes, self.largest_tar = sum(sizes), max(sizes)
+
+    @property
+    def _where(self) -> str:
+        return f"{self._api.endpoint}/datasets/{_HUB_DATASET} at revision {_HUB_REVISION}"
+
+    def _ask(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        try:
+            return call(*arguments, **options)
+        except Exception as error:  # the client's own, its HTTP library's, and those of the system
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"{self._where} cannot be read ({reason:.300}): {_WAYS_OUT}") from error
+
+    def read(self, split: str, positions: range) -> Iterator[tuple[str, bytes]]:
+        """The images of one tar, which is deleted behind the last, or when something is wrong."""
+        indices = self._indices[split][positions.start : positions.stop]
+        path = self._fetch(self._tars[indices.start])
+        try:
+            with tarfile.open(path) as tar:
+                members = _members(tar, path, indices)
+                for index in indices:
+                    file = tar.extractfile(members[index])
+                    assert file is not None  # a regular file: see _members
+                    yield f"{members[index].name} of {path.name}", file.read()
+        except (OSError, tarfile.TarError) as error:
+            raise DataError(f"{path} cannot be read ({error}): {_WAYS_OUT}") from error
+        finally:
+            path.unlink()
+
+    def _fetch(self, tar: Any) -> epath.Path:
+        path = epath.Path(
+            self._ask(
+                self._api.hf_hub_download,
+                _HUB_DATASET,
+                tar.rfilename,
+                repo_type="dataset",
+                revision=_HUB_REVISION,
+                local_dir=self._scratch,
+                etag_timeout=_HUB_SECONDS,
+            )
+        )
+        # Lossless WebP has no checksum of its own.
+        if prepare.sha256(path) != tar.lfs.sha256:
+            path.unlink()
+            raise DataError(f"{path} was damaged on its way: the same command fetches it again")
+        return path
+
+
+def _members(tar: tarfile.TarFile, path: epath.Path, indices: range) -> dict[int, tarfile.TarInfo]:
+    """A tar's images by index: exactly these, each once."""
+    members: dict[int, tarfile.TarInfo] = {}
+    for member in tar:
+        stem, _, suffix = pathlib.PurePosixPath(member.name).name.partition(".")
+        if not member.isfile() or suffix != "webp":
+            continue
+        index = int(stem) if stem.isdecimal() else -1
+        if index in members or index not in indices:
+            what = "twice" if index in members else f"outside {indices[0]:05d} … {indices[-1]:05d}"
+            raise DataError(f"{path.name} of {_HUB_DATASET} has {member.name} {what}: {_WAYS_OUT}")
+        members[index] = member
+    for index in indices:
+        if index not in members:
+            raise DataError(f"{path.name} of {_HUB_DATASET} lacks {index:05d}.webp: {_WAYS_OUT}")
+    return members

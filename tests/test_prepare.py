@@ -1,0 +1,276 @@
+"""Writing, resuming and reading a directory of checked ArrayRecord shards."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorflow", reason="the input pipeline needs TensorFlow")
+
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from absl import logging
+from etils import epath
+
+from input_pipeline import DataError, prepare, records
+from input_pipeline.pipeline import Pipeline
+from llvq import order
+from tests import image_data
+
+SHAPE = (6, 5, 3)
+NUM_IMAGES = {"train": 10, "validation": 3}
+FIRST = {"train": 0, "validation": 10}
+
+
+def image(number):
+    return image_data.picture(number, *SHAPE[:2])
+
+
+def read(split, positions):
+    for position in positions:
+        number = FIRST[split] + position
+        yield f"{number}.png", image_data.encode(image(number), "PNG")
+
+
+def decode(encoded):
+    return tf.io.decode_image(encoded, expand_animations=False)
+
+
+def run(directory, read=read, **changes):
+    arguments = {
+        "image_shape": SHAPE,
+        "images_per_shard": 4,
+        "num_bytes": 2000,
+        "seconds_per_image": 60.0,
+        **changes,
+    }
+    directory = epath.Path(directory)
+    prepare.prepare(directory, "small", NUM_IMAGES, read, decode, **arguments)
+    return prepare.open_prepared(directory, NUM_IMAGES)
+
+
+def pipeline(sources, **changes):
+    return Pipeline(
+        sources,
+        SHAPE,
+        **{"flip": True, "decode": lambda example: decode(records.image_bytes(example)), **changes},
+    )
+
+
+def assert_complete(sources):
+    data = pipeline(sources)
+    for split, count in NUM_IMAGES.items():
+        desired = [np.asarray(image(FIRST[split] + i)) for i in range(count)]
+        np.testing.assert_array_equal(image_data.read_images(data, split), desired)
+
+
+def shards(directory):
+    return sorted(path for path in directory.iterdir() if "array_record" in path.name)
+
+
+def test_records_are_what_was_read_and_tfds_reads_them(tmp_path):
+    assert_complete(run(tmp_path))
+    assert [path.name for path in shards(tmp_path)] == [
+        *(f"small-train.array_record-0000{i}-of-00003" for i in range(3)),
+        "small-validation.array_record-00000-of-00001",
+    ]
+    builder = tfds.builder_from_directory(tmp_path)
+    assert str(builder.info.full_name) == "small/1.0.0"
+    assert {s: i.num_examples for s, i in builder.info.splits.items()} == NUM_IMAGES
+    example = builder.as_data_source("validation")[1]
+    np.testing.assert_array_equal(example["image"], np.asarray(image(11)))
+    assert example["name"] == b"11.png"
+
+
+def test_every_shard_has_its_checksum(tmp_path):
+    run(tmp_path)
+    checksums = json.loads((tmp_path / "checksums.json").read_text())
+    assert {path.name for path in shards(tmp_path)} == set(checksums)
+    for path in shards(tmp_path):
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == checksums[path.name]["sha256"]
+
+
+def test_disk_and_time_are_stated_before_it_starts(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    said = []
+
+    def late_read(split, positions):
+        said.append(caplog.text)
+        return read(split, positions)
+
+    logging.set_verbosity(logging.INFO)
+    with caplog.at_level("INFO", logger="absl"):
+        run(tmp_path, late_read, num_bytes=3_000_000_000, scratch_bytes=1_000_000_000)
+    assert f"Preparing {tmp_path}: 13 images, 4.0 GB of disk (" in said[0]
+    assert "about 6 min" in said[0]  # 13 images of a minute each on 2 cores, rounded to even
+
+
+def test_too_small_a_disk_is_one_line_at_once(tmp_path):
+    with pytest.raises(
+        DataError, match=r"needs 1000000\.0 GB of disk, of which .* are free.*data_"
+    ):
+        run(tmp_path, num_bytes=10**15)
+    assert not shards(tmp_path)
+
+
+def test_an_unwritable_directory_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match=r"^[^\n]*file/x cannot be written [^\n]*data_dir$"):
+        run(tmp_path / "file/x")
+
+
+CHILD = """
+import os, signal, sys
+os.environ["NO_GCE_CHECK"] = "true"
+from tests import test_prepare
+
+def read(split, positions):
+    for position, image in zip(positions, test_prepare.read(split, positions)):
+        if (split, position) == ("train", 6):  # in the middle of the second shard
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield image
+
+test_prepare.run(sys.argv[1], read)
+"""
+
+
+def test_after_a_kill_finished_shards_stay_and_the_rest_is_written(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not prepare.is_prepared(epath.Path(tmp_path))
+    first = tmp_path / "small-train.array_record-00000-of-00003"
+    before = first.stat()
+    asked = []
+
+    def counting(split, positions):
+        asked.append((split, positions.start))
+        return read(split, positions)
+
+    assert_complete(run(tmp_path, counting))
+    assert asked == [("train", 4), ("train", 8), ("validation", 0)]
+    after = first.stat()
+    assert (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_processes_at_once_prepare_once(tmp_path):
+    """The second waits for the first and finds everything done."""
+    child = CHILD.replace("os.kill(os.getpid(), signal.SIGKILL)", "import time; time.sleep(1.5)")
+    with subprocess.Popen([sys.executable, "-c", child, str(tmp_path)]) as process:
+        while not (tmp_path / "checksums.json").exists():
+            time.sleep(0.05)
+            assert process.poll() is None
+
+        def never(split, positions):
+            pytest.fail("read although another process prepares")
+
+        assert_complete(run(tmp_path, never))
+        assert process.wait() == 0
+
+
+@pytest.mark.parametrize("lost", ["dataset_info.json", "features.json"])
+def test_without_metadata_it_is_not_used_but_completed(lost, tmp_path):
+    run(tmp_path)
+    (tmp_path / lost).unlink()
+    assert not prepare.is_prepared(epath.Path(tmp_path))
+    assert_complete(run(tmp_path, lambda split, positions: pytest.fail("nothing is missing")))
+
+
+def test_a_torn_metadata_file_is_one_line(tmp_path):
+    run(tmp_path)
+    (tmp_path / "dataset_info.json").write_text("")
+    with pytest.raises(DataError, match=r"dataset_info\.json cannot be read: delete it"):
+        prepare.open_prepared(epath.Path(tmp_path), NUM_IMAGES)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "of another split"])
+def test_a_missing_or_incomplete_shard_is_named_and_can_be_rebuilt(damage, tmp_path):
+    run(tmp_path)
+    shard = tmp_path / "small-train.array_record-00001-of-00003"
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:70_000])
+    elif damage == "empty":
+        shard.write_bytes(b"")
+    else:
+        shard.write_bytes((tmp_path / "small-validation.array_record-00000-of-00001").read_bytes())
+    with pytest.raises(DataError, match=rf"^{shard} (is missing|has [03] records, not 4): [^\n]*$"):
+        prepare.open_prepared(epath.Path(tmp_path), NUM_IMAGES)
+    (tmp_path / "dataset_info.json").unlink()  # as the message says
+    assert_complete(run(tmp_path))
+
+
+def test_another_number_of_images_is_refused(tmp_path):
+    run(tmp_path)
+    with pytest.raises(DataError, match=r"has 3 images in split 'validation', not 4"):
+        prepare.open_prepared(epath.Path(tmp_path), {"train": 10, "validation": 4})
+
+
+DAMAGED = {
+    "truncated": (image_data.encode(image(5), "PNG")[:-20], "damaged"),
+    "empty": (b"", "damaged"),
+    "not an image": (b"<html>404</html>", "damaged"),
+    "wrong size": (image_data.encode(image_data.picture(5, 5, 6), "PNG"), r"\(5, 6, 3\)"),
+    "greyscale": (image_data.encode(image(5).convert("L"), "PNG"), r"\(6, 5, 1\)"),
+    "with alpha": (image_data.encode(image(5).convert("RGBA"), "PNG"), r"\(6, 5, 4\)"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_wrong_image_is_named_and_what_was_finished_stays(kind, tmp_path):
+    encoded, words = DAMAGED[kind]
+
+    def with_damage(split, positions):
+        for name, content in read(split, positions):
+            yield name, encoded if name == "5.png" else content
+
+    with pytest.raises(DataError, match=rf"^5\.png [^\n]*{words}[^\n]*$"):
+        run(tmp_path, with_damage)
+    assert not prepare.is_prepared(epath.Path(tmp_path))
+    assert_complete(run(tmp_path))
+
+
+def test_a_record_damaged_later_is_one_line_at_run_time(tmp_path):
+    sources = run(tmp_path)
+    shard = tmp_path / "small-train.array_record-00001-of-00003"
+    content = shard.read_bytes()
+    place = content.index(image_data.encode(image(6), "PNG")[-50:])
+    shard.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    batches = pipeline(sources).batches("train", order.evaluation_batches(10, 4))
+    np.testing.assert_array_equal(next(batches)[0].index, [0, 1, 2, 3])
+    with pytest.raises(DataError, match=rf"^record 2 of {shard}: image 6 of split 'train' [^\n]*$"):
+        next(batches)
+
+
+def test_an_image_that_does_not_decode_is_one_line_at_run_time():
+    encoded = [image_data.encode(image(i), "PNG") for i in range(8)]
+    encoded[5] = encoded[5][:30]
+    data = pipeline({"train": np.array(encoded, object)}, decode=decode)
+    batches = data.batches("train", order.evaluation_batches(8, 3))
+    next(batches)
+    with pytest.raises(DataError, match=r"^image 5 of split 'train' cannot be read: [^\n{]*$"):
+        next(batches)
+
+
+def test_training_flips_as_the_index_batches_say_and_evaluation_never(tmp_path):
+    sources = run(tmp_path)
+    images = np.stack([np.asarray(image(i)) for i in range(10)])
+    flips = []
+    for flip in (True, False):
+        batches = pipeline(sources, flip=flip).batches(
+            "train", order.training_batches(10, 4, seed=1)
+        )
+        for _, (batch, actual) in zip(range(5), batches, strict=False):
+            desired = images[batch.index]
+            if flip:
+                desired[batch.flip] = desired[batch.flip][:, :, ::-1]
+                flips += batch.flip.tolist()
+            np.testing.assert_array_equal(actual, desired)
+    assert set(flips) == {True, False}
