@@ -1,4 +1,9 @@
-"""FFHQ-1024."""
+"""FFHQ-1024.
+
+    python main.py --config=configs/ffhq1024.py:sparse_lattice --workdir=runs/ffhq1024
+
+Not run on the real data yet: no times and no results.
+"""
 
 from ml_collections import ConfigDict
 
@@ -11,7 +16,6 @@ def get_config(argument: str = "") -> ConfigDict:
     config.dataset.name = "ffhq1024"
     config.batch_size = 32
     config.model.image_shape = (1024, 1024, 3)
-    config.model.value_range = (0.0, 1.0)
     config.model.hidden_dims = (16, 32)
     config.log_every_steps = 25
     config.eval_every_steps = 625  # a third of an epoch: the validation split is large

@@ -6,7 +6,6 @@ are in TFDS's order (by a hash of the file name), in its own directories and in 
 
 import functools
 import itertools
-import urllib.request
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -16,7 +15,7 @@ from absl import logging
 from etils import epath
 from tensorflow_datasets.core import hashing
 
-from input_pipeline import image_files, prepare, records
+from input_pipeline import image_files, prepare, records, web
 from input_pipeline.errors import DataError
 from input_pipeline.image_files import ImageFiles
 from input_pipeline.pipeline import Pipeline
@@ -32,7 +31,6 @@ _PARTITION = "list_eval_partition.txt"
 _IMAGES_PER_SHARD = 5_000
 _SECONDS_PER_IMAGE = 0.002
 _PROBE_URL = "https://drive.google.com"
-_CONNECT_SECONDS = 8.0
 _FETCH = (
     f"fetch {_IMAGES}.zip and {_PARTITION} from http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html "
     "by hand, put both into one directory and name it with --config.dataset.manual_dir"
@@ -211,7 +209,8 @@ def _download(root: epath.Path) -> tfds.core.DatasetBuilder:
         "celeb_a", data_dir=root, file_format=tfds.core.FileFormat.ARRAY_RECORD, try_gcs=False
     )
     try:
-        urllib.request.urlopen(_PROBE_URL, timeout=_CONNECT_SECONDS).close()
+        if (problem := web.cannot_reach(_PROBE_URL)) is not None:
+            raise OSError(problem)
         builder.download_and_prepare()
     except Exception as error:  # TFDS's own, its HTTP library's, and those of its parsers
         reason = " ".join(str(error).split())

@@ -6,8 +6,6 @@ and the last 5,000 training images; 10,000 test images) is the same for everyone
 
 import gzip
 import hashlib
-import threading
-import urllib.request
 import zlib
 
 import numpy as np
@@ -17,6 +15,7 @@ from absl import logging
 from etils import epath
 from jaxtyping import UInt8
 
+from input_pipeline import web
 from input_pipeline.errors import DataError
 from input_pipeline.pipeline import Pipeline
 
@@ -39,7 +38,6 @@ _FILES = {
 }
 _HEADER_BYTES = 16
 _DEBIAN_DIR = epath.Path("/usr/share/datasets/fashion-mnist")
-_CONNECT_SECONDS = 8.0
 
 Images = UInt8[np.ndarray, "n 28 28 1"]
 
@@ -161,7 +159,7 @@ def _download(data_dir: str) -> tfds.core.DatasetBuilder:
         "is prepared with --config.dataset.data_dir"
     )
     url = f"{builder.URL}{_FILES['train'][0]}.gz"
-    if (problem := _cannot_reach(url)) is not None:
+    if (problem := web.cannot_reach(url)) is not None:
         raise DataError(
             f"FashionMNIST is not in {data_dir} and {url} cannot be reached ({problem}): {remedy}"
         )
@@ -171,21 +169,3 @@ def _download(data_dir: str) -> tfds.core.DatasetBuilder:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"FashionMNIST's download failed ({reason}): {remedy}") from error
     return builder
-
-
-def _cannot_reach(url: str) -> str | None:
-    """Why a web address does not answer within seconds, looking up its name included."""
-    outcome: list[str | None] = []
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(url, method="HEAD")
-            urllib.request.urlopen(request, timeout=_CONNECT_SECONDS).close()
-            outcome.append(None)
-        except OSError as error:  # urllib's own errors are OSErrors too
-            outcome.append(str(error))
-
-    thread = threading.Thread(target=ask, daemon=True)  # a look-up cannot be stopped, only left
-    thread.start()
-    thread.join(_CONNECT_SECONDS)
-    return outcome[0] if outcome else f"no answer in {_CONNECT_SECONDS:.0f} s"
