@@ -1,5 +1,6 @@
 """Whether there is a web to download from: TFDS would retry for minutes before it gave up."""
 
+import http.client
 import threading
 import urllib.request
 
@@ -15,7 +16,7 @@ def cannot_reach(url: str) -> str | None:
             request = urllib.request.Request(url, method="HEAD")
             urllib.request.urlopen(request, timeout=_SECONDS).close()
             outcome.append(None)
-        except OSError as error:  # urllib's own errors are OSErrors too
+        except (OSError, http.client.HTTPException) as error:  # urllib's own are OSErrors too
             outcome.append(str(error))
 
     thread = threading.Thread(target=ask, daemon=True)  # a look-up cannot be stopped, only left

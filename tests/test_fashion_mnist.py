@@ -133,6 +133,11 @@ def test_an_empty_manual_dir_is_named(tmp_path):
         input_pipeline.load("fashion_mnist", manual_dir=str(tmp_path))
 
 
+def never_found(*_, **__):
+    time.sleep(30)
+    raise socket.gaierror("name not known")
+
+
 @pytest.mark.parametrize("host", ["refuses", "is silent", "has no name that is ever found"])
 def test_without_the_web_both_ways_out_are_named_in_time(host, tmp_path, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "_DEBIAN_DIR", epath.Path(tmp_path / "none"))
@@ -142,7 +147,7 @@ def test_without_the_web_both_ways_out_are_named_in_time(host, tmp_path, monkeyp
             tfds.image_classification.FashionMNIST, "URL", f"http://127.0.0.1:{port}/"
         )
         if host == "has no name that is ever found":
-            monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(30))
+            monkeypatch.setattr(socket, "getaddrinfo", never_found)
         start = time.monotonic()
         with pytest.raises(DataError, match=r"cannot be reached.*dataset\.manual_dir.*data_dir"):
             input_pipeline.load("fashion_mnist", data_dir=str(tmp_path))
