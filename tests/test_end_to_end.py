@@ -1,4 +1,4 @@
-"""CelebA and FFHQ-1024 from official files to an evaluation, with a narrow network and few steps."""
+"""CelebA and FFHQ-1024, from official files to an evaluation: a narrow network, a few steps."""
 
 import pytest
 
