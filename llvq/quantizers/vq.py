@@ -4,30 +4,14 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from llvq.quantizers.base import CODEBOOK_SIZE, COMMITMENT_COST, Losses, Quantizer
-
-
-def nearest(
-    latents: Float[Array, "... latent_dim"], codebook: Float[Array, "codes latent_dim"]
-) -> Int[Array, "..."]:
-    """The index of the codebook vector nearest to each latent, the lowest one on ties.
-
-    By ‖z‖² + ‖e‖² − 2z·e, all three terms: ‖z‖² is the same for every e, but the rounding that it
-    brings decides between the many near-zero vectors of a codebook that EMA has let die.
-    """
-    products = jnp.einsum("...d,kd->...k", latents, codebook, precision=jax.lax.Precision.HIGHEST)
-    latent_norms = jnp.sum(latents**2, axis=-1, keepdims=True)
-    distances = latent_norms + jnp.sum(codebook**2, axis=-1) - 2.0 * products
-    return jnp.argmin(distances, axis=-1).astype(jnp.int32)
+from llvq.quantizers.base import CODEBOOK_SIZE, COMMITMENT_COST, Losses
+from llvq.quantizers.codebook import CodebookQuantizer
 
 
-class VectorQuantizer(Quantizer):
-    """Replaces each latent by its nearest codebook vector.
-
-    Codes are indices into the codebook, one for each latent vector: int32 [batch, ...].
-    """
+class VectorQuantizer(CodebookQuantizer):
+    """A codebook that the gradient of its distance to the latents moves."""
 
     def __init__(
         self,
@@ -39,7 +23,6 @@ class VectorQuantizer(Quantizer):
         rngs: nnx.Rngs,
     ) -> None:
         self.latent_dim = latent_dim
-        self.code_width = 1
         self.commitment_cost = commitment_cost
         self.param_dtype = param_dtype
         bound = 1.0 / codebook_size
@@ -49,21 +32,9 @@ class VectorQuantizer(Quantizer):
             )
         )
 
-    def quantize(
-        self, latents: Float[Array, "... latent_dim"]
-    ) -> tuple[Float[Array, "... latent_dim"], Int[Array, "..."]]:
-        codes = nearest(latents, jax.lax.stop_gradient(self.codebook[...]))
-        return self.lookup(codes), codes
-
-    def lookup(self, codes: Int[Array, "..."]) -> Float[Array, "... latent_dim"]:
-        return jnp.take(self.codebook[...], codes, axis=0)
-
     def losses(self, codebook_loss: Float[Array, ""], commitment_loss: Float[Array, ""]) -> Losses:
         return {
             "quantizer_loss": codebook_loss + self.commitment_cost * commitment_loss,
             "codebook_loss": codebook_loss,
             "commitment_loss": commitment_loss,
         }
-
-    def histograms(self, codes: Int[Array, "..."]) -> dict[str, Array]:
-        return {"codebook_usage": codes}

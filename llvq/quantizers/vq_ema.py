@@ -6,15 +6,12 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from llvq.quantizers.base import CODEBOOK_SIZE, COMMITMENT_COST, Losses, Quantizer
-from llvq.quantizers.vq import nearest
+from llvq.quantizers.base import CODEBOOK_SIZE, COMMITMENT_COST, Losses
+from llvq.quantizers.codebook import CodebookQuantizer
 
 
-class EMAVectorQuantizer(Quantizer):
-    """Replaces each latent by its nearest codebook vector; each vector follows its latents' mean.
-
-    Codes are indices into the codebook, one for each latent vector: int32 [batch, ...].
-    """
+class EMAVectorQuantizer(CodebookQuantizer):
+    """A codebook in which each vector follows the mean of the latents nearest to it."""
 
     def __init__(
         self,
@@ -28,7 +25,6 @@ class EMAVectorQuantizer(Quantizer):
         rngs: nnx.Rngs,
     ) -> None:
         self.latent_dim = latent_dim
-        self.code_width = 1
         self.commitment_cost = commitment_cost
         self.decay = decay
         self.epsilon = epsilon
@@ -38,24 +34,12 @@ class EMAVectorQuantizer(Quantizer):
         self.ema_sum = nnx.BatchStat(jax.random.normal(rngs.params(), shape, param_dtype))
         self.cluster_size = nnx.BatchStat(jnp.zeros(codebook_size, param_dtype))
 
-    def quantize(
-        self, latents: Float[Array, "... latent_dim"]
-    ) -> tuple[Float[Array, "... latent_dim"], Int[Array, "..."]]:
-        codes = nearest(latents, self.codebook[...])
-        return self.lookup(codes), codes
-
-    def lookup(self, codes: Int[Array, "..."]) -> Float[Array, "... latent_dim"]:
-        return jnp.take(self.codebook[...], codes, axis=0)
-
     def losses(self, codebook_loss: Float[Array, ""], commitment_loss: Float[Array, ""]) -> Losses:
         del codebook_loss  # the moving averages stand in for it
         return {
             "quantizer_loss": self.commitment_cost * commitment_loss,
             "commitment_loss": commitment_loss,
         }
-
-    def histograms(self, codes: Int[Array, "..."]) -> dict[str, Array]:
-        return {"codebook_usage": codes}
 
     def update_statistics(
         self,
