@@ -9,6 +9,7 @@ The config argument names the quantizer and the recipe: `configs/fashion_mnist.p
 from ml_collections import ConfigDict
 
 from llvq.errors import UserError
+from llvq.model import NUM_RESIDUAL_BLOCKS
 from llvq.quantizers import default_options
 
 
@@ -60,7 +61,7 @@ def get_config(argument: str) -> ConfigDict:
     config.model.image_shape = (0, 0, 0)  # height, width, channels
     config.model.value_range = (0.0, 1.0)  # what pixel values 0 … 255 are mapped to
     config.model.hidden_dims = (64,)  # the network's width after each halving of the image
-    config.model.num_residual_blocks = 2  # in the encoder, and as many in the decoder
+    config.model.num_residual_blocks = NUM_RESIDUAL_BLOCKS  # in the encoder, as many in the decoder
     config.model.latent_dim = 64  # of each latent vector
 
     RECIPES[recipe](config)  # num_epochs and schedule (see llvq/schedules.py)

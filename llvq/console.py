@@ -10,6 +10,8 @@ from typing import Any
 
 from absl import logging
 
+_EVERY_SECONDS = 10.0
+
 
 class ConsoleWriter:
     """A metric writer that prints scalars, one line a step, and nothing else."""
@@ -43,9 +45,8 @@ class ConsoleWriter:
 class Progress:
     """Prints how far a loop is, its rate and the time left, every few seconds and at the end."""
 
-    def __init__(self, num_steps: int, *, every_seconds: float = 10.0) -> None:
+    def __init__(self, num_steps: int) -> None:
         self._num_steps = num_steps
-        self._every_seconds = every_seconds
         self._first: tuple[int, float] | None = None
         self._last_time = 0.0
 
@@ -54,7 +55,7 @@ class Progress:
         now = time.monotonic()
         if self._first is None:
             self._first, self._last_time = (step, now), now
-        elif now - self._last_time > self._every_seconds or step == self._num_steps:
+        elif now - self._last_time > _EVERY_SECONDS or step == self._num_steps:
             first_step, start = self._first
             rate = (step - first_step) / max(now - start, 1e-9)
             left = (self._num_steps - step) / max(rate, 1e-9)

@@ -157,12 +157,17 @@ class Evaluator:
         means = {name: total / data.num_images[split] for name, total in totals.items()}
         return {"loss": means["reconstruction_loss"] + means["quantizer_loss"], **means}, usage
 
-    def loss(self, state: TrainState, images: UInt8[Array, "batch height width channels"]) -> float:
-        """Reconstruction + quantizer loss of one whole batch."""
-        mask = sharding.to_devices(np.ones(len(images) // jax.process_count(), bool), self._mesh)
-        sums, _ = self.metrics_step(state, images, mask)
-        total = float(sums["reconstruction_loss"] + sums["quantizer_loss"])
-        return total / len(images)
+    def measure_batch(
+        self, state: TrainState, images: UInt8[Array, "batch height width channels"]
+    ) -> tuple[float, CodebookUsage]:
+        """Reconstruction + quantizer loss of one whole batch, and the codes it uses."""
+        mask = np.ones(len(images) // jax.process_count(), bool)
+        sums, keys = jax.device_get(
+            self.metrics_step(state, images, sharding.to_devices(mask, self._mesh))
+        )
+        usage = CodebookUsage()
+        usage.add(keys)
+        return float(sums["reconstruction_loss"] + sums["quantizer_loss"]) / len(images), usage
 
     def count_codes(
         self,

@@ -11,6 +11,8 @@ from llvq.decoder import Decoder
 from llvq.encoder import Encoder
 from llvq.quantizers.base import Losses, Quantizer
 
+NUM_RESIDUAL_BLOCKS = 2
+
 
 class VQVAE(nnx.Module):
     """A vector-quantized autoencoder around any quantizer.
@@ -30,7 +32,7 @@ class VQVAE(nnx.Module):
         *,
         image_channels: int,
         hidden_dims: Sequence[int],
-        num_residual_blocks: int = 2,
+        num_residual_blocks: int = NUM_RESIDUAL_BLOCKS,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,

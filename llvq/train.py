@@ -12,7 +12,6 @@ from absl import logging
 from etils import epath
 
 from llvq import checkpointing, configuration, console, order, schedules, sharding, train_state
-from llvq.codebook_usage import CodebookUsage
 from llvq.configuration import Config
 from llvq.data import Dataset
 from llvq.errors import DivergenceError
@@ -200,15 +199,14 @@ def train_and_evaluate(
             validation = None
             if is_log or is_evaluation or is_checkpoint:
                 window.read()  # nothing that diverged is logged or saved
-                loss = evaluator.loss(state, images)  # the last update may have ruined the state
+                rates = throughput.read()
+                # The last update may have ruined the state.
+                loss, usage = evaluator.measure_batch(state, images)
                 if not np.isfinite(loss):
                     raise DivergenceError(
                         f"the loss is {loss} after step {step}: stopped; {last_checkpoint()}"
                     )
             if is_log:
-                rates = throughput.read()
-                usage = CodebookUsage()
-                usage.add(jax.device_get(evaluator.usage_step(state, images)))
                 scalars = {
                     **window.means(),
                     "perplexity": usage.perplexity,
