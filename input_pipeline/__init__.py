@@ -3,17 +3,18 @@
 from collections.abc import Callable
 
 from input_pipeline import celeba, fashion_mnist, ffhq1024
+from input_pipeline.arrays import Arrays
 from input_pipeline.errors import DataError
 from input_pipeline.pipeline import Pipeline
 
-DATASETS: dict[str, Callable[[str, str], Pipeline]] = {
+DATASETS: dict[str, Callable[[str, str], Arrays | Pipeline]] = {
     "fashion_mnist": fashion_mnist.load,
     "celeba": celeba.load,
     "ffhq1024": ffhq1024.load,
 }
 
 
-def load(name: str, data_dir: str = "", manual_dir: str = "") -> Pipeline:
+def load(name: str, data_dir: str = "", manual_dir: str = "") -> Arrays | Pipeline:
     """The data set of a name.
 
     Args:
@@ -29,4 +30,4 @@ def load(name: str, data_dir: str = "", manual_dir: str = "") -> Pipeline:
     return DATASETS[name](data_dir, manual_dir)
 
 
-__all__ = ["DATASETS", "DataError", "Pipeline", "load"]
+__all__ = ["DATASETS", "Arrays", "DataError", "Pipeline", "load"]

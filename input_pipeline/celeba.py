@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 from tensorflow_datasets.core import hashing
 
-from input_pipeline import image_files, prepare, records, web
+from input_pipeline import image_files, prepare, web
 from input_pipeline.errors import DataError
 from input_pipeline.image_files import ImageFiles
 from input_pipeline.pipeline import Pipeline
@@ -31,6 +31,11 @@ _PARTITION = "list_eval_partition.txt"
 _IMAGES_PER_SHARD = 5_000
 _SECONDS_PER_IMAGE = 0.002
 _PROBE_URL = "https://drive.google.com"
+_ABOUT = {
+    "description": "CelebFaces Attributes: 202,599 photographs of faces, aligned, 218×178.",
+    "homepage": "http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
+    "license": "For research that is not commercial",
+}
 _FETCH = (
     f"fetch {_IMAGES}.zip and {_PARTITION} from http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html "
     "by hand, put both into one directory and name it with --config.dataset.manual_dir"
@@ -55,15 +60,13 @@ def load(
     """
     root = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     sources = _open(root, manual_dir, num_images)
-    return Pipeline(sources, IMAGE_SHAPE, flip=True, decode=_decode)
+    return Pipeline(sources, IMAGE_SHAPE, _decode)
 
 
-def _decode(example: tf.Tensor) -> tf.Tensor:
+def _decode(encoded: tf.Tensor) -> tf.Tensor:
     """The centre of an image; integer-accurate as Pillow decodes, where TensorFlow would hurry."""
     crop = (_TOP, _LEFT, *IMAGE_SHAPE[:2])
-    return tf.io.decode_and_crop_jpeg(
-        records.image_bytes(example), crop, channels=3, dct_method="INTEGER_ACCURATE"
-    )
+    return tf.io.decode_and_crop_jpeg(encoded, crop, channels=3, dct_method="INTEGER_ACCURATE")
 
 
 def _decode_whole(encoded: bytes) -> tf.Tensor:
@@ -79,6 +82,7 @@ def _open(
     order = {split: np.argsort(names) for split, names in stored.items()}
     directory = root / "celeba" / prepare.VERSION
     if prepare.is_prepared(directory):
+        logging.info("Reading CelebA from %s, where it was prepared", directory)
         return prepare.open_prepared(directory, num_images, order)
 
     builder = tfds.builder("celeb_a", data_dir=root, try_gcs=False)
@@ -108,6 +112,7 @@ def _open(
         images_per_shard=_IMAGES_PER_SHARD,
         num_bytes=num_bytes,
         seconds_per_image=_SECONDS_PER_IMAGE,
+        about=_ABOUT,
     )
     return prepare.open_prepared(directory, num_images, order)
 

@@ -16,8 +16,8 @@ from etils import epath
 from jaxtyping import UInt8
 
 from input_pipeline import web
+from input_pipeline.arrays import Arrays
 from input_pipeline.errors import DataError
-from input_pipeline.pipeline import Pipeline
 
 IMAGE_SHAPE = (28, 28, 1)
 NUM_TRAIN = 55_000
@@ -42,7 +42,7 @@ _DEBIAN_DIR = epath.Path("/usr/share/datasets/fashion-mnist")
 Images = UInt8[np.ndarray, "n 28 28 1"]
 
 
-def load(data_dir: str = "", manual_dir: str = "") -> Pipeline:
+def load(data_dir: str = "", manual_dir: str = "") -> Arrays:
     """FashionMNIST from wherever it is: TFDS's directory, local IDX files, or TFDS's download.
 
     Args:
@@ -63,14 +63,12 @@ def load(data_dir: str = "", manual_dir: str = "") -> Pipeline:
         images = {split: _read_idx(idx_dir, split) for split in _FILES}
     else:
         images = _read_tfds(_download(data_dir))
-    return Pipeline(
+    return Arrays(
         {
             "train": images["train"][:NUM_TRAIN],
             "validation": images["train"][NUM_TRAIN:],
             "test": images["test"],
-        },
-        IMAGE_SHAPE,
-        flip=False,
+        }
     )
 
 

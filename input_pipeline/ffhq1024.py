@@ -1,11 +1,13 @@
 """FFHQ (Karras et al. 2019, arXiv 1812.04948): 70,000 faces of 1024×1024.
 
 The first 60,000 are the training split, the last 10,000 the validation split, as published. They
-stay as encoded as they come, PNG or lossless WebP: the pixels are the same.
+stay encoded as they come, PNG or lossless WebP: the pixels are the same. Where the release's
+ffhq-dataset-v2.json is at hand they are compared with its MD5s.
 """
 
 import functools
 import itertools
+import json
 import pathlib
 import shutil
 import tarfile
@@ -16,9 +18,10 @@ from typing import Any
 import huggingface_hub
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from absl import logging
 from etils import epath
 
-from input_pipeline import image_files, prepare, records
+from input_pipeline import image_files, prepare
 from input_pipeline.errors import DataError
 from input_pipeline.image_files import ImageFiles
 from input_pipeline.pipeline import Pipeline
@@ -28,10 +31,16 @@ NUM_IMAGES = {"train": 60_000, "validation": 10_000}  # in the order of their in
 IMAGES_PER_GROUP = 1_000  # in every folder of the official release and every tar of the hub
 
 _FOLDER = "images1024x1024"
+_METADATA = "ffhq-dataset-v2.json"
 _HUB_DATASET = "gaunernst/ffhq-1024-wds"
 _HUB_REVISION = "d74f1f1f59e3bbe975bee29872b9bef827314577"
 _HUB_SECONDS = 8.0  # for a first answer
 _SECONDS_PER_IMAGE = 0.04
+_ABOUT = {
+    "description": "Flickr-Faces-HQ: 70,000 photographs of faces, aligned and cropped, 1024×1024.",
+    "homepage": "https://github.com/NVlabs/ffhq-dataset",
+    "license": "CC BY-NC-SA 4.0",
+}
 _WAYS_OUT = (
     f"set HF_ENDPOINT to a mirror of the hub, or name the directory that holds the official "
     f"{_FOLDER} (folder or .zip) with --config.dataset.manual_dir"
@@ -53,7 +62,8 @@ def load(
     Args:
       data_dir: of TFDS; its default if empty.
       manual_dir: where the official folder images1024x1024 lies, or images1024x1024.zip. If empty:
-        DATA_DIR/downloads/manual/ffhq1024, then the hub.
+        DATA_DIR/downloads/manual/ffhq1024, then the hub. The official ffhq-dataset-v2.json is used
+        from there if it is there.
       num_images: in each split.
       images_per_group: in every folder of the release, tar of the hub and shard.
       image_shape: of every image, (height, width, channels).
@@ -63,10 +73,18 @@ def load(
     """
     root = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     directory = root / "ffhq1024" / prepare.VERSION
-    if not prepare.is_prepared(directory):
+    if prepare.is_prepared(directory):
+        logging.info("Reading FFHQ-1024 from %s, where it was prepared", directory)
+    else:
         indices = _indices(num_images)
         scratch = _scratch(directory)
-        files = _find_files(root, manual_dir)
+        manual = epath.Path(manual_dir or root / "downloads/manual/ffhq1024").expanduser()
+        files = image_files.find(manual, _FOLDER)
+        if manual_dir and not files:
+            raise DataError(
+                f"--config.dataset.manual_dir={manual_dir}: found neither a folder {_FOLDER} nor "
+                f"{_FOLDER}.zip in it"
+            )
         if files:
             read: prepare.ReadImages = functools.partial(
                 _read_release, files, indices, images_per_group
@@ -81,25 +99,42 @@ def load(
             "ffhq1024",
             num_images,
             read,
-            _decode_image,
+            _decode_lossless,
             image_shape=image_shape,
             images_per_shard=images_per_group,
             num_bytes=num_bytes,
             seconds_per_image=_SECONDS_PER_IMAGE,
             scratch_bytes=scratch_bytes,
+            pixel_md5=_read_md5s(manual / _METADATA, indices),
+            about=_ABOUT,
         )
         shutil.rmtree(scratch, ignore_errors=True)  # the hub's client leaves its notes there
     sources = prepare.open_prepared(directory, num_images)
-    return Pipeline(sources, image_shape, flip=True, decode=_decode)
+    return Pipeline(sources, image_shape, _decode)
 
 
-def _decode(example: tf.Tensor) -> tf.Tensor:
-    return _decode_image(records.image_bytes(example))
-
-
-def _decode_image(encoded: tf.Tensor | bytes) -> tf.Tensor:
+def _decode(encoded: tf.Tensor | bytes) -> tf.Tensor:
     """PNG or WebP, with the channels it has."""
     return tf.io.decode_image(encoded, expand_animations=False)
+
+
+def _decode_lossless(encoded: bytes) -> tf.Tensor:
+    """The same, but nothing that may have lost something passes, as JPEG and lossy WebP may."""
+    pixels = _decode(encoded)
+    is_png_of_8_bits = encoded[:8] == b"\x89PNG\r\n\x1a\n" and encoded[24] == 8
+    is_webp = encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP"
+    if not is_png_of_8_bits and not (is_webp and b"VP8L" in _webp_chunks(encoded)):
+        raise ValueError("is neither a PNG of 8 bits a channel nor lossless WebP")
+    return pixels
+
+
+def _webp_chunks(encoded: bytes) -> Iterator[bytes]:
+    """The types of a WebP's chunks: pixels are in VP8L if lossless, in VP8 if not (RFC 9649)."""
+    place = 12
+    while place < len(encoded):
+        yield encoded[place : place + 4]
+        size = int.from_bytes(encoded[place + 4 : place + 8], "little")
+        place += 8 + size + size % 2
 
 
 def _scratch(directory: epath.Path) -> epath.Path:
@@ -118,15 +153,24 @@ def _indices(num_images: Mapping[str, int]) -> dict[str, range]:
     }
 
 
-def _find_files(root: epath.Path, manual_dir: str) -> ImageFiles | None:
-    directory = epath.Path(manual_dir or root / "downloads/manual/ffhq1024").expanduser()
-    files = image_files.find(directory, _FOLDER)
-    if manual_dir and not files:
+def _read_md5s(path: epath.Path, indices: Mapping[str, range]) -> dict[str, list[str]] | None:
+    """The MD5 of every image's pixels, as published; None if the file is not there."""
+    if not path.exists():
+        logging.info("Pixels are not compared with the published MD5s: there is no %s", path)
+        return None
+
+    def keep_md5(entry: dict[str, Any]) -> Any:
+        """Of the many things in an image's entry; the whole file would take gigabytes."""
+        return entry.get("image", entry.get("pixel_md5", entry))
+
+    try:
+        md5s = json.loads(path.read_text(), object_hook=keep_md5)
+        return {split: [str(md5s[str(i)]) for i in part] for split, part in indices.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"--config.dataset.manual_dir={manual_dir}: found neither a folder {_FOLDER} nor "
-            f"{_FOLDER}.zip in it"
-        )
-    return files
+            f"{path} cannot be read ({type(error).__name__}: {error}): fetch it again, or remove "
+            "it to do without"
+        ) from error
 
 
 def _path(index: int, images_per_group: int) -> str:

@@ -4,37 +4,20 @@ import collections
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar
 
 import numpy as np
 import tensorflow as tf
 from jaxtyping import Bool, Int, UInt8
 
+from input_pipeline import records
 from input_pipeline.errors import DataError
+from input_pipeline.records import RecordSource
 
-_BATCHES_AHEAD = 2  # of up to 100 MB each
-
-
-class Source(Protocol):
-    """Images with random access, as pixels or encoded."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Int[np.ndarray, "n"]) -> np.ndarray:
-        """The images of some indices: uint8 [n, h, w, c], or n encoded ones (bytes objects).
-
-        Called from tf.data's threads, once for a whole batch.
-        """
-        ...
-
-
-@runtime_checkable
-class Located(Protocol):
-    """A source that knows where its images lie."""
-
-    def where(self, index: int) -> str:
-        """Of one image: its file and its place in it."""
-        ...
+# What bounds the memory: encoded batches being read, and decoded ones that wait. Decoding takes
+# one image a core besides.
+_READS_AT_ONCE = 4
+_BATCHES_AHEAD = 2
 
 
 class Batch(Protocol):
@@ -56,7 +39,7 @@ def _one_line(error: Exception) -> str:
 
 
 class Pipeline:
-    """A data set of several splits, read batch by batch.
+    """A data set of encoded images in several splits, read batch by batch.
 
     Attributes:
       num_images: the number of images in each split.
@@ -65,22 +48,17 @@ class Pipeline:
 
     def __init__(
         self,
-        sources: Mapping[str, Source],
+        sources: Mapping[str, RecordSource],
         image_shape: tuple[int, int, int],
-        *,
-        flip: bool,
-        decode: Callable[[tf.Tensor], tf.Tensor] | None = None,
+        decode: Callable[[tf.Tensor], tf.Tensor],
     ) -> None:
         """Args:
         sources: the images of each split.
         image_shape: of every image, (height, width, channels), once decoded.
-        flip: whether to mirror the images whose index batch says so.
-        decode: an encoded image (a string tensor) to its pixels (uint8), in TensorFlow; None where
-          sources hold pixels.
+        decode: an encoded image (a string tensor) to its pixels (uint8), in TensorFlow.
         """
         self._sources = sources
         self._decode = decode
-        self._flip = flip
         self.image_shape = image_shape
         self.num_images = {split: len(source) for split, source in sources.items()}
 
@@ -109,27 +87,24 @@ class Pipeline:
                 yield batch.index, batch.flip
 
         def read(index: tf.Tensor, flip: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            dtype = tf.uint8 if self._decode is None else tf.string
-            return tf.numpy_function(lambda i: source[i], [index], dtype, stateful=False), flip
+            examples = tf.numpy_function(lambda i: source[i], [index], tf.string, stateful=False)
+            return records.image_bytes(tf.ensure_shape(examples, [None])), flip
 
-        def finish(image: tf.Tensor, flip: tf.Tensor) -> tf.Tensor:
-            image = image if self._decode is None else self._decode(image)
-            image = tf.ensure_shape(image, self.image_shape)
-            return tf.where(flip, image[:, ::-1], image) if self._flip else image
+        def finish(encoded: tf.Tensor, flip: tf.Tensor) -> tf.Tensor:
+            image = tf.ensure_shape(self._decode(encoded), self.image_shape)
+            # Along no axis or along the width: many times faster than choosing between the image
+            # and its mirror image.
+            return tf.reverse(image, axis=tf.fill([tf.cast(flip, tf.int32)], 1))
 
-        parallel = {"num_parallel_calls": tf.data.AUTOTUNE, "deterministic": True}
         dataset = tf.data.Dataset.from_generator(
             indices,
             output_signature=(tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.bool)),
         )
-        dataset = dataset.map(read, **parallel)
-        if self._decode is None and not self._flip:  # whole batches are ready as they are
-            dataset = dataset.map(
-                lambda images, _: tf.ensure_shape(images, (None, *self.image_shape))
-            )
-        else:
-            dataset = dataset.unbatch().map(finish, **parallel).batch(len(first.index))
-        batches = dataset.prefetch(_BATCHES_AHEAD).as_numpy_iterator()
+        dataset = dataset.map(read, num_parallel_calls=_READS_AT_ONCE, deterministic=True)
+        dataset = dataset.unbatch()
+        dataset = dataset.map(finish, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        dataset = dataset.batch(len(first.index)).prefetch(_BATCHES_AHEAD)
+        batches = dataset.as_numpy_iterator()
         while True:
             try:
                 images = next(batches, None)
@@ -144,13 +119,12 @@ class Pipeline:
         source = self._sources[split]
         for index in batch:
             try:
-                (image,) = source[np.array([index])]
-                if self._decode is not None:
-                    tf.ensure_shape(self._decode(image), self.image_shape)
-            except Exception as cause:  # whatever the source and TensorFlow raise
-                message = f"image {index} of split {split!r} cannot be read: {_one_line(cause)}"
-                if isinstance(source, Located):
-                    message = f"{source.where(index)}: {message}; delete dataset_info.json beside "
-                    message += "it to have what is damaged prepared again"
-                return DataError(message)
+                (encoded,) = records.image_bytes(source[np.array([index])])
+                tf.ensure_shape(self._decode(encoded), self.image_shape)
+            except Exception as cause:  # whatever ArrayRecord and TensorFlow raise
+                return DataError(
+                    f"{source.where(index)}: image {index} of split {split!r} cannot be read: "
+                    f"{_one_line(cause)}; delete dataset_info.json beside it to have what is "
+                    "damaged prepared again"
+                )
         return DataError(f"images of split {split!r} cannot be read: {_one_line(error)}")

@@ -10,10 +10,11 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 
 import numpy as np
@@ -85,6 +86,8 @@ def prepare(
     num_bytes: int,
     seconds_per_image: float,
     scratch_bytes: int = 0,
+    pixel_md5: Mapping[str, Sequence[str]] | None = None,
+    about: Mapping[str, str],
 ) -> None:
     """Completes a directory; the shards that are finished already stay as they are.
 
@@ -96,16 +99,19 @@ def prepare(
       name: of the data set.
       num_images: in each split.
       read: gives the encoded images, asked for one shard's worth at a time.
-      decode: an encoded image to its pixels, whole and strictly; each is checked with it.
+      decode: an encoded image to its pixels, whole and strictly; each is checked with it. Raises
+        ValueError, saying why, for an encoding that the data set must not have.
       image_shape: that every image must have, (height, width, channels).
       images_per_shard: in every shard but a split's last.
       num_bytes: of all images together, as read.
       seconds_per_image: that one core needs to read, check and write one.
       scratch_bytes: that `read` needs on the same disk besides.
+      pixel_md5: what the pixels of each split's images must have, in hexadecimal, if it is known.
+      about: the data set's description, homepage and license, for TFDS.
 
     Raises:
-      DataError: if an image is damaged or has another shape, if `read` raises it, or if the
-        directory cannot be written.
+      DataError: if an image is damaged or another than it should be, if `read` raises it, or if
+        the directory cannot be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -134,13 +140,17 @@ def prepare(
                     progress.update(len(shard.positions))
                     continue
                 images = read(shard.split, shard.positions)
+                md5s = None
+                if pixel_md5:
+                    md5s = [pixel_md5[shard.split][i] for i in shard.positions]
                 try:
-                    entry = _write_shard(path, _checked(images, decode, image_shape), progress)
+                    checked = _checked(images, decode, image_shape, md5s)
+                    entry = _write_shard(path, checked, progress)
                     checksums[shard.file_name] = entry
                     _write_checksums(directory, checksums)
                 except (OSError, RuntimeError) as error:
                     raise _unwritable(directory, error) from error
-        _write_metadata(directory, name, shards, image_shape, checksums)
+        _write_metadata(directory, name, shards, image_shape, checksums, about)
 
 
 def sha256(path: epath.Path) -> str:
@@ -231,23 +241,29 @@ def _checked(
     images: Iterable[tuple[str, bytes]],
     decode: Callable[[bytes], tf.Tensor],
     image_shape: tuple[int, int, int],
+    md5s: Sequence[str] | None,
 ) -> Iterator[tuple[str, bytes]]:
     """Passes on the images that are as they must be, decoded on all cores to see that."""
     cores = os.cpu_count() or 1
 
-    def check(name: str, encoded: bytes) -> tuple[str, bytes]:
+    def check(name: str, encoded: bytes, md5: str | None) -> tuple[str, bytes]:
         try:
-            shape = tuple(decode(encoded).shape)
+            pixels = decode(encoded)
         except tf.errors.OpError as error:
             raise DataError(f"{name} is damaged, it cannot be decoded: fetch it again") from error
+        except ValueError as error:
+            raise DataError(f"{name} {error}: fetch the original") from error
+        shape = tuple(pixels.shape)
         if shape != image_shape:
             raise DataError(f"{name} has the shape {shape}, not {image_shape}: fetch the original")
+        if md5 and hashlib.md5(pixels.numpy()).hexdigest() != md5:
+            raise DataError(f"{name} has other pixels than the published ones: fetch the original")
         return name, encoded
 
     with futures.ThreadPoolExecutor(cores) as pool:
         pending: collections.deque[futures.Future] = collections.deque()
-        for name, encoded in images:
-            pending.append(pool.submit(check, name, encoded))
+        for (name, encoded), md5 in zip(images, md5s or itertools.repeat(None), strict=False):
+            pending.append(pool.submit(check, name, encoded, md5))
             if len(pending) > 2 * cores:
                 yield pending.popleft().result()
         while pending:
@@ -284,6 +300,7 @@ def _write_metadata(
     shards: Iterable[_Shard],
     image_shape: tuple[int, int, int],
     checksums: Mapping[str, dict],
+    about: Mapping[str, str],
 ) -> None:
     template = tfds.core.ShardedFileTemplate(
         directory, dataset_name=name, filetype_suffix="array_record"
@@ -305,4 +322,5 @@ def _write_metadata(
         ],
         version=VERSION,
         check_data=False,  # would read through tf.data, which TFDS cannot from ArrayRecord
+        **about,
     )

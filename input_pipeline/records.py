@@ -65,10 +65,10 @@ class RecordSource:
         return f"record {position - ([0, *self._ends][shard])} of {self._shards[shard]}"
 
 
-def image_bytes(example: tf.Tensor) -> tf.Tensor:
-    """The encoded image (a string tensor) in a serialised example, in TensorFlow."""
+def image_bytes(examples: tf.Tensor) -> tf.Tensor:
+    """The encoded images (string tensor [n]) in serialised examples [n], in TensorFlow."""
     features = {"image": tf.io.FixedLenFeature([], tf.string)}
-    return tf.io.parse_single_example(example, features)["image"]
+    return tf.io.parse_example(examples, features)["image"]
 
 
 def _check_shards(shards: Sequence[epath.Path], lengths: Sequence[int]) -> None:

@@ -3,13 +3,17 @@
 The images are small; everything else is as in the real ones: file names, groups, encodings.
 """
 
+import hashlib
+import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 import zipfile
+import zlib
 
 import huggingface_hub.constants
 import numpy as np
@@ -75,6 +79,18 @@ def members(start, changes=None):
         content = (changes or {}).get(index, webp(ffhq_image(index)))
         if content is not None:
             yield f"{index:05d}.webp", content
+
+
+def png_of_16_bits():
+    """16×16 zeros in RGB, which Pillow does not write so deep."""
+
+    def chunk(kind, content):
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(16 * (1 + 16 * 6))))
+    return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
 
 
 @pytest.fixture
@@ -170,6 +186,63 @@ def test_a_release_completes_what_the_hub_began(hub, tmp_path):
         load(tmp_path / "data")
     write_folder(tmp_path / "manual")
     assert_complete(load(tmp_path / "data", tmp_path / "manual"))
+
+
+def published(changes=None):
+    """The release's metadata: of each image, among much else, the MD5 of its pixels."""
+    entries = {}
+    for index in range(TOTAL):
+        md5 = hashlib.md5(np.array((changes or {}).get(index, ffhq_image(index)))).hexdigest()
+        entries[str(index)] = {
+            "category": "training" if index < 12 else "validation",
+            "metadata": {"author": "image", "pixel_md5": "of nothing"},
+            "image": {"file_url": "https://…", "pixel_size": [16, 16], "pixel_md5": md5},
+            "thumbnail128x128": {"pixel_size": [128, 128], "pixel_md5": "0" * 32},
+        }
+    return json.dumps(entries)
+
+
+def test_pixels_are_compared_with_the_published_md5s(hub, tmp_path):
+    manual = tmp_path / "downloads/manual/ffhq1024"
+    manual.mkdir(parents=True)
+    metadata = manual / "ffhq-dataset-v2.json"
+    metadata.write_text(published({6: ffhq_image(5)}))
+    with pytest.raises(
+        DataError, match=r"^00006\.webp of 00004\.tar has other pixels than the pub"
+    ):
+        load(tmp_path)
+    metadata.write_text(published())
+    assert_complete(load(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"0": {"image": {"pixel_md5": "12"}}}'])
+def test_damaged_metadata_is_named(content, tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "ffhq-dataset-v2.json").write_text(content)
+    with pytest.raises(DataError, match=r"^[^\n]*/ffhq-dataset-v2\.json cannot be read [^\n]*$"):
+        load(tmp_path / "data", tmp_path)
+
+
+LOSSY = {
+    "JPEG": encode(ffhq_image(6), "JPEG", quality=100, subsampling=0),
+    "lossy WebP": encode(ffhq_image(6), "WEBP", quality=100),
+    "lossy WebP with metadata": encode(ffhq_image(6), "WEBP", quality=100, exif=b"Exif\0\0VP8L"),
+    "PNG of 16 bits": png_of_16_bits(),
+    "GIF": encode(ffhq_image(6), "GIF"),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_an_image_that_may_have_lost_something_is_named(kind, tmp_path):
+    write_folder(tmp_path, {6: LOSSY[kind]})
+    with pytest.raises(DataError, match=r"00006\.png is neither a PNG of 8 bits a channel nor los"):
+        load(tmp_path / "data", tmp_path)
+
+
+def test_lossless_webp_with_metadata_is_taken(tmp_path):
+    image = ffhq_image(6)
+    write_folder(tmp_path, {6: encode(image, "WEBP", lossless=True, exif=b"Exif\0\0odd")})
+    assert_complete(load(tmp_path / "data", tmp_path))
 
 
 SMALL = image_data.PIXELS - 1

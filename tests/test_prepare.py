@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from input_pipeline import DataError, prepare, records
+from input_pipeline import DataError, prepare
 from input_pipeline.pipeline import Pipeline
 from llvq import order
 from tests import image_data
@@ -38,7 +38,7 @@ def read(split, positions):
         yield f"{number}.png", image_data.encode(image(number), "PNG")
 
 
-def decode(encoded):
+def decode_any(encoded):
     return tf.io.decode_image(encoded, expand_animations=False)
 
 
@@ -48,23 +48,17 @@ def run(directory, read=read, **changes):
         "images_per_shard": 4,
         "num_bytes": 2000,
         "seconds_per_image": 60.0,
+        "about": {"description": "Small images.", "homepage": "", "license": "MIT"},
         **changes,
     }
     directory = epath.Path(directory)
+    decode = arguments.pop("decode", decode_any)
     prepare.prepare(directory, "small", NUM_IMAGES, read, decode, **arguments)
     return prepare.open_prepared(directory, NUM_IMAGES)
 
 
-def pipeline(sources, **changes):
-    return Pipeline(
-        sources,
-        SHAPE,
-        **{"flip": True, "decode": lambda example: decode(records.image_bytes(example)), **changes},
-    )
-
-
 def assert_complete(sources):
-    data = pipeline(sources)
+    data = Pipeline(sources, SHAPE, decode_any)
     for split, count in NUM_IMAGES.items():
         desired = [np.asarray(image(FIRST[split] + i)) for i in range(count)]
         np.testing.assert_array_equal(image_data.read_images(data, split), desired)
@@ -243,19 +237,24 @@ def test_a_record_damaged_later_is_one_line_at_run_time(tmp_path):
     content = shard.read_bytes()
     place = content.index(image_data.encode(image(6), "PNG")[-50:])
     shard.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-    batches = pipeline(sources).batches("train", order.evaluation_batches(10, 4))
+    batches = Pipeline(sources, SHAPE, decode_any).batches("train", order.evaluation_batches(10, 4))
     np.testing.assert_array_equal(next(batches)[0].index, [0, 1, 2, 3])
     with pytest.raises(DataError, match=rf"^record 2 of {shard}: image 6 of split 'train' [^\n]*$"):
         next(batches)
 
 
-def test_an_image_that_does_not_decode_is_one_line_at_run_time():
-    encoded = [image_data.encode(image(i), "PNG") for i in range(8)]
-    encoded[5] = encoded[5][:30]
-    data = pipeline({"train": np.array(encoded, object)}, decode=decode)
-    batches = data.batches("train", order.evaluation_batches(8, 3))
+def test_an_image_that_does_not_decode_is_one_line_at_run_time(tmp_path):
+    def with_damage(split, positions):
+        for name, content in read(split, positions):
+            yield name, content[:30] if name == "5.png" else content
+
+    sources = run(tmp_path, with_damage, decode=lambda _: tf.zeros(SHAPE, tf.uint8))
+    data = Pipeline(sources, SHAPE, decode_any)
+    batches = data.batches("train", order.evaluation_batches(10, 3))
     next(batches)
-    with pytest.raises(DataError, match=r"^image 5 of split 'train' cannot be read: [^\n{]*$"):
+    shard = tmp_path / "small-train.array_record-00001-of-00003"
+    words = rf"^record 1 of {shard}: image 5 of split 'train' cannot be read: [^\n{{]*$"
+    with pytest.raises(DataError, match=words):
         next(batches)
 
 
@@ -263,14 +262,12 @@ def test_training_flips_as_the_index_batches_say_and_evaluation_never(tmp_path):
     sources = run(tmp_path)
     images = np.stack([np.asarray(image(i)) for i in range(10)])
     flips = []
-    for flip in (True, False):
-        batches = pipeline(sources, flip=flip).batches(
-            "train", order.training_batches(10, 4, seed=1)
-        )
-        for _, (batch, actual) in zip(range(5), batches, strict=False):
-            desired = images[batch.index]
-            if flip:
-                desired[batch.flip] = desired[batch.flip][:, :, ::-1]
-                flips += batch.flip.tolist()
-            np.testing.assert_array_equal(actual, desired)
+    batches = Pipeline(sources, SHAPE, decode_any).batches(
+        "train", order.training_batches(10, 4, seed=1)
+    )
+    for _, (batch, actual) in zip(range(5), batches, strict=False):
+        desired = images[batch.index]
+        desired[batch.flip] = desired[batch.flip][:, :, ::-1]
+        flips += batch.flip.tolist()
+        np.testing.assert_array_equal(actual, desired)
     assert set(flips) == {True, False}
