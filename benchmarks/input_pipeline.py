@@ -87,7 +87,7 @@ def _photo(seed: int, height: int, width: int) -> Image.Image:
     spectrum = rng.normal(size=(4, *frequency.shape)) + 1j * rng.normal(size=(4, *frequency.shape))
     brightness, *colours = np.fft.irfft2(spectrum / frequency**1.7, (height, width))
     pixels = np.stack([brightness + 0.3 * colour for colour in colours], axis=-1)
-    pixels = 128 + 50 * pixels / pixels.std() + rng.normal(0, 0.8, (height, width, 1))
+    pixels = 128 + 50 * pixels / pixels.std() + rng.normal(0, 1.2, (height, width, 1))
     return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
 
 
