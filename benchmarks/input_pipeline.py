@@ -58,7 +58,7 @@ class Kind:
     num_images: int
     stored_shape: tuple[int, int, int]
     crop: tuple[int, int, int, int]
-    encoding: dict[str, object]
+    encoding: dict[str, Any]
 
     @property
     def flips(self) -> bool:
@@ -231,7 +231,7 @@ def _measure(
     return rate, int(peak.split()[1]) * 1024
 
 
-def _in_own_process(*arguments: object) -> tuple[float, float]:
+def _measure_in_own_process(*arguments: Any) -> tuple[float, float]:
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
         return pool.submit(_measure, *arguments).result()
@@ -265,7 +265,9 @@ def main() -> None:
             for _ in range(options.rounds):
                 for reader in readers:
                     measured[reader].append(
-                        _in_own_process(reader, kind, directory, options.cores, options.seconds)
+                        _measure_in_own_process(
+                            reader, kind, directory, options.cores, options.seconds
+                        )
                     )
         for reader, runs in measured.items():
             rate, memory = (statistics.median(values) for values in zip(*runs, strict=True))

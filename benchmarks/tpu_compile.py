@@ -12,6 +12,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 # The compiler is all that is used of libtpu: no search for a TPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -66,6 +67,7 @@ def main(argv: Sequence[str]) -> None:
     )
     graphdef, state = train_state.create_train_state(model, optimizer)
     _, param_dtype = train_state.DTYPES[config.compute_dtype]
+    step: Any
     step, _ = make_train_step(graphdef, optimizer, config.model.value_range, param_dtype, mesh)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     images = jax.ShapeDtypeStruct((config.batch_size, *config.model.image_shape), jnp.uint8)
