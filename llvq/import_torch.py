@@ -13,7 +13,7 @@ What tensors do not tell is left out of the imported config (data set, height, w
 seed): there the config that one evaluates with decides. Of the quantizer's options only
 codebook_size can be seen; the others are taken to be the defaults, which are the authors' values.
 
-Reading the files needs PyTorch: pip install "llvq[torch]".
+Reading the files needs PyTorch, the optional extra `torch`: pip install "torch>=2.6".
 """
 
 import argparse
@@ -204,12 +204,12 @@ def _read(path: epath.PathLike) -> tuple[int, dict[str, np.ndarray]]:
         import torch
     except ImportError as error:
         raise UserError(
-            'reading a PyTorch checkpoint needs PyTorch: pip install "llvq[torch]"'
+            'reading a PyTorch checkpoint needs PyTorch: pip install "torch>=2.6"'
         ) from error
     if torch.__version__ < (2, 6):
         raise UserError(
             f"PyTorch {torch.__version__} can be made to run code in a file that it only loads "
-            f'weights from (CVE-2025-32434): pip install "llvq[torch]"'
+            f'weights from (CVE-2025-32434): pip install "torch>=2.6"'
         )
     try:
         data = epath.Path(path).read_bytes()

@@ -229,7 +229,7 @@ def test_without_pytorch(tmp_path, monkeypatch):
     write(tmp_path / "model.ckpt")
     monkeypatch.setitem(sys.modules, "torch", None)
     line = run(tmp_path / "model.ckpt", tmp_path / "output")
-    assert line.endswith('needs PyTorch: pip install "llvq[torch]"')
+    assert line.endswith('needs PyTorch: pip install "torch>=2.6"')
 
 
 def test_with_a_pytorch_that_is_not_safe(tmp_path, monkeypatch):
