@@ -1,6 +1,7 @@
 """LL-VQ-VAE: vector-quantized autoencoders with a learnable lattice, in JAX."""
 
 from llvq.model import VQVAE
+from llvq.pretrained import load_pretrained, pretrained_index
 from llvq.quantizers import (
     DenseLatticeQuantizer,
     EMAVectorQuantizer,
@@ -16,4 +17,6 @@ __all__ = [
     "LatticeQuantizer",
     "Quantizer",
     "VectorQuantizer",
+    "load_pretrained",
+    "pretrained_index",
 ]

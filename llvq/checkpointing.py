@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
@@ -19,9 +20,9 @@ from orbax import checkpoint as ocp
 
 from llvq import sharding, train_state
 from llvq.configuration import Config, check_resumable, to_plain
-from llvq.errors import UserError
+from llvq.errors import UserError, first_line
 from llvq.model import VQVAE
-from llvq.train_state import TrainState
+from llvq.train_state import TrainState, Tree
 
 _NUM_BEST = 2
 
@@ -57,9 +58,8 @@ def _reading(checkpoint: epath.Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"checkpoint {checkpoint} cannot be read ({reason[0]}): {remedy}"
+            f"checkpoint {checkpoint} cannot be read ({first_line(error)}): {remedy}"
         ) from error
 
 
@@ -129,6 +129,68 @@ def restore(
         return manager.restore(step, args=args)["state"]
 
 
+def save_for_inference(directory: epath.PathLike, state: TrainState, config: Config) -> None:
+    """Writes a checkpoint for `load` in a new directory, without what only training needs.
+
+    Args:
+      directory: must not exist, or be empty.
+      state: its opt_state is left out.
+      config: as for a run, or the part of it that is known: `compute_dtype`, `quantizer`, and
+        `model` but for value_range and, None in image_shape, height and width.
+
+    Raises:
+      UserError: if the directory holds something or cannot be written. Then nothing is.
+    """
+    target = _absolute(directory)
+    # NumPy arrays: of arrays on devices Orbax would save the sharding, too.
+    arrays = jax.tree.map(
+        np.asarray,
+        {"step": state.step, "params": state.params, "statistics": state.statistics},
+    )
+    try:
+        if target.exists():
+            if not target.is_dir() or any(target.iterdir()):
+                raise UserError(f"{target} exists already: name a new directory, or delete it")
+            target.rmdir()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _require_room(target.parent, sum(array.nbytes for array in jax.tree.leaves(arrays)))
+        handler = ocp.CompositeCheckpointHandler(
+            state=ocp.PyTreeCheckpointHandler(), config=ocp.JsonCheckpointHandler()
+        )
+        with _removing_leftovers(target), ocp.Checkpointer(handler) as writer:
+            writer.save(
+                target,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(arrays), config=ocp.args.JsonSave(to_plain(config))
+                ),
+            )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{target} cannot be written ({first_line(error)})") from error
+
+
+def _require_room(directory: epath.Path, num_bytes: int) -> None:
+    """Raises OSError on a full disk, over which Orbax would print pages of tracebacks."""
+    probe = directory / ".room-for-checkpoint"
+    try:
+        probe.write_bytes(bytes(num_bytes))
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _removing_leftovers(target: epath.Path) -> Iterator[None]:
+    """Deletes what an interrupted or failed save leaves of a new directory."""
+    try:
+        yield
+    except BaseException:
+        for leftover in (target, *target.parent.glob(f"{target.name}.orbax-checkpoint-tmp*")):
+            if leftover.exists():
+                leftover.rmtree()
+        raise
+
+
 def find(path: epath.PathLike) -> epath.Path:
     """The checkpoint that a path means: itself, or the newest one of a run's directory.
 
@@ -141,9 +203,19 @@ def find(path: epath.PathLike) -> epath.Path:
     root = _absolute(path)
     if (root / "state").exists() and (root / "config").exists():
         return root
+    if root.exists() and not root.is_dir():
+        raise UserError(
+            f"{root} is a file, but a checkpoint is a directory: python -m llvq.import_torch makes "
+            f"one of an LL-VQ-VAE in PyTorch"
+        )
     directory = root / "checkpoints" if (root / "checkpoints").exists() else root
-    names = [child.name for child in directory.iterdir()] if directory.exists() else []
-    steps = [int(name) for name in names if name.isdecimal()]
+    children = directory.iterdir() if directory.exists() else ()
+    steps = [
+        int(child.name)
+        for child in children
+        # On a bucket what is being written has its final name already.
+        if child.name.isdecimal() and ocp.utils.is_checkpoint_finalized(child)
+    ]
     if not steps:
         raise UserError(f"no checkpoint in {root}: train first, or name one with --checkpoint")
     return directory / str(max(steps))
@@ -151,6 +223,8 @@ def find(path: epath.PathLike) -> epath.Path:
 
 def load(path: epath.PathLike) -> tuple[Config, TrainState]:
     """A checkpoint's config and, of its state, what inference needs; opt_state is left empty.
+
+    The config is the whole one of a run of this project, or what an imported model's file told.
 
     Args:
       path: as for `find`.
@@ -162,8 +236,12 @@ def load(path: epath.PathLike) -> tuple[Config, TrainState]:
     with _reading(checkpoint, "name another one with --checkpoint"):
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             config: dict[str, Any] = reader.restore(checkpoint / "config")
-        _, params, statistics = train_state.split(_create_model(config))
-        wanted = {"step": 0, "params": params, "statistics": statistics}
+        _, params, statistics = _abstract_model(config)
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+            {"step": np.zeros((), np.int32), "params": params, "statistics": statistics},
+        )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             state = reader.restore(
                 checkpoint / "state",
@@ -176,13 +254,11 @@ def load(path: epath.PathLike) -> tuple[Config, TrainState]:
     return config, TrainState(**state, opt_state=())
 
 
-def _create_model(config: Config) -> VQVAE:
-    return train_state.create_model(
-        config["model"], config["quantizer"], config["compute_dtype"], config["seed"]
-    )
+def _abstract_model(config: Config) -> tuple[nnx.GraphDef[VQVAE], Tree, Tree]:
+    return train_state.abstract_model(config["model"], config["quantizer"], config["compute_dtype"])
 
 
 def model_of(config: Config, state: TrainState) -> VQVAE:
     """The model that a checkpoint holds, as `load` returned it."""
-    graphdef, _, _ = train_state.split(_create_model(config))
+    graphdef, _, _ = _abstract_model(config)
     return nnx.merge(graphdef, state.params, state.statistics)

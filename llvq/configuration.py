@@ -168,7 +168,11 @@ def check_image_shape(config: Config, image_shape: tuple[int, ...]) -> None:
 
 
 def check_same_model(config: Config, saved: Config, where: str) -> None:
-    """Raises UserError, naming the first field that differs, if `saved` describes another model."""
+    """Raises UserError, naming the first field that differs, if `saved` describes another model.
+
+    What an imported checkpoint's config does not know, a field that is missing or None, agrees
+    with everything.
+    """
     _check_same(config, saved, ("dataset.name", "model", "quantizer"), where)
 
 
@@ -179,11 +183,17 @@ def check_resumable(config: Config, saved: Config, where: str) -> None:
 
 def _check_same(config: Config, saved: Config, names: tuple[str, ...], where: str) -> None:
     ours, theirs = flatten(config), flatten(saved)
-    most_telling_first = ["dataset.name", "quantizer.name", *sorted(ours.keys() | theirs.keys())]
-    for field in most_telling_first:
+    # The most telling first.
+    for field in sorted(theirs, key=lambda name: (not name.endswith(".name"), name)):
         matters = any(field == name or field.startswith(f"{name}.") for name in names)
-        if matters and ours.get(field) != theirs.get(field):
+        if matters and not _agree(ours.get(field), theirs[field]):
             raise UserError(
-                f"{where} holds a run with {field}={theirs.get(field)!r}, not "
+                f"{where} holds a run with {field}={theirs[field]!r}, not "
                 f"{ours.get(field)!r}: use another directory, or the same {field}"
             )
+
+
+def _agree(value: Any, saved: Any) -> bool:
+    if isinstance(value, list) and isinstance(saved, list) and len(value) == len(saved):
+        return all(map(_agree, value, saved))
+    return saved is None or value == saved

@@ -7,3 +7,9 @@ class UserError(Exception):
 
 class DivergenceError(UserError):
     """The loss or the gradient became NaN or infinite."""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's exception says, short enough for a message of one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,23 +1,50 @@
-"""The authors' released PyTorch weights as parameters of this project's modules.
+"""Turns a checkpoint of the authors' PyTorch program into one of this project.
 
-Their state dicts name the layers `_encoder.N…`, `_decoder.N…` and `_quantizer…`; convolution
-weights are [out, in, h, w], transposed ones [in, out, h, w].
+    python -m llvq.import_torch --checkpoint=vq.ckpt --output=imported/vq
+    python main.py --config=configs/fashion_mnist.py:vq --mode=evaluate --checkpoint=imported/vq …
+
+Network and quantizer are recognised from the tensors alone. Their state dicts name the layers
+`_encoder.N…`, `_decoder.N…` and `_quantizer…`; convolution weights are [out, in, h, w], transposed
+ones [in, out, h, w]. Both lattices are a single row [1, D] and told apart by its size: a sparse
+basis starts within ±9.77 (for a codebook size of 512) and grows, a dense one starts within ±1 and
+shrinks, so that a mean |b| of 1 lies between them.
+
+What tensors do not tell is left out of the imported config (data set, height, width, value range,
+seed): there the config that one evaluates with decides. Of the quantizer's options only
+codebook_size can be seen; the others are taken to be the defaults, which are the authors' values.
+
+Reading the files needs PyTorch, the optional extra `torch`: pip install "torch>=2.6".
 """
 
-import re
-from collections.abc import Mapping
+import argparse
+import io
+import pickle
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from etils import epath
+from jax import numpy as jnp
 from jaxtyping import Float
 
-from llvq.errors import UserError
-from llvq.train_state import Tree
+from llvq import checkpointing, configuration, train_state
+from llvq.configuration import Config
+from llvq.errors import UserError, first_line
+from llvq.quantizers import default_options
+from llvq.train_state import TrainState, Tree
 
-_QUANTIZER_NAMES = {
+_SMALLEST_SPARSE_BASIS = 1.0  # in the mean of |b|; see above
+
+_EMBEDDING = "_quantizer.embedding.weight"
+_EMA_NAMES = {
     "_quantizer.ema_w": "ema_sum",
     "_quantizer.ema_cluster_size": "cluster_size",
 }
+
+_REMEDY = "name a .ckpt file that the authors of LL-VQ-VAE released or that their program wrote"
 
 
 def conv_kernel(weight: Float[np.ndarray, "out in h w"]) -> Float[np.ndarray, "h w in out"]:
@@ -32,22 +59,42 @@ def conv_transpose_kernel(
     return weight[:, :, ::-1, ::-1].transpose(2, 3, 0, 1)
 
 
-def _layer_path(name: str, num_steps: int, num_blocks: int) -> tuple[Any, ...]:
-    """Where a tensor of `_encoder` or `_decoder` goes, but for the last key, e.g. ("mix",)."""
-    match = re.fullmatch(r"_(encoder|decoder)\.(\d+)\.(?:resblock\.)?(\d)\.(?:weight|bias)", name)
-    if match is None:
-        raise UserError(f"tensor {name!r} is not of an LL-VQ-VAE network")
-    part, index, inner = match[1], int(match[2]), int(match[3])
-    if part == "encoder" and index < num_steps:
-        return part, "downsample", index
-    index -= num_steps if part == "encoder" else 0
-    if index == 0:
-        return part, "mix"
-    if index <= num_blocks:
-        return part, "residual_blocks", index - 1, "conv3x3" if inner == 0 else "conv1x1"
-    if part == "encoder":
-        return part, "project"
-    return part, "upsample", index - num_blocks - 2
+def _layers(num_steps: int, num_blocks: int) -> dict[str, tuple[Any, ...]]:
+    """Where each layer goes in our trees, by its name in PyTorch, e.g. "_encoder.0.0".
+
+    Args:
+      num_steps: how often the network halves the image.
+      num_blocks: residual blocks in the encoder, and in the decoder.
+    """
+    layers: dict[str, tuple[Any, ...]] = {}
+    for part, mix in (("encoder", num_steps), ("decoder", 0)):
+        layers[f"_{part}.{mix}.0"] = part, "mix"
+        for block in range(num_blocks):
+            path, name = (part, "residual_blocks", block), f"_{part}.{mix + 1 + block}.resblock"
+            layers[f"{name}.0"] = *path, "conv3x3"
+            layers[f"{name}.2"] = *path, "conv1x1"
+    behind_blocks = num_blocks + 2  # the mixing layer, the blocks, and an activation
+    layers[f"_encoder.{num_steps + behind_blocks}.0"] = "encoder", "project"
+    for step in range(num_steps):
+        layers[f"_encoder.{step}.0"] = "encoder", "downsample", step
+        layers[f"_decoder.{behind_blocks + step}.0"] = "decoder", "upsample", step
+    return layers
+
+
+def _downsampling_weights(tensors: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The weights of the encoder's 4×4 convolutions, in order."""
+    weights: list[np.ndarray] = []
+    while (weight := tensors.get(f"_encoder.{len(weights)}.0.weight")) is not None:
+        if weight.shape[2:] != (4, 4):
+            break
+        weights.append(weight)
+    return weights
+
+
+def _num_residual_blocks(tensors: Mapping[str, np.ndarray]) -> int:
+    return sum(
+        name.startswith("_encoder.") and name.endswith(".resblock.0.weight") for name in tensors
+    )
 
 
 def parameters_from_state_dict(
@@ -60,29 +107,183 @@ def parameters_from_state_dict(
     Raises:
       UserError: if a tensor is not one of theirs.
     """
-    is_ema = "_quantizer.ema_w" in tensors
-    num_steps = sum(
-        name.startswith("_encoder.") and weight.shape[2:] == (4, 4)
-        for name, weight in tensors.items()
-        if name.endswith(".weight")
-    )
-    num_blocks = sum("_encoder" in name and "resblock.0" in name for name in tensors)
+    layers = _layers(len(_downsampling_weights(tensors)), _num_residual_blocks(tensors))
     params: Tree = {}
     statistics: Tree = {}
+    quantizer: Tree = {}
     for name, tensor in tensors.items():
-        if name.startswith("_quantizer."):
+        layer, _, kind = name.rpartition(".")
+        if name == _EMBEDDING:
             is_lattice = tensor.shape[0] == 1
-            key = _QUANTIZER_NAMES.get(name, "basis" if is_lattice else "codebook")
-            tree = statistics if is_ema else params
-            tree.setdefault("quantizer", {})[key] = tensor[0] if is_lattice else tensor
-            continue
-        node = params
-        path = _layer_path(name, num_steps, num_blocks)
-        for step in path:
-            node = node.setdefault(step, {})
-        if name.endswith("bias"):
-            node["bias"] = tensor
+            quantizer["basis" if is_lattice else "codebook"] = tensor[0] if is_lattice else tensor
+        elif name in _EMA_NAMES:
+            quantizer[_EMA_NAMES[name]] = tensor
+        elif layer in layers and (kind, tensor.ndim) in (("weight", 4), ("bias", 1)):
+            path = layers[layer]
+            node = params
+            for key in path:
+                node = node.setdefault(key, {})
+            if kind == "bias":
+                node["bias"] = tensor
+            else:
+                to_kernel = conv_transpose_kernel if "upsample" in path else conv_kernel
+                node["kernel"] = to_kernel(tensor)
         else:
-            to_kernel = conv_transpose_kernel if "upsample" in path else conv_kernel
-            node["kernel"] = to_kernel(tensor)
+            shape = list(tensor.shape)
+            raise UserError(f"tensor {name!r} is not of an LL-VQ-VAE network (its shape: {shape})")
+    if quantizer:
+        (statistics if "ema_sum" in quantizer else params)["quantizer"] = quantizer
     return params, statistics
+
+
+def _quantizer_config(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The `quantizer` section of a config, its options the defaults where tensors do not tell."""
+    embedding = tensors[_EMBEDDING]
+    if embedding.shape[0] == 1:
+        is_sparse = np.mean(np.abs(embedding)) >= _SMALLEST_SPARSE_BASIS
+        name = "sparse_lattice" if is_sparse else "dense_lattice"
+        return {"name": name, **default_options(name)}
+    name = "vq" if tensors.keys().isdisjoint(_EMA_NAMES) else "vq_ema"
+    return {"name": name, **default_options(name), "codebook_size": embedding.shape[0]}
+
+
+def recognise(tensors: Mapping[str, Float[np.ndarray, "..."]]) -> Config:
+    """What a state dict of the authors' program tells of its model: a part of a config.
+
+    `model.image_shape` is (None, None, channels): a convolutional network fits every size.
+
+    Raises:
+      UserError: if the tensors are not of an LL-VQ-VAE model.
+    """
+    downsampling = _downsampling_weights(tensors)
+    embedding = tensors.get(_EMBEDDING)
+    if not downsampling or embedding is None or embedding.ndim != 2:
+        found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+        raise UserError(
+            f"no LL-VQ-VAE model, which has _encoder.0.0.weight [out, in, 4, 4] and {_EMBEDDING} "
+            f"[K, D]; found {found[:100] or 'no tensors'}"
+        )
+    return {
+        "compute_dtype": "float32",
+        "model": {
+            "image_shape": (None, None, downsampling[0].shape[1]),
+            "hidden_dims": tuple(weight.shape[0] for weight in downsampling),
+            "num_residual_blocks": _num_residual_blocks(tensors),
+            "latent_dim": embedding.shape[1],
+        },
+        "quantizer": _quantizer_config(tensors),
+    }
+
+
+def _check_complete(config: Config, params: Tree, statistics: Tree) -> None:
+    """Raises UserError, naming the first parameter concerned, unless these are a whole model's."""
+
+    def shapes(*trees: Tree) -> dict[str, tuple[int, ...]]:
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape
+            for tree in trees
+            for path, leaf in jax.tree.leaves_with_path(tree)
+        }
+
+    _, *abstract = train_state.abstract_model(
+        config["model"], config["quantizer"], config["compute_dtype"]
+    )
+    expected, found = shapes(*abstract), shapes(params, statistics)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            problem = f"has the shape {found[name]}" if name in found else "is missing"
+            raise UserError(
+                f"{name} {problem}, where the other tensors call for "
+                f"{expected.get(name, 'no such tensor')} (names and layouts are this project's)"
+            )
+
+
+def _read(path: epath.PathLike) -> tuple[int, dict[str, np.ndarray]]:
+    """(step, state dict) of a Lightning checkpoint; runs no code that the file may hold."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            'reading a PyTorch checkpoint needs PyTorch: pip install "torch>=2.6"'
+        ) from error
+    if torch.__version__ < (2, 6):
+        raise UserError(
+            f"PyTorch {torch.__version__} can be made to run code in a file that it only loads "
+            f'weights from (CVE-2025-32434): pip install "torch>=2.6"'
+        )
+    try:
+        data = epath.Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"--checkpoint={path} cannot be read: {error.strerror or error}") from error
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of what the messages below say, too
+            file = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is no PyTorch file, or holds more than tensors and plain values (nothing in "
+            f"it was run): {_REMEDY}"
+        ) from error
+    except Exception as error:
+        raise UserError(
+            f"{path} is damaged or no PyTorch file ({first_line(error)}): {_REMEDY}"
+        ) from error
+    is_lightning = isinstance(file, dict) and isinstance(file.get("global_step"), int)
+    if not is_lightning or not isinstance(file.get("state_dict"), dict):
+        raise UserError(
+            f"{path} is no Lightning checkpoint, which has a state_dict and a global_step: "
+            f"{_REMEDY}"
+        )
+    for name, tensor in file["state_dict"].items():
+        is_tensor = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        if not is_tensor or tensor.dtype != torch.float32 or not tensor.numel():
+            found = f"{tensor.dtype} {list(tensor.shape)}" if is_tensor else type(tensor).__name__
+            raise UserError(f"{path}: {name} is {found}, not an array of float32: {_REMEDY}")
+    tensors = {name: tensor.detach().numpy() for name, tensor in file["state_dict"].items()}
+    return file["global_step"], tensors
+
+
+def import_checkpoint(checkpoint: epath.PathLike, output: epath.PathLike) -> Config:
+    """Writes a checkpoint for inference from a Lightning checkpoint of the authors' program.
+
+    Args:
+      checkpoint: the authors' file, of any data set and quantizer. No code in it is run.
+      output: the directory to write; must not exist, or be empty.
+
+    Returns:
+      What the file tells of its config (see `recognise`).
+
+    Raises:
+      UserError: if PyTorch is not installed, the file is not such a checkpoint, or the output
+        cannot be written. Then nothing is.
+    """
+    step, tensors = _read(checkpoint)
+    try:
+        config = recognise(tensors)
+        params, statistics = parameters_from_state_dict(tensors)
+        _check_complete(config, params, statistics)
+    except UserError as error:
+        raise UserError(f"{checkpoint}: {error}: {_REMEDY}") from error
+    state = TrainState(jnp.asarray(step), params, statistics, opt_state=())
+    checkpointing.save_for_inference(output, state, config)
+    return config
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake ends in one line."""
+    parser = argparse.ArgumentParser(
+        prog="llvq.import_torch", description="Imports a checkpoint of the authors' program."
+    )
+    parser.add_argument("--checkpoint", required=True, help="the authors' .ckpt file")
+    parser.add_argument("--output", required=True, help="a new directory, for --mode=evaluate")
+    options = parser.parse_args(arguments)
+    try:
+        config = import_checkpoint(options.checkpoint, options.output)
+    except UserError as error:
+        sys.exit(f"{parser.prog}: {error}")
+    fields = {"model": config["model"], "quantizer": config["quantizer"]}
+    recognised = (f"{name}={value}" for name, value in configuration.flatten(fields).items())
+    print(f"{options.output}: {', '.join(recognised)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -75,6 +75,16 @@ def split(model: VQVAE) -> tuple[nnx.GraphDef[VQVAE], Tree, Tree]:
     return nnx.graphdef(model), nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
 
 
+def abstract_model(
+    model: Mapping[str, Any], quantizer: Mapping[str, Any], compute_dtype: str
+) -> tuple[nnx.GraphDef[VQVAE], Tree, Tree]:
+    """(graphdef, params, statistics) as of `split`, with shapes and dtypes in place of arrays.
+
+    Takes no time: nothing is drawn or compiled. For the arguments see `create_model`.
+    """
+    return split(nnx.eval_shape(lambda: create_model(model, quantizer, compute_dtype, seed=0)))
+
+
 def create_train_state(
     model: VQVAE, optimizer: optax.GradientTransformation
 ) -> tuple[nnx.GraphDef[VQVAE], TrainState]:

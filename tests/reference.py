@@ -1,6 +1,8 @@
 """The reference data beside the checkout, where there is any: see tests/test_golden.py."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,9 +30,18 @@ def golden(dataset: str, quantizer: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
+def expected() -> dict[str, Any]:
+    """What the authors published, and what their weights give on the real FashionMNIST."""
+    return json.loads((ROOT / "expected.json").read_text())
+
+
+def checkpoint(dataset: str, quantizer: str) -> Path:
+    """The authors' released file."""
+    return ROOT / "checkpoints" / "{}/{}.ckpt".format(*FILES[dataset, quantizer])
+
+
 def state_dict(dataset: str, quantizer: str) -> dict[str, np.ndarray]:
     """The authors' released weights; skips the test where there is no PyTorch to read them."""
     torch = pytest.importorskip("torch", reason="needs PyTorch to read the authors' weights")
-    path = ROOT / "checkpoints" / "{}/{}.ckpt".format(*FILES[dataset, quantizer])
-    file = torch.load(path, map_location="cpu", weights_only=True)
+    file = torch.load(checkpoint(dataset, quantizer), map_location="cpu", weights_only=True)
     return {name: tensor.numpy() for name, tensor in file["state_dict"].items()}

@@ -1,0 +1,80 @@
+"""Adds the newest checkpoint of an evaluated run to the trained models that the project ships.
+
+    python -m llvq.export --workdir=runs/vq --command="python main.py --config=… --workdir=runs/vq"
+
+Writes checkpoints/<data set>/<quantizer>, parameters only, and its entry in checkpoints/index.json.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from etils import epath
+
+from llvq import checkpointing, pretrained
+from llvq.errors import UserError
+
+
+def export(workdir: epath.PathLike, command: str) -> str:
+    """Copies what inference needs of a run's newest checkpoint, with what its evaluation found.
+
+    Args:
+      workdir: of the run; has the evaluation.json of its newest checkpoint.
+      command: what trained it, for the index.
+
+    Returns:
+      The model's name.
+
+    Raises:
+      UserError: if there is no checkpoint or it has not been evaluated, or the name is taken.
+    """
+    checkpoint = checkpointing.find(workdir)
+    config, state = checkpointing.load(checkpoint)
+    report = epath.Path(workdir) / "evaluation.json"
+    try:
+        evaluation = json.loads(report.read_text())
+    except (OSError, ValueError):
+        evaluation = {}
+    if evaluation.get("checkpoint") != str(checkpoint):
+        raise UserError(
+            f"{report} does not hold an evaluation of {checkpoint}: run main.py --mode=evaluate "
+            f"with --workdir={workdir} first"
+        )
+    name = f"{config['dataset']['name']}/{config['quantizer']['name']}"
+    # Where the data lay is of no use to others.
+    config = {**config, "dataset": {"name": config["dataset"]["name"]}}
+    directory = pretrained.DIRECTORY / name
+    checkpointing.save_for_inference(directory, state, config)
+    for marker in directory.rglob("commit_success.txt"):
+        marker.write_text("")  # Orbax looks only whether it is there, but writes the path into it
+
+    about_run = {"dataset", "quantizer", "checkpoint", "step"}
+    entry = {
+        "command": command,
+        "seed": config["seed"],
+        "step": int(state.step),
+        "metrics": {key: value for key, value in evaluation.items() if key not in about_run},
+        "config": config,
+    }
+    index = dict(sorted({**pretrained.pretrained_index(), name: entry}.items()))
+    (pretrained.DIRECTORY / "index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return name
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake ends in one line."""
+    parser = argparse.ArgumentParser(
+        prog="llvq.export", description="Adds a trained and evaluated run to checkpoints/."
+    )
+    parser.add_argument("--workdir", required=True, help="of the run")
+    parser.add_argument("--command", required=True, help="the command that trained it")
+    options = parser.parse_args(arguments)
+    try:
+        print(f"{pretrained.DIRECTORY / export(options.workdir, options.command)}")
+    except UserError as error:
+        sys.exit(f"{parser.prog}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The models that come with the project: exporting, loading, and as part of a package."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import llvq
+from llvq import checkpointing, evaluate, export, pretrained, train_state
+from llvq.errors import UserError
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+COMMAND = "python main.py --config=configs/tiny.py:vq_ema"
+SHIPPED = llvq.pretrained_index()
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Of an evaluated run of 6 steps (not taken); vq_ema has parameters and statistics."""
+    directory = tmp_path_factory.mktemp("run")
+    config = tiny.config("vq_ema", **{"dataset.manual_dir": "/home/somebody"})
+    model = train_state.create_model(config["model"], config["quantizer"], "float32", seed=3)
+    _, state = train_state.create_train_state(model, optax.adam(1e-3))
+    with checkpointing.open_manager(directory, keep_checkpoints=1) as manager:
+        checkpointing.save(manager, 6, state.replace(step=np.int32(6)), config, None)
+    evaluate.evaluate(config, directory, tiny.dataset())
+    return directory
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A directory of trained models with nothing in it."""
+    directory = tmp_path / "checkpoints"
+    directory.mkdir()
+    (directory / "index.json").write_text("{}")
+    monkeypatch.setattr(pretrained, "DIRECTORY", directory)
+    return directory
+
+
+def files(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_what_is_exported_is_what_was_trained(workdir, shipped):
+    export.main([f"--workdir={workdir}", f"--command={COMMAND}"])
+    model = llvq.load_pretrained("tiny/vq_ema")
+    config, state = checkpointing.load(workdir)
+    trained = checkpointing.model_of(config, state)
+    images = tiny.images(5) / np.float32(255) - np.float32(0.5)
+    np.testing.assert_array_equal(model.reconstruct(images), trained.reconstruct(images))
+    np.testing.assert_array_equal(model.decode(model.encode(images)), model.reconstruct(images))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *(
+            (s.step, s.params, s.statistics)
+            for s in (state, checkpointing.load(shipped / "tiny/vq_ema")[1])
+        ),
+    )
+
+    entry = llvq.pretrained_index()["tiny/vq_ema"]
+    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    assert entry["command"] == COMMAND
+    assert (entry["step"], entry["seed"]) == (6, 3)
+    assert {"reconstruction_loss", "psnr", "ssim", "effective_codebook_size"} < set(
+        entry["metrics"]
+    )
+    assert entry["metrics"].items() <= evaluation.items()
+    assert entry["config"]["model"]["image_shape"] == [12, 12, 1]
+    assert entry["config"]["model"]["value_range"] == [-0.5, 0.5]
+    assert checkpointing.load(shipped / "tiny/vq_ema")[0] == entry["config"]
+
+
+def test_what_is_exported_is_small_and_names_no_directory_of_this_machine(workdir, shipped):
+    export.export(workdir, COMMAND)
+    content = files(shipped)
+    assert len(content) < 20
+    for path, data in content.items():
+        for private in (str(workdir), str(shipped), "/home/somebody"):
+            assert private.encode() not in data, path
+    _, state = checkpointing.load(workdir)
+    numbers = train_state.num_parameters((state.params, state.statistics))
+    assert sum(map(len, content.values())) < 4 * numbers + 20_000
+
+
+def test_it_evaluates_to_its_metrics(workdir, shipped, tmp_path):
+    export.export(workdir, COMMAND)
+    entry = llvq.pretrained_index()["tiny/vq_ema"]
+    results = evaluate.evaluate(
+        tiny.config("vq_ema"), tmp_path, tiny.dataset(), checkpoint=shipped / "tiny/vq_ema"
+    )
+    assert entry["metrics"].items() <= results.items()
+
+
+def test_what_cannot_be_exported_is_one_line(workdir, shipped, tmp_path):
+    def refusal(directory):
+        before = files(tmp_path)
+        with pytest.raises(SystemExit) as error:
+            export.main([f"--workdir={directory}", f"--command={COMMAND}"])
+        assert files(tmp_path) == before
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    (tmp_path / "empty").mkdir()
+    assert "no checkpoint in" in refusal(tmp_path / "empty")
+    unevaluated = tmp_path / "unevaluated"
+    shutil.copytree(workdir, unevaluated)
+    assert "does not hold an evaluation of" in refusal(unevaluated)  # but of another directory
+    (unevaluated / "evaluation.json").unlink()
+    assert "run main.py --mode=evaluate" in refusal(unevaluated)
+    (unevaluated / "evaluation.json").write_text("{")
+    assert "does not hold an evaluation of" in refusal(unevaluated)
+    export.export(workdir, COMMAND)
+    assert "checkpoints/tiny/vq_ema exists already" in refusal(workdir)
+
+
+def test_unknown_names(workdir, shipped):
+    with pytest.raises(UserError, match=r"^no trained model 'mnist/vq': there are none yet$"):
+        llvq.load_pretrained("mnist/vq")
+    export.export(workdir, COMMAND)
+    for name in ("mnist/vq", "../checkpoints/tiny/vq_ema", ""):
+        with pytest.raises(UserError, match=rf"^no trained model '{name}': .* tiny/vq_ema$"):
+            llvq.load_pretrained(name)
+
+
+def test_the_index_lists_what_is_there():
+    there = {path.parent for path in pretrained.DIRECTORY.rglob("_CHECKPOINT_METADATA")}
+    assert {str(path.relative_to(pretrained.DIRECTORY)) for path in there} == set(SHIPPED)
+
+
+def test_every_shipped_model_works():
+    for name, entry in SHIPPED.items():
+        model = llvq.load_pretrained(name)
+        config, state = checkpointing.load(pretrained.DIRECTORY / name)
+        assert config == entry["config"]
+        assert f"{config['dataset']['name']}/{config['quantizer']['name']}" == name
+        assert (int(state.step), config["seed"]) == (entry["step"], entry["seed"])
+        assert {"reconstruction_loss", "effective_codebook_size"} < set(entry["metrics"])
+        assert "main.py" in entry["command"]
+        images = np.zeros((1, *config["model"]["image_shape"]), np.float32)
+        reconstructions = model.decode(model.encode(images))
+        assert reconstructions.shape == images.shape
+        assert np.all(np.isfinite(reconstructions))
+        size = sum(map(len, files(pretrained.DIRECTORY / name).values()))
+        assert size < 2_000_000
+
+
+def test_an_installed_package_has_them(workdir, shipped, tmp_path):
+    """Builds a wheel from a copy of the project and loads from it, far from the checkout."""
+    pytest.importorskip("setuptools", minversion="77", reason="setuptools builds the wheel")
+    export.export(workdir, COMMAND)
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "llvq", source / "llvq", ignore=ignored)
+    shutil.copytree(shipped, source / "checkpoints")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, f"--wheel-dir={tmp_path}", str(source)], check=True)
+    (wheel,) = tmp_path.glob("llvq-*.whl")
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    shutil.rmtree(shipped)
+    shutil.rmtree(source)
+    program = f"""
+import sys
+sys.path.insert(0, {str(installed)!r})
+import llvq, numpy
+assert llvq.__file__.startswith({str(installed)!r})
+assert list(llvq.pretrained_index()) == ["tiny/vq_ema"]
+images = numpy.zeros((2, 12, 12, 1), numpy.float32)
+print(llvq.load_pretrained("tiny/vq_ema").reconstruct(images).shape)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.stdout == "(2, 12, 12, 1)\n", result.stderr
+    (requirement,) = (
+        line
+        for line in next(installed.glob("*.dist-info/METADATA")).read_text().splitlines()
+        if line.startswith("Requires-Dist: torch")
+    )
+    assert "extra ==" in requirement
