@@ -1,0 +1,141 @@
+"""Collects evaluated runs into results/, and writes results/README.md from all collected ones.
+
+    python -m results.collect runs --machine="2 CPU cores"
+
+Looks for workdirs in the directories named and keeps of each what the tables and plots need, in
+results/runs. A run counts if it is finished, its last checkpoint is evaluated, and its config is
+that of a recipe; others are named and left out.
+"""
+
+import argparse
+import importlib
+import json
+import logging
+import pathlib
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
+
+from configs import default
+from llvq import checkpointing, configuration, train_state
+from llvq.errors import UserError
+from results import report
+
+Run = dict[str, Any]
+
+# What may differ between runs of one recipe.
+_FREE = {"seed", "dataset.data_dir", "dataset.manual_dir", "keep_checkpoints"} | {
+    f"{what}_every_steps" for what in ("log", "eval", "checkpoint")
+}
+_CURVES = (
+    *("train/reconstruction_loss", "train/perplexity", "train/distinct_codes"),
+    *("validation/reconstruction_loss", "validation/perplexity", "validation/distinct_codes"),
+)
+_RATE = "train/images_per_second"
+
+
+def find_workdirs(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The evaluated workdirs in a directory, itself included."""
+    for path in sorted(directory.rglob("evaluation.json")):
+        yield path.parent
+
+
+def recipe_of(config: configuration.Config) -> str:
+    """The recipe that a run's config follows.
+
+    Raises:
+      UserError: if it follows none.
+    """
+    ours = configuration.flatten(config)
+    module = importlib.import_module(f"configs.{ours['dataset.name']}")
+    differing: list[str] = []
+    for recipe in default.RECIPES:
+        theirs = configuration.flatten(module.get_config(f"{ours['quantizer.name']},{recipe}"))
+        differing = [
+            name
+            for name in sorted(ours.keys() | theirs.keys())
+            if name not in _FREE and ours.get(name) != theirs.get(name)
+        ]
+        if not differing:
+            return recipe
+    raise UserError(f"it follows no recipe: {differing[0]} is {ours.get(differing[0])}")
+
+
+def read_scalars(workdir: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) pairs by name, as TensorBoard shows them; of a step that was run twice, one."""
+    events = EventAccumulator(str(workdir), size_guidance={"tensors": 0})
+    events.Reload()
+    scalars: dict[str, list[tuple[int, float]]] = {}
+    for name in set(events.Tags()["tensors"]) & {*_CURVES, _RATE}:
+        by_step = {
+            event.step: float(tensor_util.make_ndarray(event.tensor_proto))
+            for event in events.Tensors(name)
+        }
+        scalars[name] = sorted(by_step.items())
+    return scalars
+
+
+def summarise(workdir: pathlib.Path, machine: str) -> Run:
+    """What the tables and plots need of a run.
+
+    Raises:
+      UserError: if it is not a finished and evaluated run of a recipe.
+    """
+    checkpoint = checkpointing.find(workdir)
+    config, state = checkpointing.load(checkpoint)
+    evaluation = json.loads((workdir / "evaluation.json").read_text())
+    if pathlib.Path(evaluation.pop("checkpoint")).name != checkpoint.name:
+        raise UserError("its newest checkpoint is not the one that was evaluated")
+    scalars = read_scalars(workdir)
+    rates = [rate for _, rate in scalars.pop(_RATE, [])]
+    quantizer = [tree.get("quantizer", {}) for tree in (state.params, state.statistics)]
+    return {
+        "recipe": recipe_of(config),
+        "seed": config["seed"],
+        "machine": machine,
+        "training_images_per_second": statistics.median(rates) if rates else None,
+        "quantizer_parameters": train_state.num_parameters(quantizer),
+        "evaluation": evaluation,
+        "curves": scalars,
+    }
+
+
+def collect(workdir: pathlib.Path, machine: str, results: pathlib.Path = report.DIRECTORY) -> None:
+    """Keeps a run in results/runs, and its picture if no run of its kind has one yet."""
+    run = summarise(workdir, machine)
+    evaluation = run["evaluation"]
+    directory = results / "runs" / evaluation["dataset"] / run["recipe"] / evaluation["quantizer"]
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"seed_{run['seed']}.json").write_text(json.dumps(run, indent=1) + "\n")
+    picture = directory / "reconstructions.png"
+    if not picture.exists():
+        shutil.copyfile(workdir / picture.name, picture)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # of what Orbax does
+    parser = argparse.ArgumentParser(prog="results.collect", description=__doc__.splitlines()[0])
+    parser.add_argument("directories", nargs="*", type=pathlib.Path, help="with workdirs in them")
+    parser.add_argument("--machine", default="", help="that trained them, for the table")
+    options = parser.parse_args(arguments)
+    for directory in options.directories:
+        if not directory.is_dir():
+            sys.exit(f"{parser.prog}: {directory} is not a directory")
+        for workdir in find_workdirs(directory):
+            try:
+                collect(workdir, options.machine)
+                print(f"{workdir}: collected")
+            except UserError as error:
+                print(f"{workdir}: left out, {error}")
+    report.write()
+    print(report.DIRECTORY / "README.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Writes results/README.md and its plots from what results/collect.py has kept."""
+
+import json
+import pathlib
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+DIRECTORY = pathlib.Path(__file__).parent
+
+Run = dict[str, Any]
+Group = tuple[str, str]  # data set and recipe
+
+_HEADER = """# Results
+
+Written by `python -m results.collect`; not to be edited by hand. Every figure comes from a run of this
+project; its numbers and curves are in [runs](runs). To run them again:
+
+    ./run.sh --seeds=2,32,432 fashion_mnist vq vq_ema sparse_lattice dense_lattice
+
+Mean ± standard deviation over the seeds named. MSE, PSNR and SSIM are over the test split (FFHQ:
+validation), PSNR and SSIM on values mapped to [0, 1] and clipped; codebook figures over all training
+and validation images. In brackets the authors' figures. {source}
+"""
+
+_COLUMNS = (
+    *("quantizer", "seeds", "MSE", "PSNR", "SSIM", "effective codebook size", "vectors"),
+    *("entropy, bits a vector", "bits a pixel", "quantizer's parameters", "training images/s"),
+)
+
+
+def read_runs(directory: pathlib.Path) -> dict[Group, dict[str, list[Run]]]:
+    """The runs kept, by data set and recipe, then by quantizer, in the order of their seeds."""
+    groups: dict[Group, dict[str, list[Run]]] = {}
+    for path in sorted((directory / "runs").rglob("seed_*.json")):
+        run = json.loads(path.read_text())
+        group = run["evaluation"]["dataset"], run["recipe"]
+        groups.setdefault(group, {}).setdefault(run["evaluation"]["quantizer"], []).append(run)
+    for runs in groups.values():
+        for of_quantizer in runs.values():
+            of_quantizer.sort(key=lambda run: run["seed"])
+    return groups
+
+
+def spread(values: Iterable[float], digits: str) -> str:
+    """Mean ± standard deviation (of a sample), or the value if there is one."""
+    values = list(values)
+    mean = f"{statistics.mean(values):{digits}}"
+    return f"{mean} ± {statistics.stdev(values):{digits}}" if len(values) > 1 else mean
+
+
+def _row(quantizer: str, runs: list[Run], published: Mapping[str, float]) -> str:
+    def figure(name: str, digits: str) -> str:
+        return spread((run["evaluation"][name] for run in runs), digits)
+
+    def beside(text: str, name: str, digits: str) -> str:
+        return f"{text} ({published[name]:{digits}})" if name in published else text
+
+    rates = [run["training_images_per_second"] for run in runs]
+    how = "" if all(r["evaluation"]["effective_codebook_size_is_exact"] for r in runs) else "≈ "
+    cells = (
+        f"`{quantizer}`",
+        ", ".join(str(run["seed"]) for run in runs),
+        beside(figure("reconstruction_loss", ".5f"), "reconstruction_loss", ".5f"),
+        figure("psnr", ".2f"),
+        figure("ssim", ".3f"),
+        how + beside(figure("effective_codebook_size", ",.0f"), "effective_codebook_size", ",.0f"),
+        f"{runs[0]['evaluation']['num_quantized_vectors']:,}",
+        figure("entropy_bits_per_vector", ".2f"),
+        figure("bits_per_pixel", ".3f"),
+        f"{runs[0]['quantizer_parameters']:,}",
+        spread(rates, ".0f") if all(rates) else "",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _curves(
+    axes: Axes, runs: Mapping[str, list[Run]], name: str, title: str, *, log: bool = True
+) -> None:
+    """A line for each seed, a colour for each quantizer."""
+    for i, (quantizer, of_quantizer) in enumerate(runs.items()):
+        for j, run in enumerate(of_quantizer):
+            points = run["curves"].get(name, [])
+            label = None if j else quantizer
+            axes.plot(*zip(*points, strict=True), color=f"C{i}", label=label, linewidth=1)
+    axes.set(title=title, xlabel="training step", yscale="log" if log else "linear")
+    axes.legend()
+
+
+def _save_plot(path: pathlib.Path, draw: Callable[[Axes, Axes], None]) -> None:
+    """Two plots side by side."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    draw(left, right)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _section(group: Group, runs: Mapping[str, list[Run]], published: Mapping[str, Any]) -> str:
+    dataset, recipe = group
+    directory = DIRECTORY / "runs" / dataset / recipe
+    plot = directory / "training.png"
+
+    def draw(left: Axes, right: Axes) -> None:
+        _curves(left, runs, "train/reconstruction_loss", "reconstruction loss, training")
+        _curves(right, runs, "train/distinct_codes", "distinct codes in a batch, training")
+
+    _save_plot(plot, draw)
+    machines = sorted({run["machine"] for of_quantizer in runs.values() for run in of_quantizer})
+    lines = [
+        f"## {dataset}, recipe `{recipe}`\n",
+        f"Trained on: {'; '.join(machine for machine in machines if machine) or 'not stated'}.\n",
+        f"| {' | '.join(_COLUMNS)} |",
+        "|---" * len(_COLUMNS) + "|",
+        *(_row(name, of_name, published.get(name, {})) for name, of_name in runs.items()),
+        f"\n![{dataset}: loss and codes in use over training]({plot.relative_to(DIRECTORY)})",
+    ]
+    for quantizer in runs:
+        picture = directory / quantizer / "reconstructions.png"
+        if picture.exists():
+            lines.append(f"\n`{quantizer}`: originals above reconstructions\n")
+            lines.append(f"![{quantizer}]({picture.relative_to(DIRECTORY)})")
+    return "\n".join(lines)
+
+
+def _codebook_size_section() -> str:
+    """Time of a training step and number of parameters against the codebook size, if measured."""
+    source = DIRECTORY / "codebook_size.json"
+    if not source.exists():
+        return ""
+    measured = json.loads(source.read_text())
+    plot = DIRECTORY / "codebook_size.png"
+
+    def draw(left: Axes, right: Axes) -> None:
+        for name, title, axes in (
+            ("milliseconds", "time of a training step, ms", left),
+            ("parameters", "parameters of the quantizer", right),
+        ):
+            for quantizer, values in measured[name].items():
+                axes.plot(measured["codebook_sizes"], values, marker="o", label=quantizer)
+            axes.set(title=title, xlabel="codebook size K", xscale="log", yscale="log")
+            axes.legend()
+
+    _save_plot(plot, draw)
+    return "\n".join(
+        (
+            "## Cost against codebook size\n",
+            f"FashionMNIST's network, 64 images a step, on {measured['machine']}:\n",
+            f"    {measured['command']}\n",
+            measured["table"],
+            f"\n![time of a step and number of parameters against K]({plot.name})",
+        )
+    )
+
+
+def write() -> None:
+    """Writes results/README.md and the plots."""
+    published = json.loads((DIRECTORY / "published.json").read_text())
+    sections = [_HEADER.format(source=published["source"])]
+    for group, runs in read_runs(DIRECTORY).items():
+        order = sorted(runs, key=["vq", "vq_ema", "sparse_lattice", "dense_lattice"].index)
+        sections.append(
+            _section(group, {name: runs[name] for name in order}, published.get(group[0], {}))
+        )
+    sections.append(_codebook_size_section())
+    (DIRECTORY / "README.md").write_text("\n\n".join(filter(None, sections)).strip() + "\n")
