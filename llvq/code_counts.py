@@ -88,7 +88,7 @@ def _count_share(
         unsorted = high.astype(jnp.uint64) << jnp.uint64(32) | low.astype(jnp.uint64)
         is_kept = counts & (jax.lax.clz(unsorted) >= level.astype(jnp.uint64))
         num_kept = jnp.sum(is_kept, dtype=jnp.int32)
-        # What is left out goes to the end; a key of all ones that is kept still comes before it.
+        # What is left out goes to the end: the first num_kept stay, even if one is all ones itself.
         keys = jax.lax.sort(jnp.where(is_kept, unsorted, ~jnp.uint64(0)))
         is_first = jnp.concatenate([jnp.ones(1, bool), keys[1:] != keys[:-1]])
         is_first &= jnp.arange(len(keys), dtype=jnp.int32) < num_kept
