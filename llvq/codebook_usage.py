@@ -21,7 +21,7 @@ probability below n² / 2⁶⁵: 4e-6 for 12 million codes.
 
 The table is a function of the codes that occurred and of nothing else: neither of their order nor
 of the number of devices and hosts. Memory on the host: 16 bytes for each of `BUDGET` keys and of
-`_PENDING` that wait to be merged, 320 MiB, and less than 1 GiB while merging.
+`_PENDING` that wait to be merged, 320 MiB, and 1.1 GiB in all while merging.
 """
 
 import itertools
