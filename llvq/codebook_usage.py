@@ -1,104 +1,229 @@
-"""How much of its codebook a quantizer uses: distinct codes and perplexity, counted exactly.
+"""How much of its codebook a quantizer uses: distinct codes, their entropy and perplexity.
 
-Codes are compared by 128-bit fingerprints, so that a lattice code of 64 integers costs 16 bytes:
-among n distinct codes two share a fingerprint with a probability below n² / 2¹²⁹ (2e-25 for 12
-million).
+One table serves any number of codes, by adaptive sampling (Wegner's algorithm; P. Flajolet, "On
+adaptive sampling", Computing 43, 1990). It holds the 64-bit key of each distinct code with the
+code's number of occurrences: everything is exact. Once more than `BUDGET` codes have occurred, the
+level rises: of all codes only those whose key begins with `level` zero bits are kept, a fraction
+p = 2^−level, and every such code has been counted since its first occurrence. From n kept codes
+
+    distinct codes = n / p                      ± √((1 − p) / n) of it, below 0.036%
+    entropy        = log N − Σ c·log c / (p·N)  ± √((1 − p) · Σ (c·log c)²) / (p·N)
+
+with the counts c of the kept codes and the number N of all vectors (the Horvitz–Thompson
+estimator and its variance as the sample gives it; ± is one standard error). The error does not
+grow with N. Codes that occurred once add nothing to the second sum: of a dense lattice the entropy
+is known almost exactly. Conversely, if there are more than `BUDGET` distinct codes and yet a few of
+them hold a large share of all vectors, the sample most likely misses those few, and the entropy
+comes out too high with too small an error.
+
+Keys are hashes: among n distinct codes two have the same key, so that one goes uncounted, with a
+probability below n² / 2⁶⁵: 4e-6 for 12 million codes.
+
+The table is a function of the codes that occurred and of nothing else: neither of their order nor
+of the number of devices and hosts. Memory on the host: 16 bytes for each of `BUDGET` keys and of
+`_PENDING` that wait to be merged, 320 MiB, and 1.1 GiB in all while merging.
 """
 
+import itertools
 import math
 
 import jax
 import numpy as np
-from jax import numpy as jnp
-from jaxtyping import Array, Int, UInt32
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array, Float64, Int32, Int64, Shaped, UInt64
 
-_MULTIPLIERS = (0x239B961B, 0xAB0E9789, 0x38B34AE5, 0xA1E38B93)
-_KEY_ROTATIONS = (15, 16, 17, 18)
-_STATE_ROTATIONS = (19, 17, 15, 13)
-_OFFSETS = (0x561CCD1B, 0x0BCAA747, 0x96CD1C35, 0x32AC3B17)
+from llvq import sharding
+from llvq.code_counts import CodeCounts
 
-
-def _rotate(x: UInt32[Array, "n"], bits: int) -> UInt32[Array, "n"]:
-    return (x << bits) | (x >> (32 - bits))
-
-
-def _finalize(x: UInt32[Array, "n"]) -> UInt32[Array, "n"]:
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
-def fingerprints(codes: Int[Array, "n width"]) -> UInt32[Array, "n 4"]:
-    """A 128-bit hash of each row: MurmurHash3_x86_128 (A. Appleby, 2011) with seed 0.
-
-    Rows are filled up with zeros to a multiple of four, the hash's block.
-    """
-    width = codes.shape[1]
-    words = jnp.pad(codes, ((0, 0), (0, -width % 4)))
-    words = jax.lax.bitcast_convert_type(words, jnp.uint32)
-    state = [jnp.zeros(codes.shape[0], jnp.uint32)] * 4
-    for block in range(words.shape[1] // 4):
-        for lane in range(4):
-            key = words[:, 4 * block + lane] * jnp.uint32(_MULTIPLIERS[lane])
-            key = _rotate(key, _KEY_ROTATIONS[lane])
-            key *= jnp.uint32(_MULTIPLIERS[(lane + 1) % 4])
-            mixed = _rotate(state[lane] ^ key, _STATE_ROTATIONS[lane]) + state[(lane + 1) % 4]
-            state[lane] = mixed * jnp.uint32(5) + jnp.uint32(_OFFSETS[lane])
-    length = jnp.uint32(4 * words.shape[1])
-    for finalize in (lambda x: x ^ length, _finalize):
-        state = [finalize(x) for x in state]
-        state[0] = state[0] + state[1] + state[2] + state[3]
-        state[1:] = [x + state[0] for x in state[1:]]
-    return jnp.stack(state, axis=1)
+BUDGET = 2**24
+_PENDING = 2**22
 
 
 class CodebookUsage:
-    """Counts codes, given as fingerprints, batch by batch."""
+    """Counts codes, batch by batch.
 
-    def __init__(self) -> None:
+    Attributes:
+      num_vectors: how many vectors have been counted.
+    """
+
+    def __init__(self, budget: int = BUDGET) -> None:
+        """Args:
+        budget: up to how many distinct codes are counted exactly.
+        """
+        self._level = 0
         self.num_vectors = 0
-        self._keys = np.empty((0, 2), np.uint64)  # distinct, sorted
+        self._budget = budget
+        limits = np.iinfo(np.int32)
+        self._smallest = np.array(limits.max, np.int32)  # [code_width] from the first batch on
+        self._largest = np.array(limits.min, np.int32)
+        self._keys = np.empty(0, np.uint64)  # distinct, ascending
         self._counts = np.empty(0, np.int64)
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []
         self._num_pending = 0
 
-    def add(self, batch: UInt32[np.ndarray, "n 4"]) -> None:
-        """Counts the fingerprints of a batch."""
-        self.num_vectors += len(batch)
-        keys = np.ascontiguousarray(batch).view(np.uint64)
-        self._pending.append(_count(keys, np.ones(len(keys), np.int64)))
-        self._num_pending += len(self._pending[-1][0])
-        # Merging only when as much waits as is there already keeps the whole cost n log n.
-        if self._num_pending > max(len(self._keys), 2**20):
+    def levels(self, mesh: Mesh) -> Int32[Array, "devices"]:
+        """The level, as `count_codes` wants it; hosts need not agree on it."""
+        return sharding.to_devices(np.full(len(mesh.local_devices), self._level, np.int32), mesh)
+
+    def add(self, batch: CodeCounts) -> None:
+        """Counts what this host's devices have found in a batch."""
+        *figures, heads = jax.device_get([_shards(field) for field in batch[:-1]])
+        pieces = [_shards(piece) for piece in batch.keys]
+        for device, (num_vectors, smallest, largest, num_kept, num_distinct, head) in enumerate(
+            zip(*figures, heads, strict=True)
+        ):
+            self.num_vectors += int(num_vectors)
+            self._smallest = np.minimum(self._smallest, smallest)
+            self._largest = np.maximum(self._largest, largest)
+            if num_distinct <= head.shape[1]:
+                low, high, counts = head[:, :num_distinct]
+                self._append(_join(low, high), counts.astype(np.int64))
+            else:
+                words = _leading([piece[device] for piece in pieces], int(num_kept))
+                keys = _join(*words)
+                self._append(*_count(keys, np.ones(len(keys), np.int64)))
+
+    def _append(self, keys: UInt64[np.ndarray, "n"], counts: Int64[np.ndarray, "n"]) -> None:
+        self._pending.append((keys, counts))
+        self._num_pending += len(keys)
+        if self._num_pending > _PENDING:
             self._merge()
 
     def _merge(self) -> None:
+        """Brings what waits into the table; raises the level until it fits the budget."""
         if not self._pending:
             return
         keys, counts = zip((self._keys, self._counts), *self._pending, strict=True)
-        self._keys, self._counts = _count(np.concatenate(keys), np.concatenate(counts))
         self._pending.clear()
         self._num_pending = 0
+        merged_keys, merged_counts = _count(np.concatenate(keys), np.concatenate(counts))
+        while (kept := _num_below(merged_keys, self._limit)) > self._budget:
+            self._level += 1
+        self._keys, self._counts = merged_keys[:kept].copy(), merged_counts[:kept].copy()
+
+    @property
+    def _limit(self) -> int:
+        """What the keys of this level are below."""
+        return 2 ** (64 - self._level)
+
+    def over_all_hosts(self) -> "CodebookUsage":
+        """What all hosts have counted together; to be called by each of them, at the same time."""
+        if jax.process_count() == 1:
+            return self
+        self._merge()
+        levels, num_vectors, sizes = _gather(
+            np.array([self._level, self.num_vectors, len(self._keys)])
+        ).T
+        merged = CodebookUsage(self._budget)
+        merged._level = int(levels.max())
+        merged.num_vectors = int(num_vectors.sum())
+        merged._smallest = _gather(self._smallest).min(axis=0)
+        merged._largest = _gather(self._largest).max(axis=0)
+        # In slices of the keys' range, so that no host holds all hosts' tables at once.
+        num_slices = int(sizes.max()) * len(sizes) // _PENDING + 1
+        bounds = [merged._limit * i // num_slices for i in range(num_slices + 1)]
+        edges = np.array([_num_below(self._keys, bound) for bound in bounds])
+        lengths = np.diff(_gather(edges))  # [hosts, slices]
+        for i, (start, stop) in enumerate(itertools.pairwise(edges)):
+            if bounds[i] >= merged._limit:  # the level has risen since
+                break
+            share = np.zeros((2, lengths.max()), np.int64)
+            share[0, : stop - start] = self._keys[start:stop].view(np.int64)
+            share[1, : stop - start] = self._counts[start:stop]
+            for (keys, counts), length in zip(_gather(share), lengths[:, i], strict=True):
+                merged._append(keys[:length].view(np.uint64), counts[:length])
+        return merged
+
+    @property
+    def level(self) -> int:
+        """Codes are in the table with a probability of 2^−level."""
+        self._merge()
+        return self._level
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all codes are in the table, so that all figures are exact."""
+        return self.level == 0
 
     @property
     def num_distinct(self) -> int:
         """The effective codebook size: how many different codes have occurred."""
         self._merge()
-        return len(self._keys)
+        return len(self._keys) << self._level
+
+    @property
+    def standard_error(self) -> float:
+        """Of num_distinct, as a fraction of it; 0 if it is exact."""
+        self._merge()
+        return math.sqrt((1 - 2.0**-self._level) / max(len(self._keys), 1))
+
+    def _terms(self) -> Float64[np.ndarray, "codes"]:
+        """c·log2 c of every count c in the table."""
+        self._merge()
+        return self._counts * np.log2(self._counts)
+
+    @property
+    def entropy(self) -> float:
+        """Of the codes' frequencies, in bits a vector."""
+        if not self.num_vectors:
+            return 0.0
+        total = float(np.sum(self._terms())) * 2**self._level
+        return max(math.log2(self.num_vectors) - total / self.num_vectors, 0.0)
+
+    @property
+    def entropy_standard_error(self) -> float:
+        """Of the entropy, in bits a vector; 0 if it is exact."""
+        if self.is_exact:
+            return 0.0
+        norm = float(np.linalg.norm(self._terms()))
+        return math.sqrt(1 - 2.0**-self._level) * norm * 2**self._level / self.num_vectors
 
     @property
     def perplexity(self) -> float:
-        """exp(entropy) of the codes' frequencies: 1 for one code, num_distinct if all are even."""
-        self._merge()
-        frequencies = self._counts / self.num_vectors
-        return math.exp(-np.sum(frequencies * np.log(frequencies)))
+        """2^entropy: 1 for one code, num_distinct if all are even."""
+        return 2.0**self.entropy
+
+    @property
+    def num_entries_in_use(self) -> int:
+        """How many of a code's integers have taken more than one value."""
+        return int(np.sum(self._largest > self._smallest))
 
 
-def _count(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct rows of keys [n, 2], sorted, and the sum of counts [n] of each."""
-    order = np.lexsort((keys[:, 1], keys[:, 0]))
+def _shards(array: Shaped[Array, "devices ..."]) -> list[Shaped[Array, "1 ..."]]:
+    return [shard.data[0] for shard in array.addressable_shards]
+
+
+def _leading(pieces: list[Array], length: int) -> np.ndarray:
+    """The first columns of arrays [2, n] joined, fetching no more of them than that takes."""
+    ends = itertools.accumulate(piece.shape[1] for piece in pieces)
+    needed = [p for p, end in zip(pieces, ends, strict=True) if end - p.shape[1] < length]
+    return np.concatenate(jax.device_get(needed), axis=1)[:, :length]
+
+
+def _join(low: np.ndarray, high: np.ndarray) -> UInt64[np.ndarray, "n"]:
+    return high.astype(np.uint64) << np.uint64(32) | low
+
+
+def _num_below(keys: UInt64[np.ndarray, "n"], bound: int) -> int:
+    """How many of ascending keys are below a bound of up to 2^64."""
+    return len(keys) if bound == 2**64 else int(np.searchsorted(keys, np.uint64(bound)))
+
+
+def _count(
+    keys: UInt64[np.ndarray, "n"], counts: Int64[np.ndarray, "n"]
+) -> tuple[UInt64[np.ndarray, "m"], Int64[np.ndarray, "m"]]:
+    """The distinct keys, ascending, and the sum of the counts of each."""
+    order = np.argsort(keys)
     keys, counts = keys[order], counts[order]
-    first = np.ones(len(keys), bool)
-    first[1:] = np.any(keys[1:] != keys[:-1], axis=1)
-    starts = np.flatnonzero(first)
+    starts = np.flatnonzero(
+        np.concatenate([np.ones(min(len(keys), 1), bool), keys[1:] != keys[:-1]])
+    )
     return keys[starts], np.add.reduceat(counts, starts) if len(starts) else counts
+
+
+def _gather(array: Int64[np.ndarray, "..."] | Int32[np.ndarray, "..."]) -> np.ndarray:
+    """The arrays of all hosts, stacked; of equal shape on each."""
+    # As words of 32 bits, since JAX as a rule has no others.
+    words = multihost_utils.process_allgather(np.ascontiguousarray(array).view(np.uint32))
+    return np.ascontiguousarray(words).view(array.dtype)

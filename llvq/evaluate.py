@@ -1,5 +1,6 @@
 """Evaluation: reconstruction metrics of a split, and the codebook's usage over splits."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from flax import nnx
 from jax import numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, Int32, UInt8
 
 from llvq import (
     checkpointing,
@@ -24,7 +25,8 @@ from llvq import (
     train_state,
     visualize,
 )
-from llvq.codebook_usage import CodebookUsage, fingerprints
+from llvq.code_counts import CodeCounts, count_codes
+from llvq.codebook_usage import CodebookUsage
 from llvq.configuration import Config
 from llvq.data import Dataset
 from llvq.model import VQVAE
@@ -36,12 +38,33 @@ ProgressFactory = Callable[[int], Callable[[int], Any]]
 NUM_PICTURES = 8
 
 
+def measure_images(
+    model: VQVAE,
+    inputs: Float[Array, "batch height width channels"],
+    mask: Bool[Array, "batch"],
+    value_range: tuple[float, float],
+    param_dtype: DTypeLike,
+) -> tuple[dict[str, Float[Array, ""]], Int[Array, "batch h w ..."]]:
+    """Sums of each metric over the images that the mask lets count, and the codes of all."""
+    outputs, codes, quantizer_losses = model(inputs, mask=mask)
+    outputs = outputs.astype(param_dtype)
+    a, b = (metrics.to_unit_range(x, value_range) for x in (inputs, outputs))
+    by_image = {
+        "reconstruction_loss": jnp.mean((outputs - inputs) ** 2, axis=(1, 2, 3)),
+        "psnr": metrics.psnr(a, b),
+        "ssim": metrics.ssim(a, b),
+    }
+    count = jnp.sum(mask)
+    sums = {name: jnp.sum(x, where=mask) for name, x in by_image.items()}
+    return sums | {name: loss * count for name, loss in quantizer_losses.items()}, codes
+
+
 class Evaluator:
     """The jitted steps of evaluation, and what goes over whole splits with them.
 
     Attributes (each a jitted function of state and images, uint8):
-      usage_step: fingerprints of the codes, [vectors, 4], replicated.
-      metrics_step: sums of each metric over the images that a mask lets count, and fingerprints.
+      usage_step: the codes, counted; takes the mask of images and the levels, see `count_codes`.
+      metrics_step: sums of each metric, see `measure_images`, and likewise the codes.
       preview_step: originals and reconstructions in [0, 1], histogram data; all replicated.
     """
 
@@ -65,33 +88,28 @@ class Evaluator:
             model = nnx.merge(graphdef, state.params, state.statistics)
             return model, scale_images(images, value_range, param_dtype)
 
-        def fingerprint(model: VQVAE, codes: Array) -> Array:
-            return fingerprints(codes.reshape(-1, model.quantizer.code_width))
+        def count(model: VQVAE, codes: Array, mask: Array, levels: Array) -> CodeCounts:
+            width = model.quantizer.code_width
+            return count_codes(codes, mask, levels, code_width=width, mesh=mesh)
 
         def usage_step(
-            state: TrainState, images: UInt8[Array, "batch height width channels"]
-        ) -> UInt32[Array, "vectors 4"]:
+            state: TrainState,
+            images: UInt8[Array, "batch height width channels"],
+            mask: Bool[Array, "batch"],
+            levels: Int32[Array, "devices"],
+        ) -> CodeCounts:
             model, inputs = load(state, images)
-            return fingerprint(model, model.encode(inputs))
+            return count(model, model.encode(inputs), mask, levels)
 
         def metrics_step(
             state: TrainState,
             images: UInt8[Array, "batch height width channels"],
             mask: Bool[Array, "batch"],
-        ) -> tuple[dict[str, Float[Array, ""]], UInt32[Array, "vectors 4"]]:
+            levels: Int32[Array, "devices"],
+        ) -> tuple[dict[str, Float[Array, ""]], CodeCounts]:
             model, inputs = load(state, images)
-            outputs, codes, quantizer_losses = model(inputs, mask=mask)
-            outputs = outputs.astype(param_dtype)
-            a, b = (metrics.to_unit_range(x, value_range) for x in (inputs, outputs))
-            by_image = {
-                "reconstruction_loss": jnp.mean((outputs - inputs) ** 2, axis=(1, 2, 3)),
-                "psnr": metrics.psnr(a, b),
-                "ssim": metrics.ssim(a, b),
-            }
-            count = jnp.sum(mask)
-            sums = {name: jnp.sum(x, where=mask) for name, x in by_image.items()}
-            sums |= {name: loss * count for name, loss in quantizer_losses.items()}
-            return sums, fingerprint(model, codes)
+            sums, codes = measure_images(model, inputs, mask, value_range, param_dtype)
+            return sums, count(model, codes, mask, levels)
 
         def preview_step(
             state: TrainState, images: UInt8[Array, "batch height width channels"]
@@ -102,16 +120,22 @@ class Evaluator:
             a, b = (metrics.to_unit_range(x, value_range) for x in (inputs, outputs))
             return a, b, model.quantizer.histograms(codes)
 
-        self.usage_step = jax.jit(usage_step, in_shardings=(whole, split), out_shardings=whole)
+        in_shardings = (whole, split, split, split)
+        self.usage_step = jax.jit(usage_step, in_shardings=in_shardings, out_shardings=split)
         self.metrics_step = jax.jit(
-            metrics_step, in_shardings=(whole, split, split), out_shardings=whole
+            metrics_step, in_shardings=in_shardings, out_shardings=(whole, split)
         )
         self.preview_step = jax.jit(preview_step, in_shardings=(whole, whole), out_shardings=whole)
 
     def _results(
-        self, step: Callable[..., Any], data: Dataset, split: str, batch_size: int
-    ) -> Iterator[tuple[np.ndarray, Any]]:
-        """(mask of all hosts, result) of every batch, one batch behind the device."""
+        self,
+        step: Callable[..., Any],
+        usage: CodebookUsage,
+        data: Dataset,
+        split: str,
+        batch_size: int,
+    ) -> Iterator[Any]:
+        """The step's result for images, mask and levels of every batch, one behind the device."""
         num_images = data.num_images[split]
         batches = order.evaluation_batches(
             num_images,
@@ -119,17 +143,15 @@ class Evaluator:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        previous: tuple[np.ndarray, Any] | None = None
-        for start, (batch, images) in zip(
-            range(0, num_images, batch_size), data.batches(split, batches), strict=True
-        ):
-            mask = np.arange(start, start + batch_size) < num_images
-            current = mask, step(sharding.to_devices(images, self._mesh), batch.mask)
+        previous: Any = None
+        for batch, images in data.batches(split, batches):
+            on_devices = (sharding.to_devices(x, self._mesh) for x in (images, batch.mask))
+            current = step(*on_devices, usage.levels(self._mesh))
             if previous is not None:
-                yield previous[0], jax.device_get(previous[1])
+                yield previous
             previous = current
         if previous is not None:
-            yield previous[0], jax.device_get(previous[1])
+            yield previous
 
     def measure(
         self,
@@ -140,34 +162,33 @@ class Evaluator:
         progress: ProgressFactory,
     ) -> tuple[dict[str, float], CodebookUsage]:
         """Mean metrics over the images of a split, each counted once, and the codes it uses."""
-
-        def step(images: Array, mask: np.ndarray) -> Any:
-            return self.metrics_step(state, images, sharding.to_devices(mask, self._mesh))
-
         report = progress(order.steps_per_epoch(data.num_images[split], batch_size))
         totals: dict[str, float] = {}
         usage = CodebookUsage()
-        for done, (mask, (sums, keys)) in enumerate(
-            self._results(step, data, split, batch_size), start=1
-        ):
-            for name, value in sums.items():
+        step = functools.partial(self.metrics_step, state)
+        results = self._results(step, usage, data, split, batch_size)
+        for done, (sums, counts) in enumerate(results, start=1):
+            for name, value in jax.device_get(sums).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
-            _add_masked(usage, keys, mask)
+            usage.add(counts)
             report(done)
         means = {name: total / data.num_images[split] for name, total in totals.items()}
-        return {"loss": means["reconstruction_loss"] + means["quantizer_loss"], **means}, usage
+        means = {"loss": means["reconstruction_loss"] + means["quantizer_loss"], **means}
+        return means, usage.over_all_hosts()
 
     def measure_batch(
         self, state: TrainState, images: UInt8[Array, "batch height width channels"]
     ) -> tuple[float, CodebookUsage]:
         """Reconstruction + quantizer loss of one whole batch, and the codes it uses."""
         mask = np.ones(len(images) // jax.process_count(), bool)
-        sums, keys = jax.device_get(
-            self.metrics_step(state, images, sharding.to_devices(mask, self._mesh))
-        )
         usage = CodebookUsage()
-        usage.add(keys)
-        return float(sums["reconstruction_loss"] + sums["quantizer_loss"]) / len(images), usage
+        sums, counts = self.metrics_step(
+            state, images, sharding.to_devices(mask, self._mesh), usage.levels(self._mesh)
+        )
+        usage.add(counts)
+        sums = jax.device_get(sums)
+        loss = float(sums["reconstruction_loss"] + sums["quantizer_loss"]) / len(images)
+        return loss, usage.over_all_hosts()
 
     def count_codes(
         self,
@@ -182,14 +203,13 @@ class Evaluator:
             sum(order.steps_per_epoch(data.num_images[split], batch_size) for split in splits)
         )
         usage = CodebookUsage()
+        step = functools.partial(self.usage_step, state)
         done = 0
         for split in splits:
-            for mask, keys in self._results(
-                lambda images, _: self.usage_step(state, images), data, split, batch_size
-            ):
-                _add_masked(usage, keys, mask)
+            for counts in self._results(step, usage, data, split, batch_size):
+                usage.add(counts)
                 report(done := done + 1)
-        return usage
+        return usage.over_all_hosts()
 
     def preview(
         self, state: TrainState, data: Dataset, split: str
@@ -203,10 +223,6 @@ class Evaluator:
             self.preview_step(state, on_devices)
         )
         return visualize.comparison(originals, reconstructions), histograms
-
-
-def _add_masked(usage: CodebookUsage, keys: np.ndarray, mask: np.ndarray) -> None:
-    usage.add(keys.reshape(len(mask), -1, 4)[mask].reshape(-1, 4))
 
 
 def evaluate(
@@ -247,7 +263,8 @@ def evaluate(
     configuration.check_same_model(config, saved, str(path))
     state = jax.device_put(state, sharding.replicated(mesh))
 
-    graphdef, _, _ = train_state.split(checkpointing.model_of(config, state))
+    model = checkpointing.model_of(config, state)
+    graphdef, _, _ = train_state.split(model)
     evaluator = Evaluator(
         graphdef, config["model"]["value_range"], DTYPES[config["compute_dtype"]][1], mesh
     )
@@ -255,9 +272,16 @@ def evaluate(
     logging.info("Evaluating %s on %d %s images", path, data.num_images[split], split)
     means, _ = evaluator.measure(state, data, split, batch_size, progress)
     logging.info("Counting the codes in use over train and validation")
-    usage = evaluator.count_codes(state, data, ("train", "validation"), batch_size, progress)
+    counted = ("train", "validation")
+    usage = evaluator.count_codes(state, data, counted, batch_size, progress)
+    how = "exact" if usage.is_exact else f"estimated, ±{usage.standard_error:.2%}"
+    logging.info(
+        "%d distinct codes (%s) among %d vectors", usage.num_distinct, how, usage.num_vectors
+    )
     picture, _ = evaluator.preview(state, data, split)
 
+    height, width, _ = data.image_shape
+    num_pixels = sum(data.num_images[name] for name in counted) * height * width
     results = {
         "dataset": config["dataset"]["name"],
         "quantizer": config["quantizer"]["name"],
@@ -266,9 +290,16 @@ def evaluate(
         "split": split,
         **means,
         "effective_codebook_size": usage.num_distinct,
+        "effective_codebook_size_is_exact": usage.is_exact,
+        "effective_codebook_size_standard_error": usage.standard_error,
         "num_quantized_vectors": usage.num_vectors,
         "perplexity": usage.perplexity,
+        "entropy_bits_per_vector": usage.entropy,
+        "entropy_standard_error": usage.entropy_standard_error,
+        "bits_per_pixel": usage.entropy * usage.num_vectors / num_pixels,
     }
+    if model.quantizer.code_width > 1:
+        results["basis_directions_in_use"] = usage.num_entries_in_use
     if jax.process_index() == 0:
         directory = epath.Path(workdir)
         visualize.write_png(directory / "reconstructions.png", picture)

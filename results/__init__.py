@@ -1,0 +1,1 @@
+"""Tables and pictures of the project's own runs, and what makes them."""

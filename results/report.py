@@ -16,14 +16,14 @@ Group = tuple[str, str]  # data set and recipe
 
 _HEADER = """# Results
 
-Written by `python -m results.collect`; not to be edited by hand. Every figure comes from a run of this
-project; its numbers and curves are in [runs](runs). To run them again:
+Written by `python -m results.collect`; not to be edited by hand. Every figure comes from a run of
+this project; its numbers and curves are in [runs](runs). To run them again:
 
     ./run.sh --seeds=2,32,432 fashion_mnist vq vq_ema sparse_lattice dense_lattice
 
 Mean ± standard deviation over the seeds named. MSE, PSNR and SSIM are over the test split (FFHQ:
-validation), PSNR and SSIM on values mapped to [0, 1] and clipped; codebook figures over all training
-and validation images. In brackets the authors' figures. {source}
+validation), PSNR and SSIM on values mapped to [0, 1] and clipped; codebook figures over all
+training and validation images. In brackets the authors' figures. {source}
 """
 
 _COLUMNS = (

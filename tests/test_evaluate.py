@@ -71,11 +71,19 @@ def test_figures_pictures_and_files(run):
     frequencies = counts / counts.sum()
     assert results["num_quantized_vectors"] == 91 * 36
     assert results["effective_codebook_size"] == len(counts)
+    assert results["effective_codebook_size_is_exact"] is True
+    assert results["effective_codebook_size_standard_error"] == 0
     if config["quantizer"]["name"] == "dense_lattice":
         assert len(counts) > 100
-    assert results["perplexity"] == pytest.approx(
-        np.exp(-np.sum(frequencies * np.log(frequencies))), rel=1e-6
-    )
+        assert results["basis_directions_in_use"] == np.sum(np.ptp(codes, axis=0) > 0)
+    else:
+        assert "basis_directions_in_use" not in results
+    # Float64 sums of some thousand terms in another order.
+    entropy = -np.sum(frequencies * np.log2(frequencies))
+    assert results["entropy_bits_per_vector"] == pytest.approx(entropy, rel=1e-12)
+    assert results["entropy_standard_error"] == 0
+    assert results["perplexity"] == pytest.approx(2**entropy, rel=1e-12)
+    assert results["bits_per_pixel"] == pytest.approx(entropy * 36 / 144, rel=1e-12)
     header = (workdir / "reconstructions.png").read_bytes()[:24]
     width, height = (int.from_bytes(header[i : i + 4]) for i in (16, 20))
     assert (width, height) == (8 * 12 * 10, 2 * 12 * 10)  # eight pairs, enlarged tenfold

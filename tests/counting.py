@@ -1,0 +1,33 @@
+"""Counts the rows of an array through the path that evaluation takes: device, table, all hosts."""
+
+import functools
+
+import jax
+import numpy as np
+
+from llvq import sharding
+from llvq.code_counts import count_codes
+from llvq.codebook_usage import BUDGET, CodebookUsage
+
+
+@functools.cache
+def counting_step(code_width, mesh):
+    return jax.jit(functools.partial(count_codes, code_width=code_width, mesh=mesh))
+
+
+def count(codes, batch_size, *, devices=None, budget=BUDGET):
+    """The usage of codes [n, width], this process's share, in batches of this process.
+
+    The last batch is filled up with a code that must not count.
+    """
+    mesh = sharding.make_mesh(jax.devices()[:1] if devices is None else devices)
+    step = counting_step(codes.shape[1], mesh)
+    usage = CodebookUsage(budget)
+    for start in range(0, len(codes), batch_size):
+        batch = codes[start : start + batch_size]
+        filling = batch_size - len(batch)
+        mask = np.pad(np.ones(len(batch), bool), (0, filling))
+        batch = np.pad(batch, ((0, filling), (0, 0)), constant_values=123456789)
+        on_devices = (sharding.to_devices(x, mesh) for x in (batch, mask))
+        usage.add(step(*on_devices, usage.levels(mesh)))
+    return usage.over_all_hosts()
