@@ -6,14 +6,16 @@ cd "$(dirname "$0")"
 
 usage() {
     cat <<'END'
-usage: ./run.sh [--quick] [DATA SET …] [QUANTIZER …]
+usage: ./run.sh [--quick] [--recipe=RECIPE] [--seeds=SEED,…] [DATA SET …] [QUANTIZER …]
        ./run.sh --setup
 
-Trains each quantizer on each data set with the paper's recipe (by default sparse_lattice on
-fashion_mnist) and evaluates it, in runs/DATA SET/QUANTIZER.
+Trains each quantizer on each data set (by default sparse_lattice on fashion_mnist) and evaluates
+it, in runs/DATA SET/RECIPE/QUANTIZER/seed_SEED.
 
-  --quick   200 steps only, in runs/quick/…
-  --setup   only make .venv and get FashionMNIST
+  --quick    200 steps only, in runs/quick/…
+  --recipe   of configs/default.py; by default paper
+  --seeds    by default 0; with this option results/README.md is written anew from the runs
+  --setup    only make .venv and get FashionMNIST
 END
 }
 
@@ -81,13 +83,14 @@ is_evaluated() {
         [ -z "$(find "$1/checkpoints" -mindepth 1 -maxdepth 1 -newer "$1/evaluation.json")" ]
 }
 
+workdir() { echo "$runs/$1/$recipe/$2/seed_$3"; }
+
 run() {
-    dataset=$1 quantizer=$2
-    workdir=$runs/$dataset/$quantizer
-    config=configs/$dataset.py:$quantizer
-    say "Training $quantizer on $dataset in $workdir"
+    config=configs/$1.py:$2,$recipe
+    workdir=$(workdir "$@")
+    say "Training $2 on $1 in $workdir"
     # shellcheck disable=SC2086
-    .venv/bin/python main.py --config="$config" --workdir="$workdir" $overrides
+    .venv/bin/python main.py --config="$config" --config.seed="$3" --workdir="$workdir" $overrides
     if ! is_evaluated "$workdir"; then
         say "Evaluating $workdir"
         .venv/bin/python main.py --config="$config" --workdir="$workdir" --mode=evaluate
@@ -95,18 +98,32 @@ run() {
 }
 
 summary() {
-    say "$1"
-    cat "$1/evaluation.json"
-    echo "pictures:    $1/reconstructions.png (originals above reconstructions)"
-    echo "checkpoints: $1/checkpoints"
-    echo "TensorBoard: .venv/bin/tensorboard --logdir=$1"
+    workdir=$(workdir "$@")
+    say "$workdir"
+    cat "$workdir/evaluation.json"
+    echo "pictures:    $workdir/reconstructions.png (originals above reconstructions)"
+    echo "checkpoints: $workdir/checkpoints"
+    echo "TensorBoard: .venv/bin/tensorboard --logdir=$workdir"
 }
 
-datasets='' quantizers='' overrides='' runs=runs only_set_up=''
+# Calls a function with every data set, quantizer and seed.
+for_each() {
+    for dataset in ${datasets:-fashion_mnist}; do
+        for quantizer in ${quantizers:-sparse_lattice}; do
+            for seed in ${seeds:-0}; do
+                "$1" "$dataset" "$quantizer" "$seed"
+            done
+        done
+    done
+}
+
+datasets='' quantizers='' seeds='' recipe=paper overrides='' runs=runs only_set_up=''
 for argument; do
     case $argument in
     --quick) overrides=--config.num_train_steps=200 runs=runs/quick ;;
     --setup) only_set_up=yes ;;
+    --recipe=*) recipe=${argument#*=} ;;
+    --seeds=*) seeds=$(echo "${argument#*=}" | tr , ' ') ;;
     --help | -h) usage && exit ;;
     -*) usage >&2 && exit 2 ;;
     vq | vq_ema | sparse_lattice | dense_lattice) quantizers="$quantizers $argument" ;;
@@ -124,13 +141,9 @@ done
 make_venv
 get_fashion_mnist
 [ "$only_set_up" ] && exit
-for dataset in ${datasets:-fashion_mnist}; do
-    for quantizer in ${quantizers:-sparse_lattice}; do
-        run "$dataset" "$quantizer"
-    done
-done
-for dataset in ${datasets:-fashion_mnist}; do
-    for quantizer in ${quantizers:-sparse_lattice}; do
-        summary "$runs/$dataset/$quantizer"
-    done
-done
+for_each run
+for_each summary
+if [ "$seeds" ]; then
+    say "Collecting results"
+    .venv/bin/python -m results.collect "$runs"
+fi

@@ -1,7 +1,7 @@
 """How exact counting codes is, and what it costs; prints Markdown tables.
 
-    python -m benchmarks.codebook_usage accuracy --max-cardinality=1e9
-    python -m benchmarks.codebook_usage cost --batch-size=2
+    python benchmarks/codebook_usage.py accuracy --max-cardinality=1e9
+    python benchmarks/codebook_usage.py cost --batch-size=2
 
 accuracy: streams whose distinct codes and entropy are known, through device and table as in an
 evaluation. Either every code occurs once; or there are four times as many vectors as codes and the
@@ -15,8 +15,11 @@ differ, which is the worst case. Steps with and without counting take turns.
 
 import argparse
 import functools
+import os
+import pathlib
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,6 +30,8 @@ from flax import nnx
 from jax import numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Int32
+
+sys.path.insert(0, os.fspath(pathlib.Path(__file__).parents[1]))
 
 from llvq import VQVAE, LatticeQuantizer, sharding
 from llvq.code_counts import CodeCounts, count_codes

@@ -1,6 +1,6 @@
 """Collects evaluated runs into results/, and writes results/README.md from all collected ones.
 
-    python -m results.collect runs --machine="2 CPU cores"
+    python -m results.collect runs
 
 Looks for workdirs in the directories named and keeps of each what the tables and plots need, in
 results/runs. A run counts if it is finished, its last checkpoint is evaluated, and its config is
@@ -21,6 +21,7 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
+from benchmarks import machine
 from configs import default
 from llvq import checkpointing, configuration, train_state
 from llvq.errors import UserError
@@ -80,7 +81,7 @@ def read_scalars(workdir: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
     return scalars
 
 
-def summarise(workdir: pathlib.Path, machine: str) -> Run:
+def summarise(workdir: pathlib.Path, trained_on: str) -> Run:
     """What the tables and plots need of a run.
 
     Raises:
@@ -97,7 +98,7 @@ def summarise(workdir: pathlib.Path, machine: str) -> Run:
     return {
         "recipe": recipe_of(config),
         "seed": config["seed"],
-        "machine": machine,
+        "machine": trained_on,
         "training_images_per_second": statistics.median(rates) if rates else None,
         "quantizer_parameters": train_state.num_parameters(quantizer),
         "evaluation": evaluation,
@@ -105,9 +106,11 @@ def summarise(workdir: pathlib.Path, machine: str) -> Run:
     }
 
 
-def collect(workdir: pathlib.Path, machine: str, results: pathlib.Path = report.DIRECTORY) -> None:
+def collect(
+    workdir: pathlib.Path, trained_on: str, results: pathlib.Path = report.DIRECTORY
+) -> None:
     """Keeps a run in results/runs, and its picture if no run of its kind has one yet."""
-    run = summarise(workdir, machine)
+    run = summarise(workdir, trained_on)
     evaluation = run["evaluation"]
     directory = results / "runs" / evaluation["dataset"] / run["recipe"] / evaluation["quantizer"]
     directory.mkdir(parents=True, exist_ok=True)
@@ -122,14 +125,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # of what Orbax does
     parser = argparse.ArgumentParser(prog="results.collect", description=__doc__.splitlines()[0])
     parser.add_argument("directories", nargs="*", type=pathlib.Path, help="with workdirs in them")
-    parser.add_argument("--machine", default="", help="that trained them, for the table")
+    parser.add_argument("--machine", help="that trained them, in words; by default this one")
     options = parser.parse_args(arguments)
     for directory in options.directories:
         if not directory.is_dir():
             sys.exit(f"{parser.prog}: {directory} is not a directory")
         for workdir in find_workdirs(directory):
             try:
-                collect(workdir, options.machine)
+                collect(workdir, options.machine or machine.describe())
                 print(f"{workdir}: collected")
             except UserError as error:
                 print(f"{workdir}: left out, {error}")

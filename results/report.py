@@ -111,7 +111,7 @@ def _section(group: Group, runs: Mapping[str, list[Run]], published: Mapping[str
     machines = sorted({run["machine"] for of_quantizer in runs.values() for run in of_quantizer})
     lines = [
         f"## {dataset}, recipe `{recipe}`\n",
-        f"Trained on: {'; '.join(machine for machine in machines if machine) or 'not stated'}.\n",
+        f"Trained on: {'; '.join(machines)}.\n",
         f"| {' | '.join(_COLUMNS)} |",
         "|---" * len(_COLUMNS) + "|",
         *(_row(name, of_name, published.get(name, {})) for name, of_name in runs.items()),
