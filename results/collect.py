@@ -106,10 +106,17 @@ def summarise(workdir: pathlib.Path, trained_on: str) -> Run:
     }
 
 
-def collect(
-    workdir: pathlib.Path, trained_on: str, results: pathlib.Path = report.DIRECTORY
-) -> None:
-    """Keeps a run in results/runs, and its picture if no run of its kind has one yet."""
+def collect(workdir: pathlib.Path, trained_on: str, results: pathlib.Path) -> None:
+    """Keeps a run in `results`/runs, and its picture if no run of its kind has one yet.
+
+    Args:
+      workdir: of the run.
+      trained_on: the machine, in words.
+      results: where tables and plots will be.
+
+    Raises:
+      UserError: as for `summarise`.
+    """
     run = summarise(workdir, trained_on)
     evaluation = run["evaluation"]
     directory = results / "runs" / evaluation["dataset"] / run["recipe"] / evaluation["quantizer"]
@@ -132,11 +139,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(f"{parser.prog}: {directory} is not a directory")
         for workdir in find_workdirs(directory):
             try:
-                collect(workdir, options.machine or machine.describe())
+                collect(workdir, options.machine or machine.describe(), report.DIRECTORY)
                 print(f"{workdir}: collected")
             except UserError as error:
                 print(f"{workdir}: left out, {error}")
-    report.write()
+    report.write(report.DIRECTORY)
     print(report.DIRECTORY / "README.md")
 
 

@@ -32,10 +32,10 @@ _COLUMNS = (
 )
 
 
-def read_runs(directory: pathlib.Path) -> dict[Group, dict[str, list[Run]]]:
+def read_runs(results: pathlib.Path) -> dict[Group, dict[str, list[Run]]]:
     """The runs kept, by data set and recipe, then by quantizer, in the order of their seeds."""
     groups: dict[Group, dict[str, list[Run]]] = {}
-    for path in sorted((directory / "runs").rglob("seed_*.json")):
+    for path in sorted((results / "runs").rglob("seed_*.json")):
         run = json.loads(path.read_text())
         group = run["evaluation"]["dataset"], run["recipe"]
         groups.setdefault(group, {}).setdefault(run["evaluation"]["quantizer"], []).append(run)
@@ -98,9 +98,14 @@ def _save_plot(path: pathlib.Path, draw: Callable[[Axes, Axes], None]) -> None:
     plt.close(figure)
 
 
-def _section(group: Group, runs: Mapping[str, list[Run]], published: Mapping[str, Any]) -> str:
+def _section(
+    results: pathlib.Path,
+    group: Group,
+    runs: Mapping[str, list[Run]],
+    published: Mapping[str, Any],
+) -> str:
     dataset, recipe = group
-    directory = DIRECTORY / "runs" / dataset / recipe
+    directory = results / "runs" / dataset / recipe
     plot = directory / "training.png"
 
     def draw(left: Axes, right: Axes) -> None:
@@ -115,23 +120,23 @@ def _section(group: Group, runs: Mapping[str, list[Run]], published: Mapping[str
         f"| {' | '.join(_COLUMNS)} |",
         "|---" * len(_COLUMNS) + "|",
         *(_row(name, of_name, published.get(name, {})) for name, of_name in runs.items()),
-        f"\n![{dataset}: loss and codes in use over training]({plot.relative_to(DIRECTORY)})",
+        f"\n![{dataset}: loss and codes in use over training]({plot.relative_to(results)})",
     ]
     for quantizer in runs:
         picture = directory / quantizer / "reconstructions.png"
         if picture.exists():
             lines.append(f"\n`{quantizer}`: originals above reconstructions\n")
-            lines.append(f"![{quantizer}]({picture.relative_to(DIRECTORY)})")
+            lines.append(f"![{quantizer}]({picture.relative_to(results)})")
     return "\n".join(lines)
 
 
-def _codebook_size_section() -> str:
+def _codebook_size_section(results: pathlib.Path) -> str:
     """Time of a training step and number of parameters against the codebook size, if measured."""
-    source = DIRECTORY / "codebook_size.json"
+    source = results / "codebook_size.json"
     if not source.exists():
         return ""
     measured = json.loads(source.read_text())
-    plot = DIRECTORY / "codebook_size.png"
+    plot = results / "codebook_size.png"
 
     def draw(left: Axes, right: Axes) -> None:
         for name, title, axes in (
@@ -155,14 +160,16 @@ def _codebook_size_section() -> str:
     )
 
 
-def write() -> None:
-    """Writes results/README.md and the plots."""
-    published = json.loads((DIRECTORY / "published.json").read_text())
+def write(results: pathlib.Path) -> None:
+    """Writes README.md and the plots from the runs in a directory like results/."""
+    published = json.loads((results / "published.json").read_text())
     sections = [_HEADER.format(source=published["source"])]
-    for group, runs in read_runs(DIRECTORY).items():
+    for group, runs in read_runs(results).items():
         order = sorted(runs, key=["vq", "vq_ema", "sparse_lattice", "dense_lattice"].index)
         sections.append(
-            _section(group, {name: runs[name] for name in order}, published.get(group[0], {}))
+            _section(
+                results, group, {name: runs[name] for name in order}, published.get(group[0], {})
+            )
         )
-    sections.append(_codebook_size_section())
-    (DIRECTORY / "README.md").write_text("\n\n".join(filter(None, sections)).strip() + "\n")
+    sections.append(_codebook_size_section(results))
+    (results / "README.md").write_text("\n\n".join(filter(None, sections)).strip() + "\n")
