@@ -1,10 +1,7 @@
 """One of two processes that count together: python -m tests.run_counting ADDRESS PROCESS_ID."""
 
 import json
-import os
 import sys
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
 import jax
 import numpy as np

@@ -3,6 +3,7 @@
 import collections
 import json
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -190,6 +191,7 @@ def test_two_processes_count_as_one():
         subprocess.Popen(
             [sys.executable, "-m", "tests.run_counting", address, str(i)],
             cwd=Path(__file__).resolve().parents[1],
+            env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
