@@ -139,7 +139,9 @@ for argument; do
 done
 
 make_venv
-get_fashion_mnist
+case "$datasets" in
+'' | *fashion_mnist*) get_fashion_mnist ;;
+esac
 [ "$only_set_up" ] && exit
 for_each run
 for_each summary

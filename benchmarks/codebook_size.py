@@ -1,10 +1,10 @@
 """Training time and number of parameters against the codebook size: VQ and the lattice.
 
-    python benchmarks/codebook_size.py [--repeats=5]
+    python benchmarks/codebook_size.py [--repeats=5] [--output=results/codebook_size.json]
 
 Times whole training steps of FashionMNIST's network (Adam, 64 random images), a quantizer and size
 after the other in turns, and prints medians. A lattice's codebook size only sets how its basis is
-initialised. Keeps the figures in results/codebook_size.json, for results/README.md.
+initialised. --output keeps the figures; results/README.md shows those of the file named above.
 """
 
 import argparse
@@ -22,10 +22,8 @@ import numpy as np
 import optax
 from jax import numpy as jnp
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, os.fspath(ROOT))
+sys.path.insert(0, os.fspath(pathlib.Path(__file__).parents[1]))
 
-from benchmarks import machine
 from configs import fashion_mnist
 from llvq import sharding, train_state
 from llvq.train_step import make_train_step
@@ -45,8 +43,7 @@ def prepare(quantizer: str, codebook_size: int) -> tuple[Callable[[], None], int
         config.model, config.quantizer, config.compute_dtype, config.seed
     )
     graphdef, state = train_state.create_train_state(model, optimizer)
-    quantizer_params = (state.params.get("quantizer", {}), state.statistics.get("quantizer", {}))
-    num_parameters = train_state.num_parameters(quantizer_params)
+    num_parameters = train_state.num_quantizer_parameters(state)
     _, param_dtype = train_state.DTYPES[config.compute_dtype]
     step, _ = make_train_step(graphdef, optimizer, config.model.value_range, param_dtype, mesh)
     shape = (config.batch_size, *config.model.image_shape)
@@ -65,6 +62,7 @@ def main() -> None:
     """Prints a table in Markdown and keeps it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="of every step")
+    parser.add_argument("--output", type=pathlib.Path, help="a JSON file to keep the figures in")
     options = parser.parse_args()
 
     milliseconds: dict[str, list[float]] = {name: [] for name in QUANTIZERS}
@@ -93,15 +91,15 @@ def main() -> None:
     table = "\n".join(lines)
     print(table)
     measured = {
-        "machine": machine.describe(),
+        "machine": sharding.describe(sharding.make_mesh()),
         "command": " ".join(["python", *sys.argv]),
         "codebook_sizes": CODEBOOK_SIZES,
         "milliseconds": milliseconds,
         "parameters": parameters,
         "table": table,
     }
-    path = ROOT / "results" / "codebook_size.json"
-    path.write_text(json.dumps(measured, indent=1) + "\n")
+    if options.output:
+        options.output.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":

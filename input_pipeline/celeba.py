@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 from tensorflow_datasets.core import hashing
 
-from input_pipeline import image_files, prepare, web
+from input_pipeline import image_files, prepare, records, web
 from input_pipeline.errors import DataError
 from input_pipeline.image_files import ImageFiles
 from input_pipeline.pipeline import Pipeline
@@ -36,6 +36,7 @@ _ABOUT = {
     "homepage": "http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
     "license": "For research that is not commercial",
 }
+_PREPARE_AGAIN = "prepare celeb_a again with TFDS"
 _FETCH = (
     f"fetch {_IMAGES}.zip and {_PARTITION} from http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html "
     "by hand, put both into one directory and name it with --config.dataset.manual_dir"
@@ -85,7 +86,7 @@ def _open(
         logging.info("Reading CelebA from %s, where it was prepared", directory)
         return prepare.open_prepared(directory, num_images, order)
 
-    builder = tfds.builder("celeb_a", data_dir=root, try_gcs=False)
+    builder = records.find_builder("celeb_a", root)
     files = None
     if not builder.is_prepared():
         files = _find_files(root, manual_dir, num_images)
@@ -95,7 +96,7 @@ def _open(
         num_bytes = files.num_bytes(itertools.chain(*stored.values()))
     elif builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
         return {
-            split: RecordSource(builder, split, count, order[split])
+            split: RecordSource(builder, split, count, order[split], _PREPARE_AGAIN)
             for split, count in num_images.items()
         }
     else:
@@ -199,12 +200,12 @@ def _read_tfds(
     except tf.errors.OpError as error:
         raise DataError(
             f"{builder.data_path}, {split} record {positions.start + num_read} or its file cannot "
-            "be read: prepare celeb_a again with TFDS"
+            f"be read: {_PREPARE_AGAIN}"
         ) from error
     if num_read != len(names):
         raise DataError(
             f"{builder.data_path} lacks {split} records from {positions.start + num_read} on: "
-            "prepare celeb_a again with TFDS"
+            f"{_PREPARE_AGAIN}"
         )
 
 

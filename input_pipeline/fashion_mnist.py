@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 from jaxtyping import UInt8
 
-from input_pipeline import web
+from input_pipeline import records, web
 from input_pipeline.arrays import Arrays
 from input_pipeline.errors import DataError
 
@@ -54,8 +54,8 @@ def load(data_dir: str = "", manual_dir: str = "") -> Arrays:
     Raises:
       DataError: if the data is nowhere to be had, or what is there is not FashionMNIST.
     """
-    data_dir = data_dir or tfds.core.constants.DATA_DIR
-    builder = tfds.builder("fashion_mnist", data_dir=data_dir, try_gcs=False)
+    data_dir = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    builder = records.find_builder("fashion_mnist", data_dir)
     if not manual_dir and builder.is_prepared():
         images = _read_tfds(builder)
     elif (idx_dir := _find_idx_files(manual_dir, data_dir)) is not None:
@@ -72,11 +72,11 @@ def load(data_dir: str = "", manual_dir: str = "") -> Arrays:
     )
 
 
-def _find_idx_files(manual_dir: str, data_dir: str) -> epath.Path | None:
+def _find_idx_files(manual_dir: str, data_dir: epath.Path) -> epath.Path | None:
     if manual_dir:
-        candidates = [epath.Path(manual_dir)]
+        candidates = [epath.Path(manual_dir).expanduser()]
     else:
-        candidates = [epath.Path(data_dir) / "downloads/manual/fashion_mnist", _DEBIAN_DIR]
+        candidates = [data_dir / "downloads/manual/fashion_mnist", _DEBIAN_DIR]
     for directory in candidates:
         if _idx_file(directory, "train") is not None:
             return directory
@@ -143,7 +143,7 @@ def _read_tfds_split(builder: tfds.core.DatasetBuilder, split: str) -> Images:
     return dataset.batch(len(encoded)).get_single_element().numpy()
 
 
-def _download(data_dir: str) -> tfds.core.DatasetBuilder:
+def _download(data_dir: epath.Path) -> tfds.core.DatasetBuilder:
     """TFDS's own download, not begun without the web: TFDS would retry for minutes."""
     builder = tfds.builder(
         "fashion_mnist",

@@ -212,12 +212,17 @@ class _Hub:
             timeout=_HUB_SECONDS,
             files_metadata=True,
         )
-        files = {file.rfilename: file for file in info.siblings}
+        files = {file.rfilename: file for file in info.siblings or ()}
         try:
             starts = range(0, sum(map(len, indices.values())), per_tar)
             self._tars = {start: files[f"{start:05d}.tar"] for start in starts}
         except KeyError as error:
             raise DataError(f"{self._where} lacks {error.args[0]}: {_WAYS_OUT}") from error
+        for tar in self._tars.values():
+            if tar.size is None or tar.lfs is None:
+                raise DataError(
+                    f"{self._where} does not tell size and checksum of {tar.rfilename}: {_WAYS_OUT}"
+                )
         sizes = [tar.size for tar in self._tars.values()]
         self.num_bytes, self.largest_tar = sum(sizes), max(sizes)
 

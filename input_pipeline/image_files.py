@@ -53,7 +53,11 @@ class ImageFiles:
             content = (
                 path.read_bytes() if self._zip is None else self._zip.read(self._members[name])
             )
-        except (OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        # The last two: of a zip that is encrypted, or compressed in a way that Python lacks.
+        except (
+            *(OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error),
+            *(RuntimeError, NotImplementedError),
+        ) as error:
             raise DataError(f"{path} cannot be read ({error}): fetch it again") from error
         return str(path), content
 

@@ -124,7 +124,6 @@ class Pipeline:
             except Exception as cause:  # whatever ArrayRecord and TensorFlow raise
                 return DataError(
                     f"{source.where(index)}: image {index} of split {split!r} cannot be read: "
-                    f"{_one_line(cause)}; delete dataset_info.json beside it to have what is "
-                    "damaged prepared again"
+                    f"{_one_line(cause)}; {source.remedy}"
                 )
         return DataError(f"images of split {split!r} cannot be read: {_one_line(error)}")

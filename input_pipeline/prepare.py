@@ -150,7 +150,10 @@ def prepare(
                     _write_checksums(directory, checksums)
                 except (OSError, RuntimeError) as error:
                     raise _unwritable(directory, error) from error
-        _write_metadata(directory, name, shards, image_shape, checksums, about)
+        try:
+            _write_metadata(directory, name, shards, image_shape, checksums, about)
+        except OSError as error:
+            raise _unwritable(directory, error) from error
 
 
 def sha256(path: epath.Path) -> str:
@@ -220,8 +223,10 @@ def _unwritable(directory: epath.Path, error: Exception) -> DataError:
 
 
 def _read_checksums(directory: epath.Path) -> dict[str, dict]:
-    path = directory / _CHECKSUMS
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads((directory / _CHECKSUMS).read_text())
+    except (FileNotFoundError, ValueError):  # none yet, or torn by a power cut
+        return {}
 
 
 def _write_checksums(directory: epath.Path, checksums: Mapping[str, dict]) -> None:

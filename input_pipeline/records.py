@@ -27,12 +27,14 @@ class RecordSource:
         split: str,
         num_images: int,
         order: Int[np.ndarray, "n"] | None = None,
+        remedy: str = "delete dataset_info.json beside it to have what is damaged prepared again",
     ) -> None:
         """Args:
           builder: of a directory prepared as ArrayRecord.
           split: which to read.
           num_images: how many images the split must have.
           order: where each image lies among the stored ones; as stored if None.
+          remedy: what to do about a damaged record, for messages.
 
         Raises:
           DataError: if a shard is missing or incomplete, or the number of images is another.
@@ -44,6 +46,7 @@ class RecordSource:
                 f"{builder.data_path} has {info.num_examples} images in split {split!r}, not "
                 f"{num_images}: move it away to have it prepared again"
             )
+        self.remedy = remedy
         self._shards = info.filepaths
         self._ends = list(itertools.accumulate(info.shard_lengths))
         self._order = np.arange(num_images) if order is None else order
@@ -63,6 +66,21 @@ class RecordSource:
         position = int(self._order[index])
         shard = bisect.bisect_right(self._ends, position)
         return f"record {position - ([0, *self._ends][shard])} of {self._shards[shard]}"
+
+
+def find_builder(name: str, data_dir: epath.Path) -> tfds.core.DatasetBuilder:
+    """TFDS's builder of a data set, prepared in a directory or not.
+
+    Raises:
+      DataError: if what was prepared there is damaged.
+    """
+    try:
+        return tfds.builder(name, data_dir=data_dir, try_gcs=False)
+    except Exception as error:  # TFDS and its JSON and protobuf parsers raise whatever they like
+        raise DataError(
+            f"{data_dir / name} cannot be read ({type(error).__name__}): delete it to have it "
+            "prepared anew"
+        ) from error
 
 
 def image_bytes(examples: tf.Tensor) -> tf.Tensor:

@@ -29,7 +29,7 @@ _NUM_BEST = 2
 _preservation = ocp.checkpoint_managers
 
 
-def _absolute(path: epath.PathLike) -> epath.Path:
+def absolute(path: epath.PathLike) -> epath.Path:
     """Orbax takes absolute paths only; gs://… is one already."""
     return epath.Path(path if "://" in os.fspath(path) else pathlib.Path(path).absolute())
 
@@ -65,7 +65,7 @@ def _reading(checkpoint: epath.Path, remedy: str) -> Iterator[None]:
 
 def open_manager(workdir: epath.PathLike, keep_checkpoints: int) -> ocp.CheckpointManager:
     """The manager of a run's checkpoints, saving in the background; use it as a context."""
-    directory = _absolute(workdir) / "checkpoints"
+    directory = absolute(workdir) / "checkpoints"
     policy = _preservation.AnyPreservationPolicy(
         [
             _preservation.LatestN(keep_checkpoints),
@@ -141,7 +141,7 @@ def save_for_inference(directory: epath.PathLike, state: TrainState, config: Con
     Raises:
       UserError: if the directory holds something or cannot be written. Then nothing is.
     """
-    target = _absolute(directory)
+    target = absolute(directory)
     # NumPy arrays: of arrays on devices Orbax would save the sharding, too.
     arrays = jax.tree.map(
         np.asarray,
@@ -200,7 +200,7 @@ def find(path: epath.PathLike) -> epath.Path:
     Raises:
       UserError: if there is no checkpoint.
     """
-    root = _absolute(path)
+    root = absolute(path)
     if (root / "state").exists() and (root / "config").exists():
         return root
     if root.exists() and not root.is_dir():

@@ -13,8 +13,10 @@ with the counts c of the kept codes and the number N of all vectors (the Horvitz
 estimator and its variance as the sample gives it; ± is one standard error). The error does not
 grow with N. Codes that occurred once add nothing to the second sum: of a dense lattice the entropy
 is known almost exactly. Conversely, if there are more than `BUDGET` distinct codes and yet a few of
-them hold a large share of all vectors, the sample most likely misses those few, and the entropy
-comes out too high with too small an error.
+them hold a large share of all vectors, the sample most likely misses those few. It shows: Σ c / p
+falls short of N by more than chance would have it. The entropy then comes out too high, by what
+those M vectors would take off it if they were all of one code, M·log M / N, at the most; its error
+is widened by that.
 
 Keys are hashes: among n distinct codes two have the same key, so that one goes uncounted, with a
 probability below n² / 2⁶⁵: 4e-6 for 12 million codes.
@@ -38,6 +40,7 @@ from llvq.code_counts import CodeCounts
 
 BUDGET = 2**24
 _PENDING = 2**22
+_CHANCE = 4  # standard errors beyond which something is no accident
 
 
 class CodebookUsage:
@@ -173,11 +176,15 @@ class CodebookUsage:
 
     @property
     def entropy_standard_error(self) -> float:
-        """Of the entropy, in bits a vector; 0 if it is exact."""
+        """Of the entropy, in bits a vector; 0 if it is exact. More if heavy codes were missed."""
         if self.is_exact:
             return 0.0
-        norm = float(np.linalg.norm(self._terms()))
-        return math.sqrt(1 - 2.0**-self._level) * norm * 2**self._level / self.num_vectors
+        scale = math.sqrt(1 - 2.0**-self._level) * 2**self._level
+        error = scale * float(np.linalg.norm(self._terms())) / self.num_vectors
+        missing = self.num_vectors - float(np.sum(self._counts)) * 2**self._level
+        if missing > _CHANCE * scale * float(np.linalg.norm(self._counts)):
+            error += missing * math.log2(missing) / self.num_vectors
+        return error
 
     @property
     def perplexity(self) -> float:

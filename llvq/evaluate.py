@@ -2,7 +2,8 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from llvq.code_counts import CodeCounts, count_codes
 from llvq.codebook_usage import CodebookUsage
 from llvq.configuration import Config
 from llvq.data import Dataset
+from llvq.errors import UserError
 from llvq.model import VQVAE
 from llvq.train_state import DTYPES, TrainState
 from llvq.train_step import scale_images
@@ -36,6 +38,9 @@ from llvq.train_step import scale_images
 ProgressFactory = Callable[[int], Callable[[int], Any]]
 
 NUM_PICTURES = 8
+
+_COUNTED = ("train", "validation")  # the splits of the codebook figures
+_REPORT = "evaluation.json"
 
 
 def measure_images(
@@ -160,11 +165,11 @@ class Evaluator:
         split: str,
         batch_size: int,
         progress: ProgressFactory,
-    ) -> tuple[dict[str, float], CodebookUsage]:
-        """Mean metrics over the images of a split, each counted once, and the codes it uses."""
+        usage: CodebookUsage,
+    ) -> dict[str, float]:
+        """Mean metrics over the images of a split, each counted once; their codes go to `usage`."""
         report = progress(order.steps_per_epoch(data.num_images[split], batch_size))
         totals: dict[str, float] = {}
-        usage = CodebookUsage()
         step = functools.partial(self.metrics_step, state)
         results = self._results(step, usage, data, split, batch_size)
         for done, (sums, counts) in enumerate(results, start=1):
@@ -173,8 +178,7 @@ class Evaluator:
             usage.add(counts)
             report(done)
         means = {name: total / data.num_images[split] for name, total in totals.items()}
-        means = {"loss": means["reconstruction_loss"] + means["quantizer_loss"], **means}
-        return means, usage.over_all_hosts()
+        return {"loss": means["reconstruction_loss"] + means["quantizer_loss"], **means}
 
     def measure_batch(
         self, state: TrainState, images: UInt8[Array, "batch height width channels"]
@@ -190,26 +194,25 @@ class Evaluator:
         loss = float(sums["reconstruction_loss"] + sums["quantizer_loss"]) / len(images)
         return loss, usage.over_all_hosts()
 
-    def count_codes(
+    def measure_usage(
         self,
         state: TrainState,
         data: Dataset,
-        splits: tuple[str, ...],
+        splits: Sequence[str],
         batch_size: int,
         progress: ProgressFactory,
-    ) -> CodebookUsage:
-        """The codes in use over all images of some splits."""
+        usage: CodebookUsage,
+    ) -> None:
+        """The codes of all images of some splits go to `usage`."""
         report = progress(
             sum(order.steps_per_epoch(data.num_images[split], batch_size) for split in splits)
         )
-        usage = CodebookUsage()
         step = functools.partial(self.usage_step, state)
         done = 0
         for split in splits:
             for counts in self._results(step, usage, data, split, batch_size):
                 usage.add(counts)
                 report(done := done + 1)
-        return usage.over_all_hosts()
 
     def preview(
         self, state: TrainState, data: Dataset, split: str
@@ -270,10 +273,13 @@ def evaluate(
     )
     split = "test" if "test" in data.num_images else "validation"
     logging.info("Evaluating %s on %d %s images", path, data.num_images[split], split)
-    means, _ = evaluator.measure(state, data, split, batch_size, progress)
+    usage = CodebookUsage()
+    of_split = usage if split in _COUNTED else CodebookUsage()
+    means = evaluator.measure(state, data, split, batch_size, progress, of_split)
     logging.info("Counting the codes in use over train and validation")
-    counted = ("train", "validation")
-    usage = evaluator.count_codes(state, data, counted, batch_size, progress)
+    remaining = [name for name in _COUNTED if name != split]
+    evaluator.measure_usage(state, data, remaining, batch_size, progress, usage)
+    usage = usage.over_all_hosts()
     how = "exact" if usage.is_exact else f"estimated, ±{usage.standard_error:.2%}"
     logging.info(
         "%d distinct codes (%s) among %d vectors", usage.num_distinct, how, usage.num_vectors
@@ -281,27 +287,57 @@ def evaluate(
     picture, _ = evaluator.preview(state, data, split)
 
     height, width, _ = data.image_shape
-    num_pixels = sum(data.num_images[name] for name in counted) * height * width
+    num_pixels = sum(data.num_images[name] for name in _COUNTED) * height * width
     results = {
         "dataset": config["dataset"]["name"],
         "quantizer": config["quantizer"]["name"],
-        "checkpoint": str(path),
+        "checkpoint": _name(path, workdir),
         "step": int(state.step),
         "split": split,
         **means,
         "effective_codebook_size": usage.num_distinct,
         "effective_codebook_size_is_exact": usage.is_exact,
-        "effective_codebook_size_standard_error": usage.standard_error,
+        "effective_codebook_size_relative_error": usage.standard_error,
         "num_quantized_vectors": usage.num_vectors,
         "perplexity": usage.perplexity,
         "entropy_bits_per_vector": usage.entropy,
-        "entropy_standard_error": usage.entropy_standard_error,
+        "entropy_error_bits": usage.entropy_standard_error,
         "bits_per_pixel": usage.entropy * usage.num_vectors / num_pixels,
     }
     if model.quantizer.code_width > 1:
         results["basis_directions_in_use"] = usage.num_entries_in_use
+    if "num_epochs" in saved:  # an imported checkpoint does not know its run
+        results["num_train_steps"] = configuration.num_train_steps(saved, data.num_images["train"])
     if jax.process_index() == 0:
         directory = epath.Path(workdir)
         visualize.write_png(directory / "reconstructions.png", picture)
-        (directory / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
+        unfinished = directory / f"{_REPORT}.unfinished"
+        unfinished.write_text(json.dumps(results, indent=2) + "\n")
+        unfinished.replace(directory / _REPORT)
     return results
+
+
+def _name(checkpoint: epath.Path, workdir: epath.PathLike) -> str:
+    """Of a checkpoint in a workdir, relative to it, so that the workdir may be moved."""
+    root = checkpointing.absolute(workdir)
+    return os.fspath(checkpoint.relative_to(root) if root in checkpoint.parents else checkpoint)
+
+
+def read_evaluation(workdir: epath.PathLike) -> dict[str, Any]:
+    """What evaluation.json says of a run's newest checkpoint.
+
+    Raises:
+      UserError: if there is none, or it is of another checkpoint.
+    """
+    checkpoint = checkpointing.find(workdir)
+    report = epath.Path(workdir) / _REPORT
+    try:
+        evaluation = json.loads(report.read_text())
+    except (OSError, ValueError):
+        evaluation = {}
+    if evaluation.get("checkpoint") != _name(checkpoint, workdir):
+        raise UserError(
+            f"{report} does not hold an evaluation of {checkpoint}: run main.py --mode=evaluate "
+            f"with --workdir={workdir} first"
+        )
+    return evaluation

@@ -14,6 +14,7 @@ from etils import epath
 
 from llvq import checkpointing, pretrained
 from llvq.errors import UserError
+from llvq.evaluate import read_evaluation
 
 
 def export(workdir: epath.PathLike, command: str) -> str:
@@ -31,16 +32,7 @@ def export(workdir: epath.PathLike, command: str) -> str:
     """
     checkpoint = checkpointing.find(workdir)
     config, state = checkpointing.load(checkpoint)
-    report = epath.Path(workdir) / "evaluation.json"
-    try:
-        evaluation = json.loads(report.read_text())
-    except (OSError, ValueError):
-        evaluation = {}
-    if evaluation.get("checkpoint") != str(checkpoint):
-        raise UserError(
-            f"{report} does not hold an evaluation of {checkpoint}: run main.py --mode=evaluate "
-            f"with --workdir={workdir} first"
-        )
+    evaluation = read_evaluation(workdir)
     name = f"{config['dataset']['name']}/{config['quantizer']['name']}"
     # Where the data lay is of no use to others.
     config = {**config, "dataset": {"name": config["dataset"]["name"]}}
@@ -49,7 +41,7 @@ def export(workdir: epath.PathLike, command: str) -> str:
     for marker in directory.rglob("commit_success.txt"):
         marker.write_text("")  # Orbax looks only whether it is there, but writes the path into it
 
-    about_run = {"dataset", "quantizer", "checkpoint", "step"}
+    about_run = {"dataset", "quantizer", "checkpoint", "step", "num_train_steps"}
     entry = {
         "command": command,
         "seed": config["seed"],

@@ -1,4 +1,4 @@
-"""Hashes by which codes are told apart: a lattice code of 64 integers costs 16 bytes."""
+"""Hashes by which codes are told apart."""
 
 import jax
 from jax import numpy as jnp

@@ -227,19 +227,24 @@ def _read(path: epath.PathLike) -> tuple[int, dict[str, np.ndarray]]:
         raise UserError(
             f"{path} is damaged or no PyTorch file ({first_line(error)}): {_REMEDY}"
         ) from error
-    is_lightning = isinstance(file, dict) and isinstance(file.get("global_step"), int)
-    if not is_lightning or not isinstance(file.get("state_dict"), dict):
+    step = file.get("global_step") if isinstance(file, dict) else None
+    if not (isinstance(step, int) and 0 <= step < 2**31) or not isinstance(
+        file.get("state_dict"), dict
+    ):
         raise UserError(
             f"{path} is no Lightning checkpoint, which has a state_dict and a global_step: "
             f"{_REMEDY}"
         )
     for name, tensor in file["state_dict"].items():
         is_tensor = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-        if not is_tensor or tensor.dtype != torch.float32 or not tensor.numel():
+        is_named = isinstance(name, str)
+        if not is_named or not is_tensor or tensor.dtype != torch.float32 or not tensor.numel():
             found = f"{tensor.dtype} {list(tensor.shape)}" if is_tensor else type(tensor).__name__
             raise UserError(f"{path}: {name} is {found}, not an array of float32: {_REMEDY}")
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: {name} holds NaN or infinity: {_REMEDY}")
     tensors = {name: tensor.detach().numpy() for name, tensor in file["state_dict"].items()}
-    return file["global_step"], tensors
+    return step, tensors
 
 
 def import_checkpoint(checkpoint: epath.PathLike, output: epath.PathLike) -> Config:

@@ -1,5 +1,6 @@
 """Devices: one mesh axis, `data`; batches are split along it, everything else is replicated."""
 
+import os
 from collections.abc import Sequence
 
 import jax
@@ -13,6 +14,14 @@ from llvq.errors import UserError
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of the given devices, of all devices of all hosts by default."""
     return Mesh(np.asarray(jax.devices() if devices is None else devices), ("data",))
+
+
+def describe(mesh: Mesh) -> str:
+    """The machine in words, e.g. "8 × NVIDIA H100 80GB HBM3" or "2 CPU cores"."""
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return f"{os.cpu_count()} CPU cores"
+    return f"{mesh.size} × {device.device_kind}"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

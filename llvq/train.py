@@ -12,6 +12,7 @@ from absl import logging
 from etils import epath
 
 from llvq import checkpointing, configuration, console, order, schedules, sharding, train_state
+from llvq.codebook_usage import CodebookUsage
 from llvq.configuration import Config
 from llvq.data import Dataset
 from llvq.errors import DivergenceError
@@ -147,9 +148,7 @@ def train_and_evaluate(
             "%s at step %d of %d: %d parameters (%d of them the quantizer's), %d device(s)",
             *("Resuming" if first_step else "Starting", first_step, num_steps),
             train_state.num_parameters((state.params, state.statistics)),
-            train_state.num_parameters(
-                (state.params.get("quantizer", {}), state.statistics.get("quantizer", {}))
-            ),
+            train_state.num_quantizer_parameters(state),
             mesh.size,
         )
         writer = stack.enter_context(contextlib.closing(make_writer()))
@@ -159,7 +158,10 @@ def train_and_evaluate(
                 for name, value in configuration.flatten(config).items()
             }
         )
-        writer.write_texts(first_step, {"config": configuration.to_markdown(config)})
+        writer.write_texts(
+            first_step,
+            {"config": configuration.to_markdown(config), "machine": sharding.describe(mesh)},
+        )
 
         def last_checkpoint() -> str:
             checkpoints.wait_until_finished()
@@ -217,9 +219,11 @@ def train_and_evaluate(
                 writer.write_scalars(step, _prefixed("train", scalars))
             if is_evaluation:
                 logging.info("Validating at step %d", step)
-                validation, usage = evaluator.measure(
-                    state, data, "validation", batch_size, progress
+                usage = CodebookUsage()
+                validation = evaluator.measure(
+                    state, data, "validation", batch_size, progress, usage
                 )
+                usage = usage.over_all_hosts()
                 picture, histograms = evaluator.preview(state, data, "validation")
                 scalars = {
                     **validation,

@@ -94,6 +94,11 @@ def create_train_state(
     return graphdef, TrainState(step, params, statistics, optimizer.init(params))
 
 
+def num_quantizer_parameters(state: TrainState) -> int:
+    """How many numbers the quantizer has learnt, the EMA codebook's statistics included."""
+    return num_parameters([tree.get("quantizer", {}) for tree in (state.params, state.statistics)])
+
+
 def num_parameters(tree: Any) -> int:
     """How many numbers a pytree of arrays holds."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -21,10 +21,10 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from benchmarks import machine
 from configs import default
 from llvq import checkpointing, configuration, train_state
 from llvq.errors import UserError
+from llvq.evaluate import read_evaluation
 from results import report
 
 Run = dict[str, Any]
@@ -33,11 +33,9 @@ Run = dict[str, Any]
 _FREE = {"seed", "dataset.data_dir", "dataset.manual_dir", "keep_checkpoints"} | {
     f"{what}_every_steps" for what in ("log", "eval", "checkpoint")
 }
-_CURVES = (
-    *("train/reconstruction_loss", "train/perplexity", "train/distinct_codes"),
-    *("validation/reconstruction_loss", "validation/perplexity", "validation/distinct_codes"),
-)
+_CURVES = {"train/reconstruction_loss", "train/distinct_codes"}
 _RATE = "train/images_per_second"
+_MACHINE = "machine"
 
 
 def find_workdirs(directory: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -53,7 +51,11 @@ def recipe_of(config: configuration.Config) -> str:
       UserError: if it follows none.
     """
     ours = configuration.flatten(config)
-    module = importlib.import_module(f"configs.{ours['dataset.name']}")
+    dataset = ours["dataset.name"]
+    try:
+        module = importlib.import_module(f"configs.{dataset}")
+    except ModuleNotFoundError as error:
+        raise UserError(f"it follows no recipe: there is no configs/{dataset}.py") from error
     differing: list[str] = []
     for recipe in default.RECIPES:
         theirs = configuration.flatten(module.get_config(f"{ours['quantizer.name']},{recipe}"))
@@ -67,51 +69,63 @@ def recipe_of(config: configuration.Config) -> str:
     raise UserError(f"it follows no recipe: {differing[0]} is {ours.get(differing[0])}")
 
 
-def read_scalars(workdir: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) pairs by name, as TensorBoard shows them; of a step that was run twice, one."""
+def read_events(workdir: pathlib.Path) -> tuple[dict[str, list[tuple[int, float]]], str | None]:
+    """What TensorBoard shows of a run.
+
+    Returns:
+      (step, value) pairs by name, of a step that was run twice one; and the machine that trained.
+    """
     events = EventAccumulator(str(workdir), size_guidance={"tensors": 0})
     events.Reload()
+    names = set(events.Tags()["tensors"])
     scalars: dict[str, list[tuple[int, float]]] = {}
-    for name in set(events.Tags()["tensors"]) & {*_CURVES, _RATE}:
+    for name in names & {*_CURVES, _RATE}:
         by_step = {
             event.step: float(tensor_util.make_ndarray(event.tensor_proto))
             for event in events.Tensors(name)
         }
         scalars[name] = sorted(by_step.items())
-    return scalars
+    if _MACHINE not in names:
+        return scalars, None
+    return scalars, events.Tensors(_MACHINE)[-1].tensor_proto.string_val[0].decode()
 
 
 def summarise(workdir: pathlib.Path, trained_on: str) -> Run:
     """What the tables and plots need of a run.
 
+    Args:
+      workdir: of the run.
+      trained_on: the machine, in words, for a run that does not say.
+
     Raises:
       UserError: if it is not a finished and evaluated run of a recipe.
     """
-    checkpoint = checkpointing.find(workdir)
-    config, state = checkpointing.load(checkpoint)
-    evaluation = json.loads((workdir / "evaluation.json").read_text())
-    if pathlib.Path(evaluation.pop("checkpoint")).name != checkpoint.name:
-        raise UserError("its newest checkpoint is not the one that was evaluated")
-    scalars = read_scalars(workdir)
+    evaluation = read_evaluation(workdir)
+    config, state = checkpointing.load(workdir)
+    recipe = recipe_of(config)
+    step, num_steps = evaluation["step"], evaluation.pop("num_train_steps")
+    if step != num_steps:
+        raise UserError(f"it is at step {step} of {num_steps}")
+    del evaluation["checkpoint"]
+    scalars, machine = read_events(workdir)
     rates = [rate for _, rate in scalars.pop(_RATE, [])]
-    quantizer = [tree.get("quantizer", {}) for tree in (state.params, state.statistics)]
     return {
-        "recipe": recipe_of(config),
+        "recipe": recipe,
         "seed": config["seed"],
-        "machine": trained_on,
+        "machine": machine or trained_on,
         "training_images_per_second": statistics.median(rates) if rates else None,
-        "quantizer_parameters": train_state.num_parameters(quantizer),
+        "quantizer_parameters": train_state.num_quantizer_parameters(state),
         "evaluation": evaluation,
         "curves": scalars,
     }
 
 
 def collect(workdir: pathlib.Path, trained_on: str, results: pathlib.Path) -> None:
-    """Keeps a run in `results`/runs, and its picture if no run of its kind has one yet.
+    """Keeps a run, figures and picture, in `results`/runs.
 
     Args:
       workdir: of the run.
-      trained_on: the machine, in words.
+      trained_on: the machine, in words, for a run that does not say.
       results: where tables and plots will be.
 
     Raises:
@@ -121,10 +135,9 @@ def collect(workdir: pathlib.Path, trained_on: str, results: pathlib.Path) -> No
     evaluation = run["evaluation"]
     directory = results / "runs" / evaluation["dataset"] / run["recipe"] / evaluation["quantizer"]
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"seed_{run['seed']}.json").write_text(json.dumps(run, indent=1) + "\n")
-    picture = directory / "reconstructions.png"
-    if not picture.exists():
-        shutil.copyfile(workdir / picture.name, picture)
+    path = directory / f"seed_{run['seed']}.json"
+    path.write_text(json.dumps(run, indent=1) + "\n")
+    shutil.copyfile(workdir / "reconstructions.png", path.with_suffix(".png"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -132,14 +145,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # of what Orbax does
     parser = argparse.ArgumentParser(prog="results.collect", description=__doc__.splitlines()[0])
     parser.add_argument("directories", nargs="*", type=pathlib.Path, help="with workdirs in them")
-    parser.add_argument("--machine", help="that trained them, in words; by default this one")
+    parser.add_argument(
+        "--machine", default="not stated", help="that trained them, for runs that do not say"
+    )
     options = parser.parse_args(arguments)
     for directory in options.directories:
         if not directory.is_dir():
             sys.exit(f"{parser.prog}: {directory} is not a directory")
         for workdir in find_workdirs(directory):
             try:
-                collect(workdir, options.machine or machine.describe(), report.DIRECTORY)
+                collect(workdir, options.machine, report.DIRECTORY)
                 print(f"{workdir}: collected")
             except UserError as error:
                 print(f"{workdir}: left out, {error}")

@@ -17,13 +17,12 @@ Group = tuple[str, str]  # data set and recipe
 _HEADER = """# Results
 
 Written by `python -m results.collect`; not to be edited by hand. Every figure comes from a run of
-this project; its numbers and curves are in [runs](runs). To run them again:
-
-    ./run.sh --seeds=2,32,432 fashion_mnist vq vq_ema sparse_lattice dense_lattice
+this project; its numbers and curves are in [runs](runs).
 
 Mean ± standard deviation over the seeds named. MSE, PSNR and SSIM are over the test split (FFHQ:
 validation), PSNR and SSIM on values mapped to [0, 1] and clipped; codebook figures over all
-training and validation images. In brackets the authors' figures. {source}
+training and validation images; an estimate (≈) comes with its standard error. In brackets the
+authors' figures. {source}
 """
 
 _COLUMNS = (
@@ -60,15 +59,20 @@ def _row(quantizer: str, runs: list[Run], published: Mapping[str, float]) -> str
         return f"{text} ({published[name]:{digits}})" if name in published else text
 
     rates = [run["training_images_per_second"] for run in runs]
-    how = "" if all(r["evaluation"]["effective_codebook_size_is_exact"] for r in runs) else "≈ "
+    size = beside(figure("effective_codebook_size", ",.0f"), "effective_codebook_size", ",.0f")
+    if not all(run["evaluation"]["effective_codebook_size_is_exact"] for run in runs):
+        error = max(run["evaluation"]["effective_codebook_size_relative_error"] for run in runs)
+        size = f"≈ {size}, each within {error:.2%}"
     cells = (
         f"`{quantizer}`",
         ", ".join(str(run["seed"]) for run in runs),
         beside(figure("reconstruction_loss", ".5f"), "reconstruction_loss", ".5f"),
         figure("psnr", ".2f"),
         figure("ssim", ".3f"),
-        how + beside(figure("effective_codebook_size", ",.0f"), "effective_codebook_size", ",.0f"),
-        f"{runs[0]['evaluation']['num_quantized_vectors']:,}",
+        size,
+        beside(
+            f"{runs[0]['evaluation']['num_quantized_vectors']:,}", "num_quantized_vectors", ",.0f"
+        ),
         figure("entropy_bits_per_vector", ".2f"),
         figure("bits_per_pixel", ".3f"),
         f"{runs[0]['quantizer_parameters']:,}",
@@ -114,19 +118,22 @@ def _section(
 
     _save_plot(plot, draw)
     machines = sorted({run["machine"] for of_quantizer in runs.values() for run in of_quantizer})
+    seeds = sorted({run["seed"] for of_quantizer in runs.values() for run in of_quantizer})
+    options = f"--recipe={recipe} --seeds={','.join(map(str, seeds))}"
     lines = [
         f"## {dataset}, recipe `{recipe}`\n",
+        f"    ./run.sh {options} {dataset} {' '.join(runs)}\n",
         f"Trained on: {'; '.join(machines)}.\n",
         f"| {' | '.join(_COLUMNS)} |",
         "|---" * len(_COLUMNS) + "|",
         *(_row(name, of_name, published.get(name, {})) for name, of_name in runs.items()),
         f"\n![{dataset}: loss and codes in use over training]({plot.relative_to(results)})",
     ]
-    for quantizer in runs:
-        picture = directory / quantizer / "reconstructions.png"
-        if picture.exists():
-            lines.append(f"\n`{quantizer}`: originals above reconstructions\n")
-            lines.append(f"![{quantizer}]({picture.relative_to(results)})")
+    for quantizer, of_quantizer in runs.items():
+        seed = of_quantizer[0]["seed"]
+        picture = directory / quantizer / f"seed_{seed}.png"
+        lines.append(f"\n`{quantizer}`, seed {seed}: originals above reconstructions\n")
+        lines.append(f"![{quantizer}]({picture.relative_to(results)})")
     return "\n".join(lines)
 
 

@@ -177,6 +177,20 @@ def test_errors_are_as_large_as_the_theory_says():
         assert deviation == pytest.approx(1, rel=4 / math.sqrt(2 * num_streams))
 
 
+@pytest.mark.parametrize("heavy", range(6))
+def test_a_heavy_code_that_the_sample_misses_widens_the_error(heavy):
+    """20,000 codes once each, and one 20,000 times, which a sample of 1,000 most likely lacks."""
+    rng = np.random.default_rng(heavy)
+    codes = rng.integers(-(2**31), 2**31, (20_001, 4)).astype(np.int32)
+    counts = np.ones(20_001, np.int64)
+    counts[0] = 20_000
+    usage = count(np.repeat(codes, counts, axis=0), 10_000, budget=1000)
+    assert not usage.is_exact
+    error = abs(usage.entropy - entropy_of(counts.tolist()))
+    assert error < 1.05 * usage.entropy_standard_error
+    assert error > 1  # bits: what there was to tell
+
+
 def test_codes_that_occur_once_leave_no_doubt_about_the_entropy():
     usage = count(np.arange(100_000, dtype=np.int32)[:, None], 10_000, budget=1000)
     assert usage.entropy == pytest.approx(math.log2(100_000), abs=1e-12)

@@ -332,6 +332,20 @@ def test_a_missing_tar_is_named_before_anything_is_fetched(hub, tmp_path):
     assert not hub.downloads
 
 
+@pytest.mark.parametrize("leave_out", ["siblings", "size", "lfs"])
+def test_a_mirror_that_tells_too_little_is_one_line(leave_out, hub, tmp_path, monkeypatch):
+    listing = hub.listing()
+
+    def less():
+        for file in listing["siblings"]:
+            file.pop(leave_out, None)
+        return {key: value for key, value in listing.items() if key != leave_out}
+
+    monkeypatch.setattr(hub, "listing", less)
+    with pytest.raises(DataError, match=rf"^[^\n]*(lacks|does not tell)[^\n]*: {WAYS_OUT}"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("status", [401, 404, 429, 503])
 def test_a_refusing_hub_is_one_line(status, hub, tmp_path):
     hub.status = status

@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="imports are from PyTorch")
 
 from llvq import checkpointing, evaluate, import_torch, sharding
+from llvq.codebook_usage import CodebookUsage
 from llvq.configuration import flatten
 from llvq.errors import UserError
 from llvq.evaluate import Evaluator
@@ -190,6 +191,13 @@ FOREIGN = {
         "weight [4, 3]",
     ),
     "no tensors": (lambda path: torch.save({"state_dict": {}, "global_step": 3}, path), "found no"),
+    "unnamed": (
+        lambda path: torch.save({"state_dict": {7: torch.ones(3)}, "global_step": 3}, path),
+        "7 is torch.float32",
+    ),
+    "step": (lambda path: torch.save({"state_dict": {}, "global_step": 2**40}, path), "no Lightni"),
+    "past": (lambda path: torch.save({"state_dict": {}, "global_step": -5}, path), "no Lightning"),
+    "NaN": (put("_encoder.0.0.bias", torch.full((8,), torch.nan)), "0.0.bias holds NaN"),
     "no codebook": (drop("_quantizer.embedding.weight"), "_quantizer.embedding.weight"),
     "no cluster size": (drop("_quantizer.ema_cluster_size"), "quantizer.cluster_size is missing"),
     "no sums": (drop("_quantizer.ema_w"), "quantizer."),
@@ -291,12 +299,13 @@ def test_the_authors_lattice_on_the_real_test_images(tmp_path):
     mesh = sharding.make_mesh()
     graphdef, _, _ = split(checkpointing.model_of(saved, state))
     evaluator = Evaluator(graphdef, config.model.value_range, np.float32, mesh)
-    means, _ = evaluator.measure(
+    means = evaluator.measure(
         jax.device_put(state, sharding.replicated(mesh)),
         input_pipeline.load(**config.dataset),
         "test",
         400,
         lambda num_steps: lambda step: None,
+        CodebookUsage(),
     )
     expected = reference.expected()["measured_fashion_mnist_cpu_float32"]["sparse_lattice"]
     assert means["reconstruction_loss"] == pytest.approx(expected["test_mse"], abs=1e-5)

@@ -201,6 +201,14 @@ def test_a_missing_or_incomplete_shard_is_named_and_can_be_rebuilt(damage, tmp_p
     assert_complete(run(tmp_path))
 
 
+@pytest.mark.parametrize("content", ["", "{"])
+def test_checksums_torn_by_a_power_cut_are_made_again(content, tmp_path):
+    run(tmp_path)
+    (tmp_path / "checksums.json").write_text(content)
+    (tmp_path / "dataset_info.json").unlink()
+    assert_complete(run(tmp_path))
+
+
 def test_another_number_of_images_is_refused(tmp_path):
     run(tmp_path)
     with pytest.raises(DataError, match=r"has 3 images in split 'validation', not 4"):

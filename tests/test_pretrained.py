@@ -112,7 +112,9 @@ def test_what_cannot_be_exported_is_one_line(workdir, shipped, tmp_path):
     assert "no checkpoint in" in refusal(tmp_path / "empty")
     unevaluated = tmp_path / "unevaluated"
     shutil.copytree(workdir, unevaluated)
-    assert "does not hold an evaluation of" in refusal(unevaluated)  # but of another directory
+    newest = checkpointing.find(unevaluated)
+    newest.rename(newest.parent / str(int(newest.name) + 1))
+    assert "does not hold an evaluation of" in refusal(unevaluated)  # but of an older one
     (unevaluated / "evaluation.json").unlink()
     assert "run main.py --mode=evaluate" in refusal(unevaluated)
     (unevaluated / "evaluation.json").write_text("{")

@@ -1,7 +1,8 @@
 """From finished workdirs to results/README.md."""
 
 import json
-import statistics
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -42,11 +43,12 @@ class Recorder(metric_writers.SummaryWriter):
         super().write_scalars(step, scalars)
 
 
-def train(workdir, seed):
+def train(workdir, seed, num_train_steps=4):
     config = fashion_mnist.get_config("sparse_lattice,tiny")
     config.seed = seed
     config.batch_size = 64
     config.log_every_steps = 2
+    config.num_train_steps = num_train_steps
     images = np.random.default_rng(seed).integers(0, 256, (70, 28, 28, 1)).astype(np.uint8)
     data = ArrayDataset(train=images, validation=images[:9], test=images[:20])
     recorder = Recorder(str(workdir))
@@ -61,30 +63,70 @@ def test_runs_become_a_table(tmp_path, monkeypatch, capsys):
     published = {"source": "", "fashion_mnist": {"sparse_lattice": {"reconstruction_loss": 0.25}}}
     (tmp_path / "results/published.json").write_text(json.dumps(published))
     runs = {seed: train(tmp_path / f"runs/seed_{seed}", seed) for seed in (2, 10)}
-    unfinished = tmp_path / "runs/other"
-    unfinished.mkdir()
-    (unfinished / "evaluation.json").write_text("{}")
+    wrong = {
+        "empty": "no checkpoint",
+        "foreign": "does not hold an evaluation of",
+        "torn": "does not hold an evaluation of",
+        "unfinished": "it is at step 4 of 6",
+        "of no recipe": "num_train_steps is 6",
+    }
+    for name in wrong:
+        if name == "empty":
+            (tmp_path / "runs/empty").mkdir()
+        else:
+            shutil.copytree(tmp_path / "runs/seed_2", tmp_path / "runs" / name)
+        report_file = tmp_path / "runs" / name / "evaluation.json"
+        evaluation = json.loads(report_file.read_text()) if report_file.exists() else {}
+        if name == "foreign":
+            evaluation["checkpoint"] = str(tmp_path / "runs/seed_10/checkpoints/4")
+        if name == "unfinished":
+            evaluation["num_train_steps"] = 6
+        if name == "of no recipe":
+            saved = next((tmp_path / "runs" / name).glob("checkpoints/4/config/metadata"))
+            fields = json.loads(saved.read_text())
+            saved.write_text(json.dumps({**fields, "num_train_steps": 6}))
+        report_file.write_text(json.dumps(evaluation)[: 30 if name == "torn" else None])
 
     collect.main([str(tmp_path / "runs"), "--machine=an abacus"])
 
-    assert f"{unfinished}: left out, no checkpoint" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    for name, words in wrong.items():
+        (line,) = (line for line in output.splitlines() if f"runs/{name}: " in line)
+        assert "left out" in line
+        assert words in line
     kept = report.read_runs(tmp_path / "results")["fashion_mnist", "tiny"]["sparse_lattice"]
     for run, (seed, (losses, evaluation)) in zip(kept, runs.items(), strict=True):
         assert run["seed"] == seed
         assert run["quantizer_parameters"] == 4
-        assert run["evaluation"] == {k: v for k, v in evaluation.items() if k != "checkpoint"}
+        assert run["machine"] == f"{os.cpu_count()} CPU cores"  # the run says so itself
+        left_out = {"checkpoint", "num_train_steps"}
+        assert run["evaluation"] == {k: v for k, v in evaluation.items() if k not in left_out}
         curve = dict(map(tuple, run["curves"]["train/reconstruction_loss"]))
         assert curve == pytest.approx(losses, rel=1e-6)  # TensorBoard keeps float32
     text = (tmp_path / "results/README.md").read_text()
     (row,) = (line for line in text.splitlines() if line.startswith("| `sparse_lattice` |"))
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    errors = [evaluation["reconstruction_loss"] for _, evaluation in runs.values()]
-    mean, deviation = statistics.mean(errors), statistics.stdev(errors)
-    assert cells[1] == "2, 10"
-    assert cells[2] == f"{mean:.5f} ± {deviation:.5f} (0.25000)"
-    assert cells[6] == f"{79 * 14 * 14:,}"
-    assert "an abacus" in text
-    for name in ("training.png", "sparse_lattice/reconstructions.png"):
+
+    def both(name, digits):
+        values = [evaluation[name] for _, evaluation in runs.values()]
+        return f"{np.mean(values):{digits}} ± {np.std(values, ddof=1):{digits}}"
+
+    rates = [run["training_images_per_second"] for run in kept]
+    assert cells == [
+        "`sparse_lattice`",
+        "2, 10",
+        f"{both('reconstruction_loss', '.5f')} (0.25000)",
+        both("psnr", ".2f"),
+        both("ssim", ".3f"),
+        both("effective_codebook_size", ",.0f"),
+        f"{79 * 14 * 14:,}",
+        both("entropy_bits_per_vector", ".2f"),
+        both("bits_per_pixel", ".3f"),
+        "4",
+        f"{np.mean(rates):.0f} ± {np.std(rates, ddof=1):.0f}",
+    ]
+    assert "./run.sh --recipe=tiny --seeds=2,10 fashion_mnist sparse_lattice" in text
+    for name in ("training.png", "sparse_lattice/seed_2.png"):
         path = f"runs/fashion_mnist/tiny/{name}"
         assert f"({path})" in text
         with Image.open(tmp_path / "results" / path) as picture:
@@ -101,12 +143,25 @@ def test_a_run_that_follows_no_recipe_is_named():
         collect.recipe_of(config)
 
 
-def test_what_was_collected_is_what_the_readme_shows():
-    """The table in the repository is of the runs in the repository."""
-    text = (report.DIRECTORY / "README.md").read_text()
-    for (dataset, recipe), runs in report.read_runs(report.DIRECTORY).items():
-        assert f"## {dataset}, recipe `{recipe}`" in text
-        for quantizer, of_quantizer in runs.items():
-            errors = [run["evaluation"]["reconstruction_loss"] for run in of_quantizer]
-            assert f"| `{quantizer}` | {', '.join(str(r['seed']) for r in of_quantizer)} |" in text
-            assert f"{statistics.mean(errors):.5f}" in text
+def test_an_estimated_codebook_size_is_shown_with_its_error(tmp_path):
+    (tmp_path / "published.json").write_text('{"source": ""}')
+    shutil.copytree(report.DIRECTORY / "runs", tmp_path / "runs")
+    path = tmp_path / "runs/fashion_mnist/paper/vq/seed_2.json"
+    run = json.loads(path.read_text())
+    run["evaluation"] |= {
+        "effective_codebook_size": 20_000_000,
+        "effective_codebook_size_is_exact": False,
+        "effective_codebook_size_relative_error": 0.00031,
+    }
+    for other in path.parent.glob("seed_*.json"):
+        other.unlink()
+    path.write_text(json.dumps(run))
+    report.write(tmp_path)
+    assert "| ≈ 20,000,000, each within 0.03% |" in (tmp_path / "README.md").read_text()
+
+
+def test_the_readme_in_the_repository_is_of_the_runs_in_the_repository(tmp_path):
+    shutil.copytree(report.DIRECTORY, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "README.md").unlink()
+    report.write(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (report.DIRECTORY / "README.md").read_text()
