@@ -30,7 +30,7 @@ _preservation = ocp.checkpoint_managers
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """Orbax takes absolute paths only; gs://… is one already."""
+    """A path as Orbax wants it, absolute; gs://… is so already."""
     return epath.Path(path if "://" in os.fspath(path) else pathlib.Path(path).absolute())
 
 

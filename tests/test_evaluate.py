@@ -174,3 +174,19 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
 def test_bucket_paths_are_left_as_they_are():
     assert str(checkpointing.absolute("gs://bucket/runs/vq")) == "gs://bucket/runs/vq"
     assert str(checkpointing.absolute("runs/vq")) == str(pathlib.Path.cwd() / "runs/vq")
+
+
+def test_evaluation_leaves_a_run_as_it_is(run):
+    """So that a training may go on meanwhile."""
+    config, workdir, _ = run
+
+    def contents():
+        files = (path for path in workdir.rglob("*") if path.is_file())
+        return {path: path.read_bytes() for path in files if path.parent != workdir}
+
+    before = contents()
+    evaluate.evaluate(config, workdir, tiny.dataset())
+    assert contents() == before
+    assert {path.name for path in workdir.iterdir()} == {
+        *("checkpoints", "evaluation.json", "reconstructions.png")
+    }

@@ -17,19 +17,8 @@ import input_pipeline
 from input_pipeline import DataError, fashion_mnist
 from input_pipeline.arrays import Arrays
 from llvq import order
-
-
-def real_idx_dir():
-    manual_dir = epath.Path(tfds.core.constants.DATA_DIR) / "downloads/manual/fashion_mnist"
-    for directory in (manual_dir, fashion_mnist._DEBIAN_DIR):
-        if (directory / "train-images-idx3-ubyte.gz").exists():
-            return directory
-    return None
-
-
-needs_files = pytest.mark.skipif(
-    real_idx_dir() is None, reason="needs FashionMNIST's IDX files: ./run.sh --setup gets them"
-)
+from tests import real_data
+from tests.real_data import needs_files
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +26,7 @@ def idx_dir(tmp_path_factory):
     """The real files, uncompressed, in a directory of the test's own."""
     directory = tmp_path_factory.mktemp("idx")
     for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"):
-        content = gzip.decompress((real_idx_dir() / f"{name}.gz").read_bytes())
+        content = gzip.decompress((real_data.idx_dir() / f"{name}.gz").read_bytes())
         (directory / name).write_bytes(content)
     return directory
 

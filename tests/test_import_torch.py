@@ -18,7 +18,7 @@ from llvq.errors import UserError
 from llvq.evaluate import Evaluator
 from llvq.train_state import split
 from tests import reference, tiny, torch_model
-from tests.test_fashion_mnist import needs_files
+from tests.real_data import needs_files
 
 HIDDEN_DIMS = {"fashion_mnist": (64,), "ffhq1024": (16, 32)}
 

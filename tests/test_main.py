@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_fashion_mnist import needs_files
+from tests.real_data import needs_files
 
 tf = pytest.importorskip("tensorflow", reason="main.py reads data with TensorFlow")
 

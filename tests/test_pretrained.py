@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import llvq
-from llvq import checkpointing, evaluate, export, pretrained, train_state
+from llvq import checkpointing, evaluate, export, order, pretrained, train_state
 from llvq.errors import UserError
 from tests import tiny
+from tests.real_data import needs_files
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 COMMAND = "python main.py --config=configs/tiny.py:vq_ema"
@@ -190,3 +192,22 @@ print(llvq.load_pretrained("tiny/vq_ema").reconstruct(images).shape)
         if line.startswith("Requires-Dist: torch")
     )
     assert "extra ==" in requirement
+
+
+@needs_files
+def test_a_shipped_model_is_as_good_as_the_index_says():
+    """On the real test images; sums in float32 over batches of another size differ a little."""
+    import input_pipeline
+
+    name = "fashion_mnist/sparse_lattice"
+    about = llvq.pretrained_index()[name]
+    model = llvq.load_pretrained(name)
+    low, high = about["config"]["model"]["value_range"]
+    reconstruct = nnx.jit(lambda model, images: model.reconstruct(images))
+    data = input_pipeline.load("fashion_mnist")
+    squares = []
+    for _, images in data.batches("test", order.evaluation_batches(10_000, 500)):
+        inputs = (low + images / 255 * (high - low)).astype(np.float32)
+        squares.append(np.mean((np.asarray(reconstruct(model, inputs)) - inputs) ** 2))
+    expected = about["metrics"]["reconstruction_loss"]
+    assert np.mean(squares) == pytest.approx(expected, rel=1e-5)
