@@ -20,7 +20,7 @@ _HEAD = 4096
 class CodeCounts(NamedTuple):
     """How often which codes occur in a batch; the first axis of all arrays is that of the devices.
 
-    A code's key is the first 64 bits of its fingerprint, as two words, the lower one first.
+    A code's key is its fingerprint, as two words, the lower one first.
 
     Attributes:
       num_vectors: vectors counted.
@@ -82,7 +82,7 @@ def _count_share(
     largest = jnp.where(mask[:, None], jnp.max(images, axis=1), limits.min)
     rows = images.reshape(-1, code_width)
     counts = jnp.broadcast_to(mask[:, None], images.shape[:2]).reshape(-1)
-    high, low = fingerprints(rows)[:2]
+    low, high = fingerprints(rows)
     # One operand of 64 bits is what XLA sorts fast, on CPU and GPU alike.
     with jax.enable_x64(True):
         unsorted = high.astype(jnp.uint64) << jnp.uint64(32) | low.astype(jnp.uint64)

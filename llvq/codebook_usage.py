@@ -182,8 +182,10 @@ class CodebookUsage:
         scale = math.sqrt(1 - 2.0**-self._level) * 2**self._level
         error = scale * float(np.linalg.norm(self._terms())) / self.num_vectors
         missing = self.num_vectors - float(np.sum(self._counts)) * 2**self._level
-        if missing > _CHANCE * scale * float(np.linalg.norm(self._counts)):
-            error += missing * math.log2(missing) / self.num_vectors
+        chance = _CHANCE * scale * float(np.linalg.norm(self._counts))
+        if missing > chance:
+            at_most = missing + chance
+            error += at_most * math.log2(at_most) / self.num_vectors
         return error
 
     @property
