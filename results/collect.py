@@ -79,7 +79,7 @@ def read_events(workdir: pathlib.Path) -> tuple[dict[str, list[tuple[int, float]
     events.Reload()
     names = set(events.Tags()["tensors"])
     scalars: dict[str, list[tuple[int, float]]] = {}
-    for name in names & {*_CURVES, _RATE}:
+    for name in sorted(names & {*_CURVES, _RATE}):
         by_step = {
             event.step: float(tensor_util.make_ndarray(event.tensor_proto))
             for event in events.Tensors(name)
