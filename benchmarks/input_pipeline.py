@@ -5,7 +5,7 @@
 Makes small data sets in the official layouts, with images that are as large as the real ones and
 compress about as well, and reads them in training's random order: decode, crop, flip, stack into
 batches. Every reader runs in a process of its own that may use `--cores` cores, in turns; printed
-are medians. The files are in the page cache: what a disk needs comes on top. PyTorch is needed for
+are medians. Memory is that process's, without the DataLoader's workers. The files are in the page cache: what a disk needs comes on top. PyTorch is needed for
 the DataLoader's rows only.
 """
 
@@ -134,6 +134,15 @@ def _open_pipeline(kind: Kind, directory: pathlib.Path) -> Any:
     return Arrays({"train": _pixels(kind)})
 
 
+def _prepare(kind: Kind, directory: pathlib.Path) -> float:
+    """Writes what is read later; returns the seconds of all cores together that an image takes."""
+    import input_pipeline  # noqa: F401 (what takes time, but not an image's)
+
+    start = time.process_time()
+    _open_pipeline(kind, directory)
+    return (time.process_time() - start) / kind.num_images
+
+
 def _read_one(kind: Kind, directory: pathlib.Path, index: int, flip: bool) -> np.ndarray:
     """One image, with Pillow and NumPy."""
     top, left, height, width = kind.crop
@@ -253,6 +262,7 @@ def main() -> None:
         readers = [reader for reader in readers if "DataLoader" not in reader]
 
     rates: dict[tuple[str, str], float] = {}
+    preparing: dict[str, float] = {}
     print(f"{platform.processor() or platform.machine()}, {options.cores} of {available} cores\n")
     print("| data set | bytes an image | reader | images/s | ms × cores an image | peak memory |")
     print("|---|---|---|---|---|---|")
@@ -260,7 +270,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             directory = pathlib.Path(temporary)
             size = _write_files(kind, directory) if kind.encoding else math.prod(kind.stored_shape)
-            _open_pipeline(kind, directory)  # prepares it
+            preparing[kind.name] = _prepare(kind, directory)
             measured: dict[str, list[tuple[float, float]]] = {reader: [] for reader in readers}
             for _ in range(options.rounds):
                 for reader in readers:
@@ -278,13 +288,16 @@ def main() -> None:
                 flush=True,
             )
 
-    print("\nCores that feed a training with llvq's pipeline:\n")
-    print("| data set | batch |" + "".join(f" {rate} steps/s |" for rate in STEPS_PER_SECOND))
-    print("|---|---|" + "---|" * len(STEPS_PER_SECOND))
+    print("\nCores that feed a training with llvq's pipeline, and what preparing takes, once:\n")
+    columns = "".join(f" {rate} steps/s |" for rate in STEPS_PER_SECOND)
+    print(f"| data set | batch |{columns} preparing, ms × cores an image |")
+    print("|---|---|" + "---|" * (len(STEPS_PER_SECOND) + 1))
     for kind in KINDS:
         per_core = rates[kind.name, "llvq"] / options.cores
         needed = [math.ceil(kind.batch_size * steps / per_core) for steps in STEPS_PER_SECOND]
-        print(f"| {kind.name} | {kind.batch_size} |" + "".join(f" {cores} |" for cores in needed))
+        cells = "".join(f" {cores} |" for cores in needed)
+        milliseconds = 1e3 * preparing[kind.name]
+        print(f"| {kind.name} | {kind.batch_size} |{cells} {milliseconds:.2g} |")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def fingerprints(codes: Int[Array, "n width"]) -> tuple[UInt32[Array, "n"], UInt
     Tabulation hashing with sums (Zobrist 1970; Carter and Wegman 1979), whose tables are computed:
     each integer, offset by its position, is mixed to a word and that to another; the words of all
     positions are added and mixed once more. So a row is read once, in one reduction, which XLA
-    makes fast on every backend; hashes made for byte streams took ten times as long on a CPU.
+    makes fast on every backend; hashes made for byte streams take many times as long on a CPU.
     """
     words = jax.lax.bitcast_convert_type(codes, jnp.uint32)
     high = _mix(words + position_offsets(codes.shape[1]))
