@@ -5,8 +5,8 @@
 Makes small data sets in the official layouts, with images that are as large as the real ones and
 compress about as well, and reads them in training's random order: decode, crop, flip, stack into
 batches. Every reader runs in a process of its own that may use `--cores` cores, in turns; printed
-are medians. Memory is that process's, without the DataLoader's workers. The files are in the page cache: what a disk needs comes on top. PyTorch is needed for
-the DataLoader's rows only.
+are medians. Memory is that process's, without the DataLoader's workers. The files are in the page
+cache: what a disk needs comes on top. PyTorch is needed for the DataLoader's rows only.
 """
 
 import argparse
