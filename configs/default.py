@@ -4,6 +4,7 @@ The config argument names the quantizer and the recipe: `configs/fashion_mnist.p
 `configs/fashion_mnist.py:vq,paper`. Quantizers: see llvq/quantizers. Recipes:
 
   paper   what the authors' released models were trained with (the default)
+  long    ten epochs, the learning rate rising and then falling to 0
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +22,12 @@ def _paper(config: ConfigDict) -> None:
     config.schedule = "first_epoch" if is_ema else "constant"
 
 
-RECIPES = {"paper": _paper}
+def _long(config: ConfigDict) -> None:
+    config.num_epochs = 10
+    config.schedule = "cosine"
+
+
+RECIPES = {"paper": _paper, "long": _long}
 
 
 def get_config(argument: str) -> ConfigDict:

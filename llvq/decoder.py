@@ -27,7 +27,7 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         width = hidden_dims[-1]
-        self.mix = layers.conv(
+        self.mix = layers.Conv(
             latent_dim, width, 3, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         self.residual_blocks = nnx.List(
@@ -36,7 +36,7 @@ class Decoder(nnx.Module):
         )
         upwards = tuple(reversed(hidden_dims))
         self.upsample = nnx.List(
-            layers.conv_transpose(
+            layers.ConvTranspose(
                 features_in, features_out, dtype=dtype, param_dtype=param_dtype, rngs=rngs
             )
             for features_in, features_out in zip(

@@ -27,7 +27,7 @@ class Encoder(nnx.Module):
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        conv = functools.partial(layers.conv, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        conv = functools.partial(layers.Conv, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         width = hidden_dims[-1]
         self.downsample = nnx.List(
             conv(features_in, features_out, 4, strides=2)

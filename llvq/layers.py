@@ -1,4 +1,4 @@
-"""Convolutions with PyTorch's default initialisation, and the residual block of VQ-VAE.
+"""Convolutional layers with PyTorch's default initialisation, and the residual block of VQ-VAE.
 
 PyTorch draws kernel and bias uniformly from ±1/sqrt(fan_in); keeping that makes training curves
 comparable with the authors'. All images are NHWC, all kernels [height, width, in, out].
@@ -11,65 +11,66 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from llvq import convolution
+
 
 def _uniform(fan_in: int) -> nnx.Initializer:
     bound = 1.0 / math.sqrt(fan_in)
     return lambda key, shape, dtype, *_: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-def conv(
-    in_features: int,
-    out_features: int,
-    kernel_size: int,
-    *,
-    strides: int = 1,
-    use_bias: bool = True,
-    dtype: DTypeLike,
-    param_dtype: DTypeLike,
-    rngs: nnx.Rngs,
-) -> nnx.Conv:
+class Conv(nnx.Module):
     """A convolution padded so that the output has 1/strides of the input's height and width."""
-    init = _uniform(in_features * kernel_size**2)
-    return nnx.Conv(
-        in_features,
-        out_features,
-        (kernel_size, kernel_size),
-        strides=strides,
-        padding=(kernel_size - strides + 1) // 2,
-        use_bias=use_bias,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        kernel_init=init,
-        bias_init=init,
-        rngs=rngs,
-    )
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int,
+        *,
+        strides: int = 1,
+        use_bias: bool = True,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        init = _uniform(in_features * kernel_size**2)
+        shape = (kernel_size, kernel_size, in_features, out_features)
+        self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
+        self.bias = nnx.Param(init(rngs.params(), shape[-1:], param_dtype)) if use_bias else None
+        self.strides = strides
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h_out w_out c_out"]:
+        x, kernel = x.astype(self.dtype), self.kernel.astype(self.dtype)
+        y = convolution.conv(x, kernel, self.strides)
+        return y if self.bias is None else y + self.bias.astype(self.dtype)
 
 
-def conv_transpose(
-    in_features: int,
-    out_features: int,
-    *,
-    dtype: DTypeLike,
-    param_dtype: DTypeLike,
-    rngs: nnx.Rngs,
-) -> nnx.ConvTranspose:
+class ConvTranspose(nnx.Module):
     """A transposed convolution, 4×4 with stride 2: exactly doubles height and width.
 
     PyTorch takes a transposed convolution's fan_in from its output channels.
     """
-    init = _uniform(out_features * 4 * 4)
-    return nnx.ConvTranspose(
-        in_features,
-        out_features,
-        (4, 4),
-        strides=2,
-        padding="SAME",
-        dtype=dtype,
-        param_dtype=param_dtype,
-        kernel_init=init,
-        bias_init=init,
-        rngs=rngs,
-    )
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        init = _uniform(out_features * 4 * 4)
+        shape = (4, 4, in_features, out_features)
+        self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
+        self.bias = nnx.Param(init(rngs.params(), shape[-1:], param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h_out w_out c_out"]:
+        x, kernel = x.astype(self.dtype), self.kernel.astype(self.dtype)
+        return convolution.conv_transpose(x, kernel) + self.bias.astype(self.dtype)
 
 
 class ResidualBlock(nnx.Module):
@@ -78,8 +79,8 @@ class ResidualBlock(nnx.Module):
     def __init__(
         self, features: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        def conv_without_bias(kernel_size: int) -> nnx.Conv:
-            return conv(
+        def conv_without_bias(kernel_size: int) -> Conv:
+            return Conv(
                 features,
                 features,
                 kernel_size,

@@ -121,7 +121,10 @@ def train_and_evaluate(
     num_images = data.num_images["train"]
     num_steps = configuration.num_train_steps(config, num_images)
     schedule = schedules.create(
-        config["schedule"], config["learning_rate"], order.steps_per_epoch(num_images, batch_size)
+        config["schedule"],
+        config["learning_rate"],
+        order.steps_per_epoch(num_images, batch_size),
+        num_steps,
     )
     learning_rates = schedules.tabulate(schedule, num_steps)
     optimizer = optax.adam(schedule)

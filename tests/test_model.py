@@ -66,7 +66,7 @@ def conv_transpose_in_float64(x, kernel):
 @pytest.mark.parametrize(("size", "strides"), [(4, 2), (3, 1), (1, 1)])
 def test_conv_against_its_definition(size, strides):
     x = np.random.default_rng(0).normal(size=(2, 8, 6, 3)).astype(np.float32)
-    layer = layers.conv(3, 5, size, strides=strides, rngs=nnx.Rngs(0), **KINDS)
+    layer = layers.Conv(3, 5, size, strides=strides, rngs=nnx.Rngs(0), **KINDS)
     kernel, bias = np.asarray(layer.kernel[...]), np.asarray(layer.bias[...])
     padding = {4: 1, 3: 1, 1: 0}[size]
     desired = conv_in_float64(x, kernel, strides, padding) + bias
@@ -76,7 +76,7 @@ def test_conv_against_its_definition(size, strides):
 
 def test_conv_transpose_against_its_definition():
     x = np.random.default_rng(0).normal(size=(2, 4, 3, 3)).astype(np.float32)
-    layer = layers.conv_transpose(3, 5, rngs=nnx.Rngs(0), **KINDS)
+    layer = layers.ConvTranspose(3, 5, rngs=nnx.Rngs(0), **KINDS)
     desired = conv_transpose_in_float64(x, np.asarray(layer.kernel[...])) + layer.bias[...]
     assert desired.shape == (2, 8, 6, 5)
     np.testing.assert_allclose(layer(x), desired, atol=1e-5)
@@ -89,11 +89,11 @@ def test_conv_against_pytorch(transposed):
     torch.manual_seed(0)
     if transposed:
         theirs = torch.nn.ConvTranspose2d(3, 5, 4, stride=2, padding=1)
-        ours = layers.conv_transpose(3, 5, rngs=nnx.Rngs(0), **KINDS)
+        ours = layers.ConvTranspose(3, 5, rngs=nnx.Rngs(0), **KINDS)
         to_kernel = import_torch.conv_transpose_kernel
     else:
         theirs = torch.nn.Conv2d(3, 5, 4, stride=2, padding=1)
-        ours = layers.conv(3, 5, 4, strides=2, rngs=nnx.Rngs(0), **KINDS)
+        ours = layers.Conv(3, 5, 4, strides=2, rngs=nnx.Rngs(0), **KINDS)
         to_kernel = import_torch.conv_kernel
     ours.kernel[...] = jnp.asarray(to_kernel(theirs.weight.detach().numpy()))
     ours.bias[...] = jnp.asarray(theirs.bias.detach().numpy())
@@ -104,10 +104,10 @@ def test_conv_against_pytorch(transposed):
 @pytest.mark.parametrize(
     ("layer", "fan_in"),
     [
-        (lambda rngs: layers.conv(16, 32, 4, strides=2, rngs=rngs, **KINDS), 16 * 16),
-        (lambda rngs: layers.conv(32, 64, 3, rngs=rngs, **KINDS), 32 * 9),
+        (lambda rngs: layers.Conv(16, 32, 4, strides=2, rngs=rngs, **KINDS), 16 * 16),
+        (lambda rngs: layers.Conv(32, 64, 3, rngs=rngs, **KINDS), 32 * 9),
         # PyTorch counts a transposed convolution's fan_in by its output channels.
-        (lambda rngs: layers.conv_transpose(64, 16, rngs=rngs, **KINDS), 16 * 16),
+        (lambda rngs: layers.ConvTranspose(64, 16, rngs=rngs, **KINDS), 16 * 16),
     ],
 )
 def test_initial_values_are_pytorchs(layer, fan_in):

@@ -1,5 +1,6 @@
 """Training as a whole: resuming, devices, divergence, checkpoints kept, metrics written."""
 
+import math
 import os
 import random
 import signal
@@ -235,11 +236,26 @@ def test_where_the_learning_rate_is_zero_only_statistics_move(tmp_path):
 
 
 def test_schedules():
-    first_epoch = schedules.create("first_epoch", 1e-3, 860)
+    first_epoch = schedules.create("first_epoch", 1e-3, 860, 4300)
     rates = schedules.tabulate(first_epoch, 4300)
     assert np.all(rates[:860] == np.float32(1e-3))
     assert np.all(rates[860:] == 0)
-    assert np.all(schedules.tabulate(schedules.create("constant", 0.5, 860), 2000) == 0.5)
+    assert np.all(schedules.tabulate(schedules.create("constant", 0.5, 860, 2000), 2000) == 0.5)
+
+
+@pytest.mark.parametrize("num_steps", [1, 19, 20, 400])
+def test_cosine_schedule(num_steps):
+    rates = schedules.tabulate(schedules.create("cosine", 1e-3, 860, num_steps), num_steps)
+    rise = math.ceil(num_steps / 20)
+    steps = np.arange(num_steps)
+    expected = np.where(
+        steps < rise,
+        (steps + 1) / rise,
+        (1 + np.cos(np.pi * (steps - rise + 1) / (num_steps - rise + 1))) / 2,
+    )
+    # Float32 on one side; the last rates are small differences, so not relative to each.
+    np.testing.assert_allclose(rates, 1e-3 * expected, atol=1e-9)
+    assert np.all(rates > 0)  # a rate of 0 would train statistics alone
 
 
 def test_divergence_stops_the_run_and_leaves_the_last_checkpoint(tmp_path):

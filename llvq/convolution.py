@@ -1,0 +1,219 @@
+"""Convolutions in the form that each backend runs fastest; images NHWC, kernels HWIO.
+
+On TPU and GPU XLA's own convolutions are used as they are. XLA on a CPU is far from what the
+machine can do where a convolution has few output channels, and in the gradient of every kernel (up
+to 100 times slower than here, for that of a transposed convolution). There each convolution is
+rearranged, exactly, into dense ones of stride 1 (stride 2 by space-to-depth, a transposed one by
+depth-to-space), and those into one-dimensional ones along the height, whose channels also hold the
+taps of the kernel's width: matrix products wide enough to be fast.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jaxtyping import Array, Float
+
+_Images = Float[Array, "batch height width channels"]
+_Kernel = Float[Array, "kernel_height kernel_width in out"]
+_Function = Callable[[_Images, _Kernel], _Images]
+
+_NHWC = ("NHWC", "HWIO", "NHWC")
+_NHC = ("NHC", "HIO", "NHC")
+
+# A kernel from at least as many channels to at most as many is worth folding (measured: 64 to 12
+# channels are three times faster folded, 64 to 64 and 12 to 64 slower).
+_FOLDED_CHANNELS = 32
+
+
+def conv(x: _Images, kernel: _Kernel, strides: int) -> _Images:
+    """A convolution of zero-padded images.
+
+    Args:
+      x: [batch, height, width, in], height and width multiples of `strides`.
+      kernel: [size, size, in, out]; size - strides must be even.
+      strides: of the output's pixels in the input.
+
+    Returns:
+      [batch, height / strides, width / strides, out].
+    """
+    return _by_platform(
+        x,
+        kernel,
+        functools.partial(_conv_on_cpu, strides=strides),
+        functools.partial(_conv, strides=strides),
+    )
+
+
+def conv_transpose(x: _Images, kernel: _Kernel) -> _Images:
+    """A transposed convolution of stride 2, as `jax.lax.conv_transpose` with padding "SAME".
+
+    Args:
+      x: [batch, height, width, in].
+      kernel: [4, 4, in, out].
+
+    Returns:
+      [batch, 2·height, 2·width, out].
+    """
+    return _by_platform(x, kernel, _conv_transpose_on_cpu, _conv_transpose)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _by_platform(x: _Images, kernel: _Kernel, cpu: _Function, default: _Function) -> _Images:
+    """One of two equal functions, chosen when it is lowered for a platform; so its gradient."""
+    return lax.platform_dependent(x, kernel, cpu=cpu, default=default)
+
+
+def _by_platform_forward(
+    x: _Images, kernel: _Kernel, cpu: _Function, default: _Function
+) -> tuple[_Images, tuple[_Images, _Kernel]]:
+    return _by_platform(x, kernel, cpu, default), (x, kernel)
+
+
+def _by_platform_backward(
+    cpu: _Function, default: _Function, inputs: tuple[_Images, _Kernel], gradient: _Images
+) -> tuple[_Images, _Kernel]:
+    def pull_back(function: _Function) -> Callable[..., tuple[_Images, _Kernel]]:
+        return lambda x, kernel, gradient: jax.vjp(function, x, kernel)[1](gradient)
+
+    return lax.platform_dependent(*inputs, gradient, cpu=pull_back(cpu), default=pull_back(default))
+
+
+_by_platform.defvjp(_by_platform_forward, _by_platform_backward)
+
+
+def _padding(kernel: _Kernel, strides: int) -> int:
+    return (kernel.shape[0] - strides) // 2
+
+
+def _conv(x: _Images, kernel: _Kernel, strides: int) -> _Images:
+    padding = _padding(kernel, strides)
+    return lax.conv_general_dilated(
+        x, kernel, (strides,) * 2, ((padding,) * 2,) * 2, dimension_numbers=_NHWC
+    )
+
+
+def _conv_transpose(x: _Images, kernel: _Kernel) -> _Images:
+    return lax.conv_transpose(x, kernel, (2, 2), "SAME", dimension_numbers=_NHWC)
+
+
+def _conv_on_cpu(x: _Images, kernel: _Kernel, strides: int) -> _Images:
+    padding = _padding(kernel, strides)
+    if strides == 1:
+        return _dense(x, kernel, padding)
+    size, _, features_in, features_out = kernel.shape
+    taps = kernel.reshape(size // strides, strides, size // strides, strides, -1, features_out)
+    taps = taps.transpose(0, 2, 1, 3, 4, 5)
+    taps = taps.reshape(size // strides, size // strides, strides**2 * features_in, features_out)
+    return _dense(_space_to_depth(_pad(x, padding, padding), strides), taps, 0)
+
+
+def _conv_transpose_on_cpu(x: _Images, kernel: _Kernel) -> _Images:
+    # Two neighbouring pixels of a row are all that two pixels of the output between them depend
+    # on: the left one through taps 1 and 0, the right one through taps 3 and 2; so for columns.
+    _, _, features_in, features_out = kernel.shape
+    taps = kernel.reshape(2, 2, 2, 2, features_in, features_out)[:, ::-1, :, ::-1]
+    taps = taps.transpose(0, 2, 4, 1, 3, 5).reshape(2, 2, features_in, 4 * features_out)
+    return _depth_to_space(_dense(x, taps, 1), 2)[:, 1:-1, 1:-1]
+
+
+def _pad(x: _Images, height: int, width: int) -> _Images:
+    return jnp.pad(x, ((0, 0), (height, height), (width, width), (0, 0)))
+
+
+def _space_to_depth(x: _Images, size: int) -> _Images:
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // size, size, width // size, size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // size, width // size, -1)
+
+
+def _depth_to_space(x: _Images, size: int) -> _Images:
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height, width, size, size, channels // size**2)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height * size, width * size, -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dense(x: _Images, kernel: _Kernel, padding: int) -> _Images:
+    """A convolution of stride 1 by a square kernel."""
+    size, _, features_in, features_out = kernel.shape
+    convolve = functools.partial(
+        lax.conv_general_dilated, window_strides=(1, 1), dimension_numbers=_NHWC
+    )
+    if size == 1 or features_in < _FOLDED_CHANNELS or features_out > _FOLDED_CHANNELS:
+        return convolve(x, kernel, padding=((padding, padding),) * 2)
+    folded = kernel.transpose(0, 2, 1, 3).reshape(size, 1, features_in, size * features_out)
+    products = convolve(_pad(x, 0, padding), folded, padding=((padding, padding), (0, 0)))
+    # Without the barrier XLA would compute the products once for each tap.
+    products = lax.optimization_barrier(products)
+    products = products.reshape(*products.shape[:3], size, features_out)
+    width_out = products.shape[2] - size + 1
+    return functools.reduce(
+        jnp.add, (products[:, :, tap : tap + width_out, tap] for tap in range(size))
+    )
+
+
+def _dense_forward(
+    x: _Images, kernel: _Kernel, padding: int
+) -> tuple[_Images, tuple[_Images, _Kernel]]:
+    return _dense(x, kernel, padding), (x, kernel)
+
+
+def _dense_backward(
+    padding: int, inputs: tuple[_Images, _Kernel], gradient: _Images
+) -> tuple[_Images, _Kernel]:
+    x, kernel = inputs
+    size = kernel.shape[0]
+    transposed = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+    x_gradient = _dense(gradient, transposed, size - 1 - padding)
+    return x_gradient, _kernel_gradient(x, gradient, size, padding)
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
+
+
+def _kernel_gradient(x: _Images, gradient: _Images, size: int, padding: int) -> _Kernel:
+    """Of `_dense`: a convolution of x along the height, its channels for a batch, by the gradient.
+
+    The taps of the width are folded into the channels of whichever has fewer: their shifted copies
+    take the least memory there.
+    """
+    (width_in, features_in), (width_out, features_out) = x.shape[2:], gradient.shape[2:]
+    folds_x = features_in < features_out
+    # To [height, batch, width, channels].
+    images, kernel = _pad(x, padding, 0).transpose(1, 0, 2, 3), gradient.transpose(1, 0, 2, 3)
+    if folds_x:
+        images = _shifted_copies(images, [padding - tap for tap in range(size)], width_out)
+    else:
+        kernel = _shifted_copies(kernel, [tap - padding for tap in range(size)], width_in)
+    # The barriers: XLA would gather the copies anew wherever they are read.
+    images = lax.optimization_barrier(images.transpose(3, 0, 1, 2))
+    kernel = lax.optimization_barrier(kernel)
+    products = lax.conv_general_dilated(
+        images.reshape(*images.shape[:2], -1),
+        kernel.reshape(kernel.shape[0], -1, kernel.shape[-1]),
+        window_strides=(1,),
+        padding="VALID",
+        dimension_numbers=_NHC,
+    )
+    if folds_x:
+        return products.reshape(size, features_in, size, features_out).transpose(2, 0, 1, 3)
+    return products.reshape(features_in, size, size, features_out).transpose(1, 2, 0, 3)
+
+
+def _shifted_copies(
+    x: Float[Array, "height batch width_in channels"], shifts: Sequence[int], width: int
+) -> Float[Array, "height batch width copies_x_channels"]:
+    """Copies shifted to the right, filled up with zeros, and cut to a width."""
+    zero = jnp.zeros((), x.dtype)
+    return jnp.concatenate(
+        [
+            lax.pad(
+                x, zero, ((0, 0, 0), (0, 0, 0), (shift, width - x.shape[2] - shift, 0), (0, 0, 0))
+            )
+            for shift in shifts
+        ],
+        axis=-1,
+    )

@@ -1,0 +1,76 @@
+"""The rearranged convolutions of a CPU against XLA's plain ones, forward and backward.
+
+The plain ones are themselves compared with PyTorch's layers in test_model.py.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax import lax
+
+from llvq import convolution
+
+_plain = functools.partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+# (ours, XLA's, kernel size): every layer of the network.
+CASES = {
+    "3x3": (
+        lambda x, k: convolution.conv(x, k, 1),
+        lambda x, k: _plain(x, k, (1, 1), ((1, 1), (1, 1))),
+        3,
+    ),
+    "1x1": (
+        lambda x, k: convolution.conv(x, k, 1),
+        lambda x, k: _plain(x, k, (1, 1), "VALID"),
+        1,
+    ),
+    "4x4, stride 2": (
+        lambda x, k: convolution.conv(x, k, 2),
+        lambda x, k: _plain(x, k, (2, 2), ((1, 1), (1, 1))),
+        4,
+    ),
+    "4x4, stride 2, transposed": (
+        convolution.conv_transpose,
+        lambda x, k: lax.conv_transpose(x, k, (2, 2), "SAME"),
+        4,
+    ),
+}
+
+
+# Few and many channels, more of them on either side: each way of folding taps.
+@pytest.mark.parametrize("channels", [(1, 5), (5, 1), (3, 40), (40, 3), (40, 40), (32, 32)])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_plain_convolution(case, channels):
+    ours, plain, size = CASES[case]
+    rng = np.random.default_rng(hash((size, channels)) % 2**32)
+    batch, height, width = rng.integers(1, 4), *(2 * rng.integers(1, 7, 2))
+    with jax.enable_x64(True):
+        x = rng.standard_normal((batch, height, width, channels[0]))
+        kernel = rng.standard_normal((size, size, *channels))
+        expected, pull_back = jax.vjp(plain, x, kernel)
+        gradient = rng.standard_normal(expected.shape)
+        for dtype, tolerance in ((np.float64, 1e-12), (np.float32, 1e-5)):
+
+            @jax.jit
+            def run(x, kernel, gradient):
+                y, pull_back = jax.vjp(ours, x, kernel)
+                return y, *pull_back(gradient)
+
+            results = run(*(a.astype(dtype) for a in (x, kernel, gradient)))
+            for result, wanted in zip(results, (expected, *pull_back(gradient)), strict=True):
+                assert result.dtype == dtype
+                # Sums of many products of either sign: rounding goes with the tensor's norm.
+                error = np.linalg.norm(result - wanted)
+                assert error <= tolerance * np.linalg.norm(wanted)
+
+
+def test_accelerators_get_the_plain_convolutions():
+    """What is lowered for a GPU holds convolutions of the given kernels, none rearranged."""
+    x, kernel = np.ones((2, 8, 8, 3), np.float32), np.ones((4, 4, 3, 5), np.float32)
+    run = jax.jit(lambda x, kernel: convolution.conv(x, kernel, 2))
+    text = run.trace(x, kernel).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.convolution") == 1
+    assert "tensor<4x4x3x5xf32>) -> tensor<2x4x4x5xf32>" in text
+    assert "transpose" not in text
