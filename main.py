@@ -71,6 +71,8 @@ def _set_up_console() -> None:
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
 
     def concerns_user(record: python_logging.LogRecord) -> bool:
+        if record.name == "asyncio" or ("/orbax/" in record.pathname and record.exc_info):
+            return False  # tracebacks of what Orbax raises as well, and we say in one line
         if "site-packages" not in record.pathname or "/clu/" in record.pathname:
             return True
         is_tensorflow = "/tensorflow" in record.pathname  # it warns of much that is as it should be

@@ -12,4 +12,5 @@ class DivergenceError(UserError):
 def first_line(error: Exception) -> str:
     """What a library's exception says, short enough for a message of one line."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    # TensorStore appends where in its source this is, and the whole specification of an array.
+    return lines[0].partition(" [")[0] if lines else type(error).__name__

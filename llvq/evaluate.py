@@ -261,8 +261,7 @@ def evaluate(
     batch_size = config["batch_size"]
     sharding.check_batch_size(batch_size, mesh)
     checkpointing.require_writable(workdir)
-    path = checkpointing.find(workdir if checkpoint is None else checkpoint)
-    saved, state = checkpointing.load(path)
+    path, saved, state = checkpointing.load_newest(workdir if checkpoint is None else checkpoint)
     configuration.check_same_model(config, saved, str(path))
     state = jax.device_put(state, sharding.replicated(mesh))
 
@@ -329,7 +328,7 @@ def read_evaluation(workdir: epath.PathLike) -> dict[str, Any]:
     Raises:
       UserError: if there is none, or it is of another checkpoint.
     """
-    checkpoint = checkpointing.find(workdir)
+    checkpoint, _, _ = checkpointing.load_newest(workdir)
     report = epath.Path(workdir) / _REPORT
     try:
         evaluation = json.loads(report.read_text())
