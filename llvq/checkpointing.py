@@ -142,6 +142,7 @@ def save(
     metrics: dict[str, float] | None,
     *,
     stop_on_failure: bool = True,
+    is_last: bool = False,
 ) -> None:
     """Starts saving, once the save before it is done.
 
@@ -152,6 +153,7 @@ def save(
       config: the run's.
       metrics: of validation, if there are any at this step; they rank the checkpoint.
       stop_on_failure: whether a save that fails is an error, or only a warning.
+      is_last: whether it is the run's result, which is worth an error in any case.
 
     Raises:
       UserError: if this save, or the one before it in the background, fails.
@@ -163,7 +165,7 @@ def save(
         digests=ocp.args.JsonSave(_digests(vars(state), config, metrics)),
     )
     _wait(manager, stop_on_failure=stop_on_failure)
-    with _saving(manager, step, stop_on_failure):
+    with _saving(manager, step, stop_on_failure or is_last):
         _require_room(manager.directory, _num_bytes(state))
         manager.save(step, args=items, metrics=metrics)
 

@@ -230,7 +230,8 @@ def train_and_evaluate(
             if is_checkpoint:
                 checkpointing.save(
                     *(checkpoints, step, state, config, validation),
-                    stop_on_failure=config["stop_on_failed_save"] or step == num_steps,
+                    stop_on_failure=config["stop_on_failed_save"],
+                    is_last=step == num_steps,
                 )
             if is_log or is_evaluation or is_checkpoint:
                 throughput.restart()
