@@ -333,7 +333,7 @@ def damage_all(directory: Path, options) -> None:
         if identical(restored, newest):
             assert (checkpoint.name, steps(copy), warnings) == ("8", [4, 6, 7, 8], []), path
             return False
-        assert identical(restored, before), f"{action.__name__} {path} goes unnoticed"
+        assert identical(restored, before), f"damage to {path} goes unnoticed"
         assert steps(copy) == [4, 6, 7], path
         assert (copy / "checkpoints/8.damaged").is_dir()
         assert all("checkpoints/8 " in line and "checkpoints/7" in line for line in warnings)
@@ -358,7 +358,7 @@ def damage_all(directory: Path, options) -> None:
         if action is delete or (whole / path).stat().st_size
     ]
     found += [attempt(shutil.rmtree, Path("checkpoints/8") / item) for item in ("state", "config")]
-    assert sum(found) > len(found) / 3  # the rest is in what is never read
+    assert sum(found) >= 10  # the rest is in files that are never read
     print(
         f"ROW a file of the newest checkpoint truncated, flipped, deleted ({len(found)} times): "
         f"{sum(found)} times found, the one before used and both named; else the state was intact"
@@ -578,7 +578,9 @@ def main() -> None:
             except SkipError as error:
                 rows = [(case.__name__, f"skipped: {error}")]
             except AssertionError as error:
-                rows, failed = [(case.__name__, f"**FAILED**: {error}")], True
+                print(error, file=sys.stderr)
+                last = str(error).strip().splitlines()[-1:]
+                rows, failed = [(case.__name__, f"**FAILED**: {' '.join(last)}")], True
             for row in rows:
                 print(f"| {' | '.join(row)} | {time.monotonic() - begin:.0f} |", flush=True)
                 begin = time.monotonic()
