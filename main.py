@@ -24,7 +24,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from llvq import checkpointing, configuration, console
-from llvq.errors import UserError
+from llvq.errors import UserError, first_line
 from llvq.evaluate import evaluate
 from llvq.train import train_and_evaluate
 
@@ -71,12 +71,21 @@ def _set_up_console() -> None:
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
 
     def concerns_user(record: python_logging.LogRecord) -> bool:
+        if record.name == "asyncio" or ("/orbax/" in record.pathname and record.exc_info):
+            return False  # tracebacks of what Orbax raises as well, and we say in one line
         if "site-packages" not in record.pathname or "/clu/" in record.pathname:
             return True
         is_tensorflow = "/tensorflow" in record.pathname  # it warns of much that is as it should be
         return record.levelno >= (python_logging.ERROR if is_tensorflow else python_logging.WARNING)
 
     handler.addFilter(concerns_user)
+
+    # TensorStore's threads call this when a read or write fails and Orbax waits for others no more.
+    def show_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if str(error) != "Event loop is closed":
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = show_exception
     logging.set_verbosity(logging.INFO)
 
 
@@ -101,6 +110,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     # TensorFlow takes seconds to import: not before the flags are known to be good.
     import tensorflow as tf
+    from clu import asynclib
 
     import input_pipeline
 
@@ -128,6 +138,16 @@ def main(argv: Sequence[str]) -> None:
             logging.info("%s", json.dumps(results, indent=2))
     except (UserError, input_pipeline.DataError) as error:
         sys.exit(f"main.py: {error}")
+    except asynclib.AsyncError as error:
+        # Of TensorBoard's files; the cause is what TensorFlow raised.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = first_line(cause).rpartition("}} ")[2]
+        sys.exit(
+            f"main.py: metrics cannot be written ({reason}): the same command goes on from the "
+            f"last checkpoint"
+        )
     except KeyboardInterrupt:
         sys.exit("main.py: interrupted; the same command goes on from the last checkpoint")
 

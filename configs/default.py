@@ -53,6 +53,8 @@ def get_config(argument: str) -> ConfigDict:
     config.log_every_steps = 50
     config.eval_every_steps = 500
     config.checkpoint_every_steps = 500
+    # Whether a checkpoint that cannot be saved (a full disk) ends the run; if not, it is a warning.
+    config.stop_on_failed_save = True
 
     config.dataset = ConfigDict()
     config.dataset.name = ""  # of the data set, as in input_pipeline

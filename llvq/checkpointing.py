@@ -1,20 +1,28 @@
 """Checkpoints of a run, in WORKDIR/checkpoints, and checkpoints to evaluate.
 
-A checkpoint is a directory with two items: `state`, the pytree of the train state, and `config`,
-the run's config as JSON. Kept are the newest few and the two best by validation
-`reconstruction_loss` (not by total loss, which for a lattice holds −γ·Σ|b|).
+A checkpoint is a directory with three items: `state`, the pytree of the train state; `config`, the
+run's config as JSON; and `digests`, hashes of both, since TensorStore checks its index but not the
+arrays. Kept are the newest few and the two best by validation `reconstruction_loss` (not by total
+loss, which for a lattice holds −γ·Σ|b|).
+
+A checkpoint that turns out to be damaged is passed over, with a warning: a run is resumed from, and
+evaluated at, its newest checkpoint that is sound.
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax import checkpoint as ocp
 
@@ -25,6 +33,7 @@ from llvq.model import VQVAE
 from llvq.train_state import TrainState, Tree
 
 _NUM_BEST = 2
+_NUM_BYTES_OF_METADATA = 2**18  # more than Orbax writes besides the arrays
 
 _preservation = ocp.checkpoint_managers
 
@@ -53,18 +62,12 @@ def _rank(metrics: Mapping[str, float]) -> float:
 
 
 @contextlib.contextmanager
-def _reading(checkpoint: epath.Path, remedy: str) -> Iterator[None]:
-    """Makes one line of whatever Orbax, TensorStore or JSON raise over a damaged checkpoint."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(
-            f"checkpoint {checkpoint} cannot be read ({first_line(error)}): {remedy}"
-        ) from error
+def open_manager(workdir: epath.PathLike, keep_checkpoints: int) -> Iterator[ocp.CheckpointManager]:
+    """The manager of a run's checkpoints, saving in the background.
 
-
-def open_manager(workdir: epath.PathLike, keep_checkpoints: int) -> ocp.CheckpointManager:
-    """The manager of a run's checkpoints, saving in the background; use it as a context."""
+    Raises:
+      UserError: on leaving, if the last save failed.
+    """
     directory = absolute(workdir) / "checkpoints"
     policy = _preservation.AnyPreservationPolicy(
         [
@@ -78,9 +81,9 @@ def open_manager(workdir: epath.PathLike, keep_checkpoints: int) -> ocp.Checkpoi
         ]
     )
     directory.mkdir(parents=True, exist_ok=True)
-    return ocp.CheckpointManager(
+    manager = ocp.CheckpointManager(
         directory,
-        item_names=("state", "config"),
+        item_names=("state", "config", "digests"),
         options=ocp.CheckpointManagerOptions(
             preservation_policy=policy,
             # Without best_fn Orbax does not write metrics, and a resumed run forgets the best.
@@ -89,6 +92,46 @@ def open_manager(workdir: epath.PathLike, keep_checkpoints: int) -> ocp.Checkpoi
             cleanup_tmp_directories=True,
         ),
     )
+    with contextlib.closing(manager):
+        try:
+            yield manager
+        except BaseException:
+            _wait(manager, stop_on_failure=False)
+            raise
+        _wait(manager)
+
+
+@contextlib.contextmanager
+def _saving(
+    manager: ocp.CheckpointManager, step: int | None, stop_on_failure: bool
+) -> Iterator[None]:
+    """Makes one line of a save that fails, an error or a warning, and removes what it leaves."""
+    try:
+        yield
+    except Exception as error:
+        if jax.process_index() == 0:
+            for leftover in manager.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                leftover.rmtree()
+        manager.reload()  # Orbax no longer counts what this checkpoint was to supersede
+        message = f"the checkpoint of step {step} could not be saved ({first_line(error)})"
+        if stop_on_failure:
+            raise UserError(f"{message}: stopped; {describe_newest(manager)}") from error
+        logging.warning("%s: going on without; %s", message, describe_newest(manager))
+
+
+def _wait(manager: ocp.CheckpointManager, *, stop_on_failure: bool = True) -> None:
+    """Waits for the save under way."""
+    with _saving(manager, manager.latest_step(), stop_on_failure):
+        manager.wait_until_finished()
+
+
+def describe_newest(manager: ocp.CheckpointManager) -> str:
+    """Says what a run that stops here would go on from."""
+    _wait(manager, stop_on_failure=False)
+    newest = manager.latest_step()
+    if newest is None:
+        return "no checkpoint was saved before it"
+    return f"the last good checkpoint is {manager.directory / str(newest)}"
 
 
 def save(
@@ -97,36 +140,202 @@ def save(
     state: TrainState,
     config: Config,
     metrics: dict[str, float] | None,
+    *,
+    stop_on_failure: bool = True,
+    is_last: bool = False,
 ) -> None:
-    """Starts saving; validation metrics, if there are any at this step, rank the checkpoint."""
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(to_plain(config))
-        ),
-        metrics=metrics,
-    )
+    """Starts saving, once the save before it is done.
 
-
-def restore(
-    manager: ocp.CheckpointManager, step: int, state: TrainState, config: Config, mesh: Mesh
-) -> TrainState:
-    """The state of a checkpoint, like `state` in structure, replicated over a mesh.
+    Args:
+      manager: of the run's checkpoints.
+      step: the state's.
+      state: what is saved.
+      config: the run's.
+      metrics: of validation, if there are any at this step; they rank the checkpoint.
+      stop_on_failure: whether a save that fails is an error, or only a warning.
+      is_last: whether it is the run's result, which is worth an error in any case.
 
     Raises:
-      UserError: if the checkpoint is another run's, or is damaged.
+      UserError: if this save, or the one before it in the background, fails.
     """
-    directory = manager.directory / str(step)
-    remedy = "delete it to go on from the one before it, or use another --workdir"
-    with _reading(directory, remedy):
-        items = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))
-    check_resumable(config, items["config"], os.fspath(manager.directory.parent))
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)), state
+    config = to_plain(config)
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        config=ocp.args.JsonSave(config),
+        digests=ocp.args.JsonSave(_digests(vars(state), config, metrics)),
     )
-    with _reading(directory, remedy):
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        return manager.restore(step, args=args)["state"]
+    _wait(manager, stop_on_failure=stop_on_failure)
+    with _saving(manager, step, stop_on_failure or is_last):
+        _require_room(manager.directory, _num_bytes(state))
+        manager.save(step, args=items, metrics=metrics)
+
+
+class _DamageError(Exception):
+    """Why a checkpoint cannot be read."""
+
+
+def _digests(state: Tree, config: Any, metrics: Any) -> dict[str, str]:
+    """A hash of each part of a checkpoint, independent of how it is stored and sharded."""
+
+    def of_json(value: Any) -> str:
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+    def of_arrays(tree: Any) -> str:
+        digest = hashlib.sha256()
+        for array in map(np.asarray, jax.tree.leaves(tree)):
+            digest.update(f"{array.dtype.str}{array.shape}".encode())
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+    return {
+        "config": of_json(config),
+        "metrics": of_json(metrics),
+        **{name: of_arrays(tree) for name, tree in state.items()},
+    }
+
+
+def _read(checkpoint: epath.Path, make_like: Callable[[Config], Tree]) -> tuple[Config, Tree]:
+    """A checkpoint's config and state, compared with its digests.
+
+    By Orbax's handlers themselves, which do not wait for other processes as its manager does.
+
+    Args:
+      checkpoint: the directory.
+      make_like: makes of the config the structure, shapes and dtypes of the part of the state that
+        is wanted; a UserError that it raises is passed on.
+
+    Returns:
+      The config, and the part of the state in NumPy arrays.
+
+    Raises:
+      _DamageError: if anything is missing or cannot be read, or is not what was saved.
+    """
+    try:
+        reader = ocp.JsonCheckpointHandler()
+        config = reader.restore(checkpoint / "config")
+        metrics = None
+        if (checkpoint / "metrics").exists():
+            metrics = ocp.JsonCheckpointHandler("metrics").restore(checkpoint / "metrics")
+            _rank(metrics)
+        digests = None
+        if (checkpoint / "digests").exists():  # the first versions wrote none
+            digests = reader.restore(checkpoint / "digests")
+
+        def check(state: Tree) -> None:
+            for part, digest in _digests(state, config, metrics).items():
+                if digests is not None and digests[part] != digest:
+                    raise ValueError(f"its {part} is not what was saved")
+
+        check({})
+        like = make_like(config)
+        state = ocp.PyTreeCheckpointHandler().restore(
+            checkpoint / "state",
+            args=ocp.args.PyTreeRestore(
+                like,
+                # In the dtype that was saved.
+                restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like),
+                partial_restore=True,
+            ),
+        )
+        check(state)
+
+        def convert(array: np.ndarray, wanted: Any) -> np.ndarray:
+            if array.shape != wanted.shape:
+                raise ValueError(f"an array has the shape {array.shape}, not {wanted.shape}")
+            return array.astype(wanted.dtype)
+
+        return config, jax.tree.map(convert, state, like)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _DamageError(first_line(error)) from error
+
+
+def _read_newest(
+    checkpoints: Sequence[epath.Path], read: Callable[[epath.Path], Any], remedy: str
+) -> tuple[epath.Path, Any, dict[epath.Path, _DamageError]]:
+    """Reads the first checkpoint that is sound; of several processes, process 0 decides which.
+
+    Returns:
+      The checkpoint, what was read of it, and, on process 0, why those before it could not be.
+
+    Raises:
+      UserError: if none is sound; or what `read` raises.
+    """
+    damage: dict[epath.Path, _DamageError] = {}
+    if jax.process_index() == 0:
+        for checkpoint in checkpoints:
+            try:
+                read(checkpoint)
+                break
+            except _DamageError as error:
+                damage[checkpoint] = error
+            except UserError:
+                break  # which every process gets below
+    index = len(damage)
+    if len(checkpoints) > 1:
+        index = int(multihost_utils.broadcast_one_to_all(np.int32(index)))
+    reason: Any = damage.get(checkpoints[0], "see what process 0 says")
+    if index < len(checkpoints):
+        try:
+            return checkpoints[index], read(checkpoints[index]), damage
+        except _DamageError as error:
+            reason = error
+    others = f", nor can the {len(checkpoints) - 1} before it" if len(checkpoints) > 1 else ""
+    raise UserError(f"checkpoint {checkpoints[0]} cannot be read ({reason}){others}: {remedy}")
+
+
+def restore_newest(
+    workdir: epath.PathLike, state: TrainState, config: Config, mesh: Mesh
+) -> TrainState:
+    """The state from which a run goes on: of its newest checkpoint that is sound.
+
+    Damaged ones, which would be in the way when their steps are saved again, are renamed to
+    STEP.damaged, with a warning. Call it before the manager is opened, in all processes.
+
+    Args:
+      workdir: of the run.
+      state: what the run starts from if there is no checkpoint.
+      config: the run's.
+      mesh: the devices.
+
+    Returns:
+      A state of the structure of `state`, replicated over the mesh.
+
+    Raises:
+      UserError: if the workdir holds another run, or no checkpoint of it is sound.
+    """
+    directory = absolute(workdir) / "checkpoints"
+    checkpoints = _finished(directory)
+    if not checkpoints:
+        return state
+
+    def like(saved: Config) -> Tree:
+        check_resumable(config, saved, os.fspath(directory.parent))
+        return vars(state)
+
+    newest, (_, tree), damage = _read_newest(
+        checkpoints,
+        lambda checkpoint: _read(checkpoint, like),
+        "delete what is damaged to start anew, or use another --workdir",
+    )
+    if jax.process_index() == 0:
+        # The manager ranks by the metrics of older ones, too.
+        for checkpoint in checkpoints[checkpoints.index(newest) + 1 :]:
+            try:
+                _read(checkpoint, lambda _: {"step": state.step})
+            except _DamageError as error:
+                damage[checkpoint] = error
+        for checkpoint, reason in damage.items():
+            names = (f"{checkpoint.name}.damaged{suffix}" for suffix in ("", *range(2, 1000)))
+            aside = next(path for path in map(directory.joinpath, names) if not path.exists())
+            checkpoint.rename(aside)
+            logging.warning(
+                "Checkpoint %s cannot be read (%s): going on from %s, and it is now %s",
+                *(checkpoint, reason, newest, aside),
+            )
+    multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
+    return jax.device_put(TrainState(**tree), sharding.replicated(mesh))
 
 
 def save_for_inference(directory: epath.PathLike, state: TrainState, config: Config) -> None:
@@ -153,17 +362,20 @@ def save_for_inference(directory: epath.PathLike, state: TrainState, config: Con
                 raise UserError(f"{target} exists already: name a new directory, or delete it")
             target.rmdir()
         target.parent.mkdir(parents=True, exist_ok=True)
-        _require_room(target.parent, sum(array.nbytes for array in jax.tree.leaves(arrays)))
+        _require_room(target.parent, _num_bytes(arrays))
         handler = ocp.CompositeCheckpointHandler(
-            state=ocp.PyTreeCheckpointHandler(), config=ocp.JsonCheckpointHandler()
+            state=ocp.PyTreeCheckpointHandler(),
+            config=ocp.JsonCheckpointHandler(),
+            digests=ocp.JsonCheckpointHandler(),
+        )
+        config = to_plain(config)
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(arrays),
+            config=ocp.args.JsonSave(config),
+            digests=ocp.args.JsonSave(_digests(arrays, config, metrics=None)),
         )
         with _removing_leftovers(target), ocp.Checkpointer(handler) as writer:
-            writer.save(
-                target,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(arrays), config=ocp.args.JsonSave(to_plain(config))
-                ),
-            )
+            writer.save(target, args=items)
     except UserError:
         raise
     except Exception as error:
@@ -172,11 +384,17 @@ def save_for_inference(directory: epath.PathLike, state: TrainState, config: Con
 
 def _require_room(directory: epath.Path, num_bytes: int) -> None:
     """Raises OSError on a full disk, over which Orbax would print pages of tracebacks."""
+    if "://" in os.fspath(directory) or jax.process_index() != 0:  # buckets are never full
+        return
     probe = directory / ".room-for-checkpoint"
     try:
-        probe.write_bytes(bytes(num_bytes))
+        probe.write_bytes(bytes(num_bytes + _NUM_BYTES_OF_METADATA))
     finally:
         probe.unlink(missing_ok=True)
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(array.nbytes for array in jax.tree.leaves(tree))
 
 
 @contextlib.contextmanager
@@ -191,67 +409,81 @@ def _removing_leftovers(target: epath.Path) -> Iterator[None]:
         raise
 
 
-def find(path: epath.PathLike) -> epath.Path:
-    """The checkpoint that a path means: itself, or the newest one of a run's directory.
+def _finished(directory: epath.Path) -> list[epath.Path]:
+    """The checkpoints in a directory, newest first, but for what is still being written."""
+    steps = [
+        int(child.name)
+        for child in (directory.iterdir() if directory.exists() else ())
+        # On a bucket what is being written has its final name already.
+        if child.name.isdecimal() and ocp.utils.is_checkpoint_finalized(child)
+    ]
+    return [directory / str(step) for step in sorted(steps, reverse=True)]
 
-    Args:
-      path: a checkpoint, a directory of checkpoints, or a workdir.
 
-    Raises:
-      UserError: if there is no checkpoint.
-    """
+def _candidates(path: epath.PathLike) -> list[epath.Path]:
+    """The checkpoints that a path may mean: itself, or those of a run, newest first."""
     root = absolute(path)
     if (root / "state").exists() and (root / "config").exists():
-        return root
+        return [root]
     if root.exists() and not root.is_dir():
         raise UserError(
             f"{root} is a file, but a checkpoint is a directory: python -m llvq.import_torch makes "
             f"one of an LL-VQ-VAE in PyTorch"
         )
     directory = root / "checkpoints" if (root / "checkpoints").exists() else root
-    children = directory.iterdir() if directory.exists() else ()
-    steps = [
-        int(child.name)
-        for child in children
-        # On a bucket what is being written has its final name already.
-        if child.name.isdecimal() and ocp.utils.is_checkpoint_finalized(child)
-    ]
-    if not steps:
+    checkpoints = _finished(directory)
+    if not checkpoints:
         raise UserError(f"no checkpoint in {root}: train first, or name one with --checkpoint")
-    return directory / str(max(steps))
+    return checkpoints
 
 
-def load(path: epath.PathLike) -> tuple[Config, TrainState]:
-    """A checkpoint's config and, of its state, what inference needs; opt_state is left empty.
+def find(path: epath.PathLike) -> epath.Path:
+    """The checkpoint that a path means, by its name alone; see `load_newest` for its contents.
+
+    Args:
+      path: a checkpoint, a directory of checkpoints, or a workdir, of which it is the newest one.
+
+    Raises:
+      UserError: if there is no checkpoint.
+    """
+    return _candidates(path)[0]
+
+
+def load_newest(path: epath.PathLike) -> tuple[epath.Path, Config, TrainState]:
+    """A checkpoint, its config and, of its state, what inference needs; opt_state is left empty.
 
     The config is the whole one of a run of this project, or what an imported model's file told.
 
     Args:
-      path: as for `find`.
+      path: a checkpoint; or a directory of checkpoints or a workdir, of which the newest one is
+        taken that is sound, with a warning if others are newer. All processes must ask then.
 
     Raises:
-      UserError: if there is no checkpoint or it cannot be read.
+      UserError: if there is no checkpoint, or it, or every one of the run, is damaged.
     """
-    checkpoint = find(path)
-    with _reading(checkpoint, "name another one with --checkpoint"):
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            config: dict[str, Any] = reader.restore(checkpoint / "config")
-        _, params, statistics = _abstract_model(config)
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-            {"step": np.zeros((), np.int32), "params": params, "statistics": statistics},
-        )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            state = reader.restore(
-                checkpoint / "state",
-                args=ocp.args.PyTreeRestore(
-                    wanted,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                    partial_restore=True,
-                ),
-            )
-    return config, TrainState(**state, opt_state=())
+
+    def like(config: Config) -> Tree:
+        try:
+            _, params, statistics = _abstract_model(config)
+        except UserError as error:  # what was saved was a possible model
+            raise ValueError(str(error)) from error
+        return {"step": np.zeros((), np.int32), "params": params, "statistics": statistics}
+
+    checkpoint, (config, state), damage = _read_newest(
+        _candidates(path),
+        lambda checkpoint: _read(checkpoint, like),
+        "name another one with --checkpoint",
+    )
+    for damaged, error in damage.items():
+        logging.warning("Checkpoint %s cannot be read (%s): taking %s", damaged, error, checkpoint)
+    state = jax.device_put(state, jax.local_devices()[0])
+    return checkpoint, config, TrainState(**state, opt_state=())
+
+
+def load(path: epath.PathLike) -> tuple[Config, TrainState]:
+    """The config and state of a checkpoint: `load_newest`, for whom its name does not matter."""
+    _, config, state = load_newest(path)
+    return config, state
 
 
 def _abstract_model(config: Config) -> tuple[nnx.GraphDef[VQVAE], Tree, Tree]:

@@ -22,8 +22,9 @@ Config = Mapping[str, Any]
 _FIELDS = (
     *("seed", "batch_size", "num_epochs", "num_train_steps", "learning_rate", "schedule"),
     *("compute_dtype", "keep_checkpoints", "log_every_steps", "eval_every_steps"),
-    *("checkpoint_every_steps", "dataset.name", "quantizer.name", "model.image_shape"),
-    *("model.value_range", "model.hidden_dims", "model.num_residual_blocks", "model.latent_dim"),
+    *("checkpoint_every_steps", "stop_on_failed_save", "dataset.name", "quantizer.name"),
+    *("model.image_shape", "model.value_range", "model.hidden_dims", "model.num_residual_blocks"),
+    "model.latent_dim",
 )
 
 
@@ -91,6 +92,8 @@ def validate(config: Config) -> None:
         _require_integer(config, field, 1)
     for field in ("seed", "num_train_steps", "model.num_residual_blocks"):
         _require_integer(config, field, 0)
+    stop = config["stop_on_failed_save"]
+    _require(isinstance(stop, bool), "stop_on_failed_save", stop, "True or False")
     _require(config["seed"] < 2**32, "seed", config["seed"], "below 2**32")
     rate = config["learning_rate"]
     _require(0 <= rate < math.inf, "learning_rate", rate, "a finite number ≥ 0")

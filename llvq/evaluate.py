@@ -1,5 +1,6 @@
 """Evaluation: reconstruction metrics of a split, and the codebook's usage over splits."""
 
+import contextlib
 import functools
 import json
 import os
@@ -261,8 +262,7 @@ def evaluate(
     batch_size = config["batch_size"]
     sharding.check_batch_size(batch_size, mesh)
     checkpointing.require_writable(workdir)
-    path = checkpointing.find(workdir if checkpoint is None else checkpoint)
-    saved, state = checkpointing.load(path)
+    path, saved, state = checkpointing.load_newest(workdir if checkpoint is None else checkpoint)
     configuration.check_same_model(config, saved, str(path))
     state = jax.device_put(state, sharding.replicated(mesh))
 
@@ -309,12 +309,23 @@ def evaluate(
     if "num_epochs" in saved:  # an imported checkpoint does not know its run
         results["num_train_steps"] = configuration.num_train_steps(saved, data.num_images["train"])
     if jax.process_index() == 0:
-        directory = epath.Path(workdir)
-        visualize.write_png(directory / "reconstructions.png", picture)
-        unfinished = directory / f"{_REPORT}.unfinished"
-        unfinished.write_text(json.dumps(results, indent=2) + "\n")
-        unfinished.replace(directory / _REPORT)
+        with _replacing(epath.Path(workdir) / "reconstructions.png") as file:
+            visualize.write_png(file, picture)
+        with _replacing(epath.Path(workdir) / _REPORT) as file:
+            file.write_text(json.dumps(results, indent=2) + "\n")
     return results
+
+
+@contextlib.contextmanager
+def _replacing(path: epath.Path) -> Iterator[epath.Path]:
+    """What is written to another file takes this one's place once it is whole."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
 
 
 def _name(checkpoint: epath.Path, workdir: epath.PathLike) -> str:
@@ -329,7 +340,7 @@ def read_evaluation(workdir: epath.PathLike) -> dict[str, Any]:
     Raises:
       UserError: if there is none, or it is of another checkpoint.
     """
-    checkpoint = checkpointing.find(workdir)
+    checkpoint, _, _ = checkpointing.load_newest(workdir)
     report = epath.Path(workdir) / _REPORT
     try:
         evaluation = json.loads(report.read_text())

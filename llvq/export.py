@@ -30,8 +30,7 @@ def export(workdir: epath.PathLike, command: str) -> str:
     Raises:
       UserError: if there is no checkpoint or it has not been evaluated, or the name is taken.
     """
-    checkpoint = checkpointing.find(workdir)
-    config, state = checkpointing.load(checkpoint)
+    config, state = checkpointing.load(workdir)
     evaluation = read_evaluation(workdir)
     name = f"{config['dataset']['name']}/{config['quantizer']['name']}"
     # Where the data lay is of no use to others.

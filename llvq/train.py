@@ -1,6 +1,7 @@
 """Training: the loop from the first or the last saved step to the last."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -137,13 +138,12 @@ def train_and_evaluate(
     train_step, statistics_step = make_train_step(graphdef, optimizer, *shared)
     evaluator = Evaluator(graphdef, *shared)
 
+    state = checkpointing.restore_newest(workdir, state, config, mesh)
+    first_step = int(state.step)
     with (
         checkpointing.open_manager(workdir, config["keep_checkpoints"]) as checkpoints,
         contextlib.ExitStack() as stack,
     ):
-        first_step = checkpoints.latest_step() or 0
-        if first_step:
-            state = checkpointing.restore(checkpoints, first_step, state, config, mesh)
         if first_step >= num_steps:
             logging.info("Nothing to train: %s is at step %d already", workdir, first_step)
             return state
@@ -166,13 +166,7 @@ def train_and_evaluate(
             {"config": configuration.to_markdown(config), "machine": sharding.describe(mesh)},
         )
 
-        def last_checkpoint() -> str:
-            checkpoints.wait_until_finished()
-            latest = checkpoints.latest_step()
-            if latest is None:
-                return "no checkpoint was saved before it"
-            return f"the last good checkpoint is {checkpoints.directory / str(latest)}"
-
+        last_checkpoint = functools.partial(checkpointing.describe_newest, checkpoints)
         window, throughput = _MetricsWindow(last_checkpoint), _Throughput(batch_size)
         report = progress(num_steps)
         batches = data.batches(
@@ -237,7 +231,11 @@ def train_and_evaluate(
                 writer.write_images(step, {"validation/reconstructions": picture[None]})
                 writer.write_histograms(step, _prefixed("quantizer", histograms))
             if is_checkpoint:
-                checkpointing.save(checkpoints, step, state, config, validation)
+                checkpointing.save(
+                    *(checkpoints, step, state, config, validation),
+                    stop_on_failure=config["stop_on_failed_save"],
+                    is_last=step == num_steps,
+                )
             if is_log or is_evaluation or is_checkpoint:
                 throughput.restart()
     return state

@@ -1,13 +1,6 @@
 """Training as a whole: resuming, devices, divergence, checkpoints kept, metrics written."""
 
 import math
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,8 +14,6 @@ from llvq.data import ArrayDataset
 from llvq.errors import DivergenceError, UserError
 from llvq.train_step import make_train_step
 from tests import tiny
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def leaves(state):
@@ -80,42 +71,6 @@ def test_a_resumed_run_is_bit_identical(quantizer, tmp_path):
     # And a third call finds nothing to do.
     again = train.train_and_evaluate(tiny.config(quantizer), tmp_path / "parts", data)
     assert_identical(again, whole)
-
-
-def test_killed_at_random_moments_ends_bit_identical(tmp_path):
-    """SIGKILL, saves included (a checkpoint a step), until the run is through."""
-
-    def start(workdir):
-        environment = os.environ | {"XLA_FLAGS": ""}
-        command = [sys.executable, "-m", "tests.run_tiny", str(workdir), "vq_ema", "40"]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-        )
-
-    whole = start(tmp_path / "whole")
-    whole.communicate()
-    assert whole.returncode == 0
-
-    delays = random.Random(0)
-    kills = 0
-    while True:
-        process = start(tmp_path / "killed")
-        checkpoints = tmp_path / "killed" / "checkpoints"
-        before = newest(checkpoints)
-        if kills < 4:
-            while process.poll() is None and newest(checkpoints) < before + 3:
-                time.sleep(0.01)
-            time.sleep(delays.uniform(0, 0.1))
-            process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate()
-        if process.returncode == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, errors
-        kills += 1
-    assert kills == 4
-    states = [checkpointing.load(tmp_path / name)[1] for name in ("whole", "killed")]
-    assert int(states[0].step) == 40
-    assert_identical(*states)
 
 
 def newest(checkpoints):
@@ -279,16 +234,6 @@ def test_a_state_that_an_update_ruined_is_not_saved(tmp_path):
     with pytest.raises(DivergenceError, match=r"after step 1: stopped; no checkpoint was saved"):
         train.train_and_evaluate(config, tmp_path, tiny.dataset())
     assert newest(tmp_path / "checkpoints") == 0
-
-
-def test_a_damaged_newest_checkpoint_is_one_line(tmp_path):
-    train.train_and_evaluate(tiny.config("vq", num_train_steps=4), tmp_path, tiny.dataset())
-    for item in ("config", "state"):
-        for path in (tmp_path / "checkpoints" / "4" / item).rglob("*"):
-            if path.is_file():
-                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"^checkpoint .*/4 cannot be read [^\n]*: delete it to"):
-        train.train_and_evaluate(tiny.config("vq"), tmp_path, tiny.dataset())
 
 
 def test_divergence_before_any_checkpoint(tmp_path):

@@ -24,6 +24,7 @@ def config(quantizer: str, **overrides: Any) -> dict[str, Any]:
         "log_every_steps": 2,
         "eval_every_steps": 2,
         "checkpoint_every_steps": 2,
+        "stop_on_failed_save": True,
         "dataset": {"name": "tiny", "data_dir": "", "manual_dir": ""},
         "quantizer": {"name": quantizer, **default_options(quantizer)},
         "model": {
