@@ -19,6 +19,7 @@ from tests.test_train import Recorder, leaves, run_steps
 
 NUM_STEPS = 6
 HALFWAY = 3
+EVALUATED = ("vq_ema", "dense_lattice")  # with statistics, and with the most codes
 SMALL = {"model.num_residual_blocks": 0}
 
 
@@ -70,11 +71,11 @@ def run(quantizer, workdir, num_train_steps):
     return leaves((state.params, state.statistics)), losses, data.read
 
 
-def steps(quantizer, compute_dtype):
+def steps(quantizer, compute_dtype, num_devices):
     """Leaves of the state after a few steps."""
     context = double_precision() if compute_dtype == "float64" else contextlib.nullcontext()
     with context:
-        return run_steps(quantizer, jax.device_count(), NUM_STEPS - 1, compute_dtype, **SMALL)[-1]
+        return run_steps(quantizer, num_devices, NUM_STEPS - 1, compute_dtype, **SMALL)[-1]
 
 
 def evaluation(quantizer, workdir, reference):
@@ -94,11 +95,12 @@ def main():
         arrays.update({f"{name}{key}": value for key, value in state.items()})
 
     for quantizer in filter(None, quantizers.split(",")):
-        keep(f"{quantizer}/float32", steps(quantizer, "float32"))
-        keep(f"{quantizer}/float64", steps(quantizer, "float64"))
-        results["evaluation"][quantizer] = evaluation(
-            quantizer, directory / quantizer, reference / quantizer
-        )
+        for dtype in ("float32", "float64"):
+            keep(f"{quantizer}/{dtype}", steps(quantizer, dtype, int(count)))
+        if quantizer in EVALUATED:
+            results["evaluation"][quantizer] = evaluation(
+                quantizer, directory / quantizer, reference / quantizer
+            )
     state, results["losses"], results["read"] = run("vq_ema", directory / "run", HALFWAY)
     keep("halfway", state)
     (directory / f"halfway-{process_id}").touch()
