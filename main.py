@@ -4,7 +4,8 @@
     python main.py --config=configs/fashion_mnist.py:vq --workdir=runs/vq --mode=evaluate
 
 The config argument names the quantizer; any field can be overridden, as in
---config.num_train_steps=200. Run the same command again and it goes on where it stopped.
+--config.num_train_steps=200. Run the same command again and it goes on where it stopped. On the
+hosts of a Cloud TPU pod and under Slurm the same command on each host makes one run.
 """
 
 import json
@@ -23,7 +24,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from llvq import checkpointing, configuration, console
+from llvq import checkpointing, configuration, console, distributed, preemption
 from llvq.errors import UserError, first_line
 from llvq.evaluate import evaluate
 from llvq.train import train_and_evaluate
@@ -34,6 +35,11 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "What to do.")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "", "What to evaluate, if not the newest checkpoint of the workdir."
 )
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", "", "host:port of the first process, if there are several."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one this is, from 0.")
 
 _PROGRESS_SECONDS = 10.0
 
@@ -106,50 +112,68 @@ def _make_progress(num_steps: int) -> Callable[[int], Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Does what the flags say; a user's mistake ends in one line."""
+    """Does what the flags say; a user's mistake, or a lost process, ends in one line."""
     del argv
+    preemption.stop_at_once()
+    _set_up_console()
+    try:
+        distributed.initialize(_COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        if jax.process_index() > 0:  # the first process tells what all of them do
+            logging.set_verbosity(logging.WARNING)
+        _run()
+    except UserError as error:
+        distributed.leave(str(error))
+    except preemption.Preempted as stop:
+        distributed.leave(stop.message, preemption.EXIT_CODE, together=True)
+    except KeyboardInterrupt:
+        distributed.leave("interrupted; the same command goes on from the last checkpoint")
+    except Exception as error:
+        if not distributed.is_loss(error):
+            raise
+        distributed.leave(distributed.LOST)
+
+
+def _run() -> None:
     # TensorFlow takes seconds to import: not before the flags are known to be good.
     import tensorflow as tf
     from clu import asynclib
 
     import input_pipeline
 
-    _set_up_console()
     tf.config.set_visible_devices([], "GPU")  # the accelerators are JAX's
     tf.config.set_visible_devices([], "TPU")
-    config = _CONFIG.value
+    config, workdir = _CONFIG.value, _WORKDIR.value
     try:
-        checkpointing.require_writable(_WORKDIR.value)
+        checkpointing.require_writable(workdir)
         if _MODE.value == "evaluate":  # before data is looked for
-            checkpointing.find(_CHECKPOINT.value or _WORKDIR.value)
-        data = input_pipeline.load(**config.dataset)
+            checkpointing.find(_CHECKPOINT.value or workdir)
+        with distributed.first_process_first():
+            data = input_pipeline.load(**config.dataset)
         if _MODE.value == "train":
             train_and_evaluate(
-                config, _WORKDIR.value, data, make_writer=_make_writer, progress=_make_progress
+                config, workdir, data, make_writer=_make_writer, progress=_make_progress
             )
         else:
             results = evaluate(
                 config,
-                _WORKDIR.value,
+                workdir,
                 data,
                 checkpoint=_CHECKPOINT.value or None,
                 progress=_make_progress,
             )
             logging.info("%s", json.dumps(results, indent=2))
-    except (UserError, input_pipeline.DataError) as error:
-        sys.exit(f"main.py: {error}")
+    except input_pipeline.DataError as error:
+        raise UserError(str(error)) from error
     except asynclib.AsyncError as error:
         # Of TensorBoard's files; the cause is what TensorFlow raised.
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = first_line(cause).rpartition("}} ")[2]
-        sys.exit(
-            f"main.py: metrics cannot be written ({reason}): the same command goes on from the "
-            f"last checkpoint"
-        )
-    except KeyboardInterrupt:
-        sys.exit("main.py: interrupted; the same command goes on from the last checkpoint")
+        raise UserError(
+            f"metrics cannot be written ({reason}): the same command goes on from the last "
+            "checkpoint"
+        ) from error
 
 
 if __name__ == "__main__":

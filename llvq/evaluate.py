@@ -167,8 +167,12 @@ class Evaluator:
         batch_size: int,
         progress: ProgressFactory,
         usage: CodebookUsage,
-    ) -> dict[str, float]:
-        """Mean metrics over the images of a split, each counted once; their codes go to `usage`."""
+        is_time_to_stop: Callable[[], bool] = lambda: False,
+    ) -> dict[str, float] | None:
+        """Mean metrics over the images of a split, each counted once; their codes go to `usage`.
+
+        None if, asked after a batch, `is_time_to_stop` says so.
+        """
         report = progress(order.steps_per_epoch(data.num_images[split], batch_size))
         totals: dict[str, float] = {}
         step = functools.partial(self.metrics_step, state)
@@ -178,6 +182,8 @@ class Evaluator:
                 totals[name] = totals.get(name, 0.0) + float(value)
             usage.add(counts)
             report(done)
+            if is_time_to_stop():
+                return None
         means = {name: total / data.num_images[split] for name, total in totals.items()}
         return {"loss": means["reconstruction_loss"] + means["quantizer_loss"], **means}
 
@@ -222,7 +228,7 @@ class Evaluator:
         index = np.arange(min(NUM_PICTURES, data.num_images[split]))
         batch = order.IndexBatch(index, np.zeros(len(index), bool), np.ones(len(index), bool))
         _, images = next(iter(data.batches(split, [batch])))
-        on_devices = jax.device_put(images, sharding.replicated(self._mesh))
+        on_devices = sharding.replicate(images, self._mesh)
         originals, reconstructions, histograms = jax.device_get(
             self.preview_step(state, on_devices)
         )
@@ -264,7 +270,7 @@ def evaluate(
     checkpointing.require_writable(workdir)
     path, saved, state = checkpointing.load_newest(workdir if checkpoint is None else checkpoint)
     configuration.check_same_model(config, saved, str(path))
-    state = jax.device_put(state, sharding.replicated(mesh))
+    state = sharding.replicate(state, mesh)
 
     model = checkpointing.model_of(config, state)
     graphdef, _, _ = train_state.split(model)
@@ -276,6 +282,7 @@ def evaluate(
     usage = CodebookUsage()
     of_split = usage if split in _COUNTED else CodebookUsage()
     means = evaluator.measure(state, data, split, batch_size, progress, of_split)
+    assert means is not None  # nothing stops it
     logging.info("Counting the codes in use over train and validation")
     remaining = [name for name in _COUNTED if name != split]
     evaluator.measure_usage(state, data, remaining, batch_size, progress, usage)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,13 +30,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """A pytree of arrays, the same in all processes, on every device."""
+    # By way of the host: from device to device a CPU's processes can send nothing.
+    return jax.device_put(jax.device_get(tree), replicated(mesh))
+
+
 def batch_sharded(mesh: Mesh) -> NamedSharding:
     """The leading axis split over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError unless every device gets an equal share of a batch."""
+    """Raises UserError unless every device gets an equal share of a batch, every process too."""
+    num_local, num_processes = len(mesh.local_devices), jax.process_count()
+    if num_local * num_processes != mesh.size:
+        raise UserError(
+            f"this process has {num_local} of the {mesh.size} devices of {num_processes} "
+            "processes: give each of them equally many"
+        )
     if batch_size % mesh.size:
         raise UserError(
             f"batch_size={batch_size} does not divide by the {mesh.size} devices: "

@@ -12,7 +12,16 @@ import optax
 from absl import logging
 from etils import epath
 
-from llvq import checkpointing, configuration, console, order, schedules, sharding, train_state
+from llvq import (
+    checkpointing,
+    configuration,
+    console,
+    order,
+    preemption,
+    schedules,
+    sharding,
+    train_state,
+)
 from llvq.codebook_usage import CodebookUsage
 from llvq.configuration import Config
 from llvq.data import Dataset
@@ -20,6 +29,8 @@ from llvq.errors import DivergenceError
 from llvq.evaluate import Evaluator, ProgressFactory
 from llvq.train_state import TrainState
 from llvq.train_step import Metrics, make_train_step
+
+_STOPPED = "stopped by SIGTERM, saved at step {}; the same command goes on from there"
 
 
 class _MetricsWindow:
@@ -94,7 +105,8 @@ def train_and_evaluate(
     """Trains from the newest checkpoint of the workdir, or from scratch, to the config's last step.
 
     Validates and saves as often as the config says, and at the end. The result depends on the
-    config and the data alone, not on how often the run was stopped and resumed.
+    config and the data alone, not on how often the run was stopped and resumed. On SIGTERM it
+    saves after the present step, or the next if there are several processes, and raises Preempted.
 
     Args:
       config: the run's config.
@@ -111,6 +123,7 @@ def train_and_evaluate(
       UserError: if the config is impossible, or the workdir cannot be written to or holds
         another run.
       DivergenceError: if loss or gradient become NaN or infinite.
+      Preempted: after SIGTERM; a SystemExit.
     """
     configuration.validate(config)
     configuration.check_image_shape(config, data.image_shape)
@@ -133,7 +146,7 @@ def train_and_evaluate(
         config["model"], config["quantizer"], config["compute_dtype"], config["seed"]
     )
     graphdef, state = train_state.create_train_state(model, optimizer)
-    state = jax.device_put(state, sharding.replicated(mesh))
+    state = sharding.replicate(state, mesh)
     shared = (config["model"]["value_range"], train_state.DTYPES[config["compute_dtype"]][1], mesh)
     train_step, statistics_step = make_train_step(graphdef, optimizer, *shared)
     evaluator = Evaluator(graphdef, *shared)
@@ -141,10 +154,21 @@ def train_and_evaluate(
     state = checkpointing.restore_newest(workdir, state, config, mesh)
     first_step = int(state.step)
     with (
+        preemption.stop_at_a_step(mesh) as is_time_to_stop,
         checkpointing.open_manager(workdir, config["keep_checkpoints"]) as checkpoints,
         contextlib.ExitStack() as stack,
     ):
-        if first_step >= num_steps:
+
+        def is_due(step: int, interval: str) -> bool:
+            return step % config[interval] == 0 or step == num_steps
+
+        # Preemption does not wait for a validation that is due.
+        lacks_validation = (
+            first_step > 0
+            and is_due(first_step, "eval_every_steps")
+            and checkpoints.metrics(first_step) is None
+        )
+        if first_step >= num_steps and not lacks_validation:
             logging.info("Nothing to train: %s is at step %d already", workdir, first_step)
             return state
         logging.info(
@@ -167,6 +191,30 @@ def train_and_evaluate(
         )
 
         last_checkpoint = functools.partial(checkpointing.describe_newest, checkpoints)
+
+        def validate(step: int) -> dict[str, float] | None:
+            """Mean metrics; None if it had to stop."""
+            logging.info("Validating at step %d", step)
+            usage = CodebookUsage()
+            means = evaluator.measure(
+                state, data, "validation", batch_size, progress, usage, is_time_to_stop
+            )
+            if means is None:
+                return None
+            usage = usage.over_all_hosts()
+            picture, histograms = evaluator.preview(state, data, "validation")
+            scalars = {
+                **means,
+                "perplexity": usage.perplexity,
+                "distinct_codes": usage.num_distinct,
+            }
+            writer.write_scalars(step, _prefixed("validation", scalars))
+            writer.write_images(step, {"validation/reconstructions": picture[None]})
+            writer.write_histograms(step, _prefixed("quantizer", histograms))
+            return means
+
+        if lacks_validation and validate(first_step) is None:
+            raise preemption.Preempted(_STOPPED.format(first_step))
         window, throughput = _MetricsWindow(last_checkpoint), _Throughput(batch_size)
         report = progress(num_steps)
         batches = data.batches(
@@ -191,20 +239,21 @@ def train_and_evaluate(
             throughput.count_step()
             report(step)
 
+            is_stopping = is_time_to_stop()
             is_log, is_evaluation, is_checkpoint = (
-                step % config[interval] == 0 or step == num_steps
+                is_due(step, interval)
                 for interval in ("log_every_steps", "eval_every_steps", "checkpoint_every_steps")
             )
-            validation = None
-            if is_log or is_evaluation or is_checkpoint:
-                window.read()  # nothing that diverged is logged or saved
-                rates = throughput.read()
-                # The last update may have ruined the state.
-                loss, usage = evaluator.measure_batch(state, images)
-                if not np.isfinite(loss):
-                    raise DivergenceError(
-                        f"the loss is {loss} after step {step}: stopped; {last_checkpoint()}"
-                    )
+            if not (is_log or is_evaluation or is_checkpoint or is_stopping):
+                continue
+            window.read()  # nothing that diverged is logged or saved
+            rates = throughput.read()
+            # The last update may have ruined the state.
+            loss, usage = evaluator.measure_batch(state, images)
+            if not np.isfinite(loss):
+                raise DivergenceError(
+                    f"the loss is {loss} after step {step}: stopped; {last_checkpoint()}"
+                )
             if is_log:
                 scalars = {
                     **window.means(),
@@ -214,30 +263,19 @@ def train_and_evaluate(
                     **rates,
                 }
                 writer.write_scalars(step, _prefixed("train", scalars))
-            if is_evaluation:
-                logging.info("Validating at step %d", step)
-                usage = CodebookUsage()
-                validation = evaluator.measure(
-                    state, data, "validation", batch_size, progress, usage
-                )
-                usage = usage.over_all_hosts()
-                picture, histograms = evaluator.preview(state, data, "validation")
-                scalars = {
-                    **validation,
-                    "perplexity": usage.perplexity,
-                    "distinct_codes": usage.num_distinct,
-                }
-                writer.write_scalars(step, _prefixed("validation", scalars))
-                writer.write_images(step, {"validation/reconstructions": picture[None]})
-                writer.write_histograms(step, _prefixed("quantizer", histograms))
-            if is_checkpoint:
+            validation = None
+            if is_evaluation and not is_stopping:
+                validation = validate(step)
+                is_stopping = validation is None
+            if is_checkpoint or is_stopping:
                 checkpointing.save(
                     *(checkpoints, step, state, config, validation),
                     stop_on_failure=config["stop_on_failed_save"],
-                    is_last=step == num_steps,
+                    is_last=is_stopping or step == num_steps,
                 )
-            if is_log or is_evaluation or is_checkpoint:
-                throughput.restart()
+            if is_stopping:
+                raise preemption.Preempted(_STOPPED.format(step))
+            throughput.restart()
     return state
 
 

@@ -78,9 +78,9 @@ def newest(checkpoints):
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
-def run_steps(quantizer, num_devices, num_steps, compute_dtype, seed=3):
+def run_steps(quantizer, num_devices, num_steps, compute_dtype, seed=3, **overrides):
     """The state after each step, the one that training takes, on a mesh of some devices."""
-    config = tiny.config(quantizer, compute_dtype=compute_dtype)
+    config = tiny.config(quantizer, compute_dtype=compute_dtype, **overrides)
     data = tiny.dataset()
     mesh = sharding.make_mesh(jax.devices()[:num_devices])
     optimizer = optax.adam(1e-3)
@@ -88,8 +88,9 @@ def run_steps(quantizer, num_devices, num_steps, compute_dtype, seed=3):
     graphdef, state = train_state.create_train_state(model, optimizer)
     _, param_dtype = train_state.DTYPES[compute_dtype]
     step, _ = make_train_step(graphdef, optimizer, (-0.5, 0.5), param_dtype, mesh)
-    state = jax.device_put(state, sharding.replicated(mesh))
-    batches = data.batches("train", order.training_batches(70, 16, seed=3))
+    state = sharding.replicate(state, mesh)
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = data.batches("train", order.training_batches(70, 16, seed=3, **share))
     states = []
     for _, (_, images) in zip(range(num_steps), batches, strict=False):
         state, _ = step(state, sharding.to_devices(images, mesh))

@@ -1,0 +1,127 @@
+"""SIGTERM at any time, one process or two: what is saved, how it ends, how it goes on."""
+
+import re
+import signal
+import time
+
+import pytest
+
+from llvq import checkpointing, preemption
+from tests import groups
+from tests.groups import finish, group, last_lines, wait_for
+from tests.test_train import assert_identical, newest
+
+SLOW = 0.05  # seconds a batch: a run of 40 steps lasts for 2 seconds and more
+
+
+def command(workdir, num_steps, seconds, *options):
+    return ("-m", "tests.run_main", workdir, num_steps, seconds, *options)
+
+
+def stopped_at(errors):
+    (line,) = last_lines(errors)
+    return int(re.fullmatch(r".*stopped by SIGTERM, saved at step (\d+); .*", line)[1])
+
+
+def run(workdir, num_steps, *options):
+    """Trains on; returns what it says."""
+    with group(command(workdir, num_steps, 0, *options)) as processes:
+        ((code, errors),) = finish(processes)
+    assert code == 0, errors
+    return errors
+
+
+def test_one_process_saves_and_goes_on_bit_identical(tmp_path):
+    """Stopped in the middle, asked twice; then stopped in a validation; then left alone."""
+    run(tmp_path / "whole", 40)
+    workdir = tmp_path / "stopped"
+
+    with group(command(workdir, 40, SLOW)) as processes:
+        wait_for(processes[0], "[5] train/")
+        processes[0].send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        processes[0].send_signal(signal.SIGTERM)  # in the step, in the save or behind it
+        start = time.monotonic()
+        ((code, errors),) = finish(processes)
+        assert time.monotonic() - start < 20
+    assert code == preemption.EXIT_CODE == 75
+    first = stopped_at(errors)
+    assert 5 <= first < 20
+    assert newest(workdir / "checkpoints") == first
+
+    with group(command(workdir, 40, SLOW)) as processes:
+        said = wait_for(processes[0], "Validating at step 20")
+        processes[0].send_signal(signal.SIGTERM)
+        ((code, errors),) = finish(processes)
+    assert f"Resuming at step {first} of 40" in said
+    assert (code, stopped_at(errors)) == (75, 20)
+
+    said = run(workdir, 40)
+    assert "Resuming at step 20 of 40" in said
+    assert said.count("Validating at step 20") == 1  # what was left out is made up for
+    assert "[20] validation/" in said
+    states = [checkpointing.load(tmp_path / name)[1] for name in ("whole", "stopped")]
+    assert int(states[0].step) == 40
+    assert_identical(*states)
+
+
+def test_before_the_first_step_and_while_evaluating(tmp_path):
+    with group(command(tmp_path, 40, SLOW)) as processes:
+        wait_for(processes[0], "Starting at step 0")  # it compiles now
+        processes[0].send_signal(signal.SIGTERM)
+        ((code, errors),) = finish(processes)
+    assert (code, stopped_at(errors)) == (75, 1)
+
+    with group(command(tmp_path, 40, 10, "--mode=evaluate")) as processes:
+        wait_for(processes[0], "Evaluating")
+        processes[0].send_signal(signal.SIGTERM)
+        ((code, errors),) = finish(processes)
+    assert code == 75
+    (line,) = last_lines(errors)
+    assert "stopped by SIGTERM" in line
+    assert "Traceback" not in errors
+
+
+def test_two_processes_stop_at_one_step_and_go_on(tmp_path):
+    def processes_of(num_steps, seconds):
+        return group(*(command(tmp_path, num_steps, seconds, *x) for x in groups.options(2)))
+
+    with processes_of(400, SLOW) as processes:
+        wait_for(processes[0], "[5] train/")
+        processes[1].send_signal(signal.SIGTERM)  # to one of them only
+        start = time.monotonic()
+        ended = finish(processes)
+        assert time.monotonic() - start < 20
+    assert [code for code, _ in ended] == [75, 75], ended
+    steps = {stopped_at(errors) for _, errors in ended}
+    assert steps == {newest(tmp_path / "checkpoints")}
+    (step,) = steps
+    assert 5 <= step < 30
+    assert "train/loss" not in ended[1][1]  # only the first process tells
+
+    with processes_of(step + 2, 0) as processes:
+        ended = finish(processes)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert f"Resuming at step {step} of {step + 2}" in ended[0][1]
+    assert newest(tmp_path / "checkpoints") == step + 2
+
+
+@pytest.mark.parametrize(("count", "lost"), [(4, 3), (2, 0)])
+def test_where_a_process_is_lost_the_others_end_in_one_line(count, lost, tmp_path):
+    """The last of four, and of two the first, which JAX's clients cannot do without."""
+    commands = [command(tmp_path, 10_000, SLOW, *options) for options in groups.options(count)]
+    with group(*commands) as processes:
+        wait_for(processes[0], "[5] train/")
+        processes[lost].kill()
+        start = time.monotonic()
+        ended = finish(processes)
+        # LOST_SECONDS and what it takes to leave; at once where the connection breaks.
+        assert time.monotonic() - start < 45
+    for i, (code, errors) in enumerate(ended):
+        if i != lost:
+            assert code == 1, errors
+            (line,) = last_lines(errors)
+            assert "another process of this run has ended" in line
+            assert errors.rstrip().endswith(line)
+            assert "Traceback" not in errors
+            assert "stack trace" not in errors
