@@ -4,13 +4,15 @@ r"""What the steps of training and evaluation take on TPUs, by the TPU compiler'
         [--topologies v5e:1x1 v5e:2x4] [--steps train] [--compute-dtype=bfloat16] \
         [--batch-size=32] [--output=results/tpu_compile.json]
 
-Needs no TPU, but the TPU's compiler: pip install "jax[tpu]". Memory, bytes and FLOPs are what the
-compiler counts in the compiled program of one chip; the times are the least that moving those
-bytes, that arithmetic and the collectives can take (a roofline), not measurements.
+Needs no TPU, but the TPU's compiler: pip install "jax[tpu]". Memory, bytes, FLOPs and cycles are
+what the compiler counts in the compiled program of one chip. The times are what those bytes at the
+speed of the chip's memory, that arithmetic and the collectives take at best (a roofline), not
+measurements. Both have their flaws: accesses to buffers that fit on the chip count among the bytes,
+though they are faster; the cycles, by which the compiler plans, leave out the collectives.
 
-A batch is the config's, over all chips of the slice. Where the chips do not divide it, each gets
-what one of eight chips would get of it. Efficiency (weak scaling) is the time of one chip with as
-many images over the slice's; the one chip is compiled for it besides.
+A batch is the config's, over all chips of the slice. Where it cannot be shared by so many, each
+gets what one of eight chips would get of it. Efficiency (weak scaling) is the time of one chip with
+as many images over the slice's; the one chip is compiled for it besides.
 
 Compiling takes from seconds to minutes a step. --output keeps every figure as it comes, and a
 table beside it in Markdown; called again, it goes on: what the same compiler compiled already is
@@ -46,7 +48,6 @@ import jax
 import optax
 from jax import numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
 from llvq import configuration, sharding, train_state
 from llvq.errors import UserError, first_line
@@ -117,8 +118,8 @@ def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
     raise UserError(f"--topologies: there is no {name!r}; known are {known}")
 
 
-def make_mesh(topology: str) -> Mesh:
-    """A mesh of all chips of a slice that need not exist.
+def get_devices(topology: str) -> Sequence[jax.Device]:
+    """All chips of a slice that need not exist.
 
     Raises:
       UserError: if the compiler knows no such slice.
@@ -129,18 +130,22 @@ def make_mesh(topology: str) -> Mesh:
     if math.prod(shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        description = topologies.get_topology_desc(
+        return topologies.get_topology_desc(
             platform="tpu", topology_name=topology, **options
-        )
+        ).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"--topologies: {topology}: {first_line(error)}") from error
-    return sharding.make_mesh(description.devices)
 
 
-def lower(row: Row, mesh: Mesh) -> jax.stages.Lowered:
-    """The step of a row, on a mesh, ready to be compiled."""
-    config = importlib.import_module(f"configs.{row['dataset']}").get_config(row["quantizer"])
-    config.compute_dtype = row["compute_dtype"]
+def get_config(dataset: str, quantizer: str) -> Any:
+    """The paper's recipe."""
+    return importlib.import_module(f"configs.{dataset}").get_config(quantizer)
+
+
+def lower(row: Row) -> jax.stages.Lowered:
+    """The step of a row, ready to be compiled."""
+    config = get_config(row["dataset"], row["quantizer"])
+    config.compute_dtype, config.batch_size = row["compute_dtype"], row["batch_size"]
     configuration.validate(config)
     _, param_dtype = train_state.DTYPES[config.compute_dtype]
     graphdef, params, statistics = train_state.abstract_model(
@@ -150,14 +155,16 @@ def lower(row: Row, mesh: Mesh) -> jax.stages.Lowered:
     step_number: Any = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, params)
     state = train_state.TrainState(step_number, params, statistics, opt_state)
-    batch_size = row["batch_size"]
-    images = jax.ShapeDtypeStruct((batch_size, *config.model.image_shape), jnp.uint8)
+    mesh = sharding.mesh_for_batches(
+        config.batch_size, configuration.latent_height(config), get_devices(row["topology"])
+    )
+    images = jax.ShapeDtypeStruct((config.batch_size, *config.model.image_shape), jnp.uint8)
     step: Any
     if row["step"] == "train":
         step, _ = make_train_step(graphdef, optimizer, config.model.value_range, param_dtype, mesh)
         return step.lower(state, images)
     step = Evaluator(graphdef, config.model.value_range, param_dtype, mesh).metrics_step
-    mask = jax.ShapeDtypeStruct((batch_size,), jnp.bool)
+    mask = jax.ShapeDtypeStruct((config.batch_size,), jnp.bool)
     return step.lower(state, images, mask, jax.ShapeDtypeStruct((mesh.size,), jnp.int32))
 
 
@@ -173,6 +180,11 @@ def count_collectives(program: str) -> dict[str, dict[str, int]]:
             size = math.prod(int(n) for n in shape.split(",") if n)
             of_kind["bytes"] += size * max(int(bits or 8) // 8, 1)
     return counted
+
+
+def count_cycles(program: str) -> int:
+    """What a compiled program's text says its instructions take, collectives aside."""
+    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', program)))
 
 
 def _collective_seconds(
@@ -195,7 +207,7 @@ def compile_row(setting: Row) -> Row:
     chip, shape = parse_topology(setting["topology"])
     start = time.monotonic()
     try:
-        compiled = lower(setting, make_mesh(setting["topology"])).compile()
+        compiled = lower(setting).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -207,7 +219,8 @@ def compile_row(setting: Row) -> Row:
     seconds = time.monotonic() - start
     memory: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis()
-    collectives = count_collectives(compiled.as_text() or "")
+    program = compiled.as_text() or ""
+    collectives = count_collectives(program)
     return {
         **setting,
         "fits": True,
@@ -218,6 +231,7 @@ def compile_row(setting: Row) -> Row:
         + memory.generated_code_size_in_bytes,
         "bytes_accessed": cost["bytes accessed"],
         "flops": cost["flops"],
+        "cycles": count_cycles(program),
         "memory_seconds": cost["bytes accessed"] / chip.bandwidth / 1e9,
         "arithmetic_seconds": cost["flops"] / chip.arithmetic / 1e12,
         "collective_seconds": _collective_seconds(chip, shape, collectives),
@@ -242,19 +256,19 @@ def settings(options: argparse.Namespace) -> Iterator[Row]:
     for topology, dataset, quantizer, step in itertools.product(
         options.topologies, options.datasets, options.quantizers, options.steps
     ):
-        chips = math.prod(parse_topology(topology)[1])
-        config = importlib.import_module(f"configs.{dataset}").get_config(quantizer)
+        devices = get_devices(topology)
+        config = get_config(dataset, quantizer)
         batch_size = options.batch_size or config.batch_size
-        if batch_size % chips:
+        try:
+            sharding.mesh_for_batches(batch_size, configuration.latent_height(config), devices)
+        except UserError as error:
             if options.batch_size:
-                raise UserError(
-                    f"--batch-size={batch_size} does not divide by the {chips} chips of "
-                    f"{topology}: take a multiple of {chips}"
-                )
-            batch_size = batch_size // 8 * chips
+                raise UserError(f"{topology}: {error}") from error
+            batch_size = batch_size // 8 * len(devices)
         wanted = [(topology, batch_size)]
-        if step == "train" and chips > 1:
-            wanted.insert(0, (_one_chip(topology), batch_size // chips))
+        images, remainder = divmod(batch_size, len(devices))
+        if step == "train" and len(devices) > 1 and not remainder:
+            wanted.insert(0, (_one_chip(topology), images))
         for of_slice in wanted:
             values = dataset, quantizer, step, *of_slice, options.compute_dtype, compiler
             yield dict(zip(_SETTING, values, strict=True))
@@ -264,7 +278,7 @@ def _key(setting: Row) -> tuple[Any, ...]:
     return tuple(setting[name] for name in _SETTING)
 
 
-def _least_seconds(row: Row) -> float:
+def _roofline_seconds(row: Row) -> float:
     # One after the other: while the gradients are summed nothing is left to compute.
     return max(row["memory_seconds"], row["arithmetic_seconds"]) + row["collective_seconds"]
 
@@ -272,11 +286,11 @@ def _least_seconds(row: Row) -> float:
 def _efficiency(row: Row, by_key: Mapping[tuple[Any, ...], Row]) -> float | None:
     """Time of one chip with as many images over the row's, for a slice, where both are known."""
     chips = math.prod(parse_topology(row["topology"])[1])
-    alone = {"topology": _one_chip(row["topology"]), "batch_size": row["batch_size"] // chips}
+    alone = {"topology": _one_chip(row["topology"]), "batch_size": row["batch_size"] / chips}
     one_chip = by_key.get(_key({**row, **alone}))
     if chips == 1 or one_chip is None or not one_chip["fits"]:
         return None
-    return _least_seconds(one_chip) / _least_seconds(row)
+    return _roofline_seconds(one_chip) / _roofline_seconds(row)
 
 
 def _position(row: Row) -> tuple[Any, ...]:
@@ -290,8 +304,8 @@ def _position(row: Row) -> tuple[Any, ...]:
 
 _COLUMNS = (
     *("data set", "step", "quantizer", "slice", "images a chip", "dtype", "memory, GB"),
-    *("GB moved", "GFLOP", "moving, ms", "arithmetic, ms", "collectives, ms"),
-    *("images/s a chip, at most", "efficiency", "collectives"),
+    *("GB accessed", "GFLOP", "million cycles", "memory, ms", "arithmetic, ms", "collectives, ms"),
+    *("images/s a chip", "efficiency", "collectives"),
 )
 
 
@@ -313,8 +327,9 @@ def table(rows: Sequence[Row]) -> str:
                 memory,
                 f"{row['bytes_accessed'] / 1e9:.3g}",
                 f"{row['flops'] / 1e9:.3g}",
+                f"{row['cycles'] / 1e6:.3g}",
                 *(f"{1e3 * row[f'{what}_seconds']:.3g}" for what in _LIMITS),
-                f"{images / _least_seconds(row):,.0f}",
+                f"{images / _roofline_seconds(row):,.0f}",
                 "" if efficiency is None else f"{efficiency:.1%}",
                 "; ".join(
                     f"{of_kind['count']} {kind}, {of_kind['bytes']:,} B"
@@ -322,7 +337,7 @@ def table(rows: Sequence[Row]) -> str:
                 ),
             ]
         else:
-            cells += [f"**{memory}: does not fit**", *[""] * 8]
+            cells += [f"**{memory}: does not fit**", *[""] * 9]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -373,8 +388,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows = json.loads(options.output.read_text())
         done = {_key(row) for row in rows}
         wanted = {_key(setting): setting for setting in settings(options)}
-        for topology in dict.fromkeys(setting["topology"] for setting in wanted.values()):
-            make_mesh(topology)  # an error before minutes of compiling
         for number, (key, setting) in enumerate(wanted.items(), start=1):
             if key in done:
                 continue
