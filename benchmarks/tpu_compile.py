@@ -350,6 +350,24 @@ Compiled with {compilers}.
 """
 
 
+def _read(output: pathlib.Path) -> list[Row]:
+    """What an earlier run has kept, if anything.
+
+    Raises:
+      UserError: if a run could not keep anything there.
+    """
+    if not output.parent.is_dir():
+        raise UserError(f"--output={output}: there is no directory {output.parent}")
+    if not output.exists():
+        return []
+    try:
+        rows = json.loads(output.read_text())
+        table(rows)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--output={output} exists and is not of this program") from error
+    return rows
+
+
 def _write(output: pathlib.Path, rows: Sequence[Row]) -> None:
     """Keeps all rows, at no moment half of them."""
     unfinished = output.with_suffix(".unfinished")
@@ -383,9 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parse_topology(topology)
         if importlib.util.find_spec("libtpu") is None:
             raise UserError('the TPU compiler is not installed: pip install "jax[tpu]"')
-        rows: list[Row] = []
-        if options.output and options.output.exists():
-            rows = json.loads(options.output.read_text())
+        rows = _read(options.output) if options.output else []
         done = {_key(row) for row in rows}
         wanted = {_key(setting): setting for setting in settings(options)}
         for number, (key, setting) in enumerate(wanted.items(), start=1):

@@ -143,10 +143,13 @@ def test_the_table_says_what_does_not_fit():
         (["--topologies", "v5e:2x4x1"], "there is no 'v5e:2x4x1'"),
         (["--topologies", "v5e:32x16"], "there is no 'v5e:32x16'"),
         (["--topologies", "v5p"], "there is no 'v5p'"),
+        (["--output", "no/such/file.json"], "there is no directory no/such"),
+        (["--output", "pyproject.toml"], "--output=pyproject.toml exists and is not of this"),
         (["--batch-size", "9"], "v5e:2x4: batch_size=9 does not divide by the 8 devices"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(tpu_compile.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(tpu_compile.metadata, "version", lambda name: "1")
     monkeypatch.setattr(tpu_compile, "get_devices", lambda topology: jax.devices())  # eight
