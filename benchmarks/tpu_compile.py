@@ -1,104 +1,420 @@
-r"""What a training step takes on a TPU, by the TPU compiler's own account; needs no TPU.
+r"""What the steps of training and evaluation take on TPUs, by the TPU compiler's own account.
 
-    python benchmarks/tpu_compile.py --config=configs/ffhq1024.py:sparse_lattice \
-        [--topology=v5p:2x2x1] [--chips=1] [--config.batch_size=32]
+    python benchmarks/tpu_compile.py [--datasets ffhq1024] [--quantizers vq sparse_lattice] \
+        [--topologies v5e:1x1 v5e:2x4] [--steps train] [--compute-dtype=bfloat16] \
+        [--batch-size=32] [--output=results/tpu_compile.json]
 
-Needs `pip install "jax[tpu]"`. The times are the least that memory and arithmetic allow (the larger
-of the two; a roofline), not measurements.
+Needs no TPU, but the TPU's compiler: pip install "jax[tpu]". Memory, bytes, FLOPs and cycles are
+what the compiler counts in the compiled program of one chip. The times are what those bytes at the
+speed of the chip's memory, that arithmetic and the collectives take at best (a roofline), not
+measurements. Both have their flaws: accesses to buffers that fit on the chip count among the bytes,
+though they are faster; the cycles, by which the compiler plans, leave out the collectives.
+
+A batch is the config's, over all chips of the slice. Where it cannot be shared by so many, each
+gets what one of eight chips would get of it. Efficiency (weak scaling) is the time of one chip with
+as many images over the slice's; the one chip is compiled for it besides.
+
+Compiling takes from seconds to minutes a step. --output keeps every figure as it comes, and a
+table beside it in Markdown; called again, it goes on: what the same compiler compiled already is
+not compiled again. Delete the file after a change to the network.
 """
 
+import argparse
+import importlib
+import importlib.util
+import itertools
+import json
+import math
 import os
 import pathlib
+import re
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import Any, NamedTuple
 
-# The compiler is all that is used of libtpu: no search for a TPU.
+# The compiler is all that is used of libtpu: no search for a TPU and its hosts, none to be locked.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+os.environ["TPU_ACCELERATOR_TYPE"] = "v5litepod-8"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
 
 sys.path.insert(0, os.fspath(pathlib.Path(__file__).parents[1]))
 
 import jax
-import numpy as np
 import optax
-from absl import app, flags
 from jax import numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh
-from ml_collections import config_flags
 
-from llvq import configuration, train_state
+from llvq import configuration, sharding, train_state
+from llvq.errors import UserError, first_line
+from llvq.evaluate import Evaluator
+from llvq.quantizers import QUANTIZERS
 from llvq.train_step import make_train_step
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. …:vq.")
-_TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "As the TPU compiler names it.")
-_CHIPS = flags.DEFINE_integer("chips", 1, "How many of its chips share the batch.", lower_bound=1)
+DATASETS = ("fashion_mnist", "celeba", "ffhq1024")
+STEPS = ("train", "evaluate")
+TOPOLOGIES = ("v5e:2x4", "v5e:4x8", "v5e:16x16")
 
-# Of a chip: memory in GB, its bandwidth in GB/s, bfloat16 arithmetic in TFLOP/s
-# (https://cloud.google.com/tpu/docs/system-architecture-tpu-vm).
+Row = dict[str, Any]
+
+_LIMITS = ("memory", "arithmetic", "collective")
+_SETTING = ("dataset", "quantizer", "step", "topology", "batch_size", "compute_dtype", "compiler")
+
+
+class Chip(NamedTuple):
+    """One TPU chip (https://cloud.google.com/tpu/docs/system-architecture-tpu-vm).
+
+    Attributes:
+      memory: in GB.
+      bandwidth: of the memory, in GB/s.
+      arithmetic: in bfloat16, which convolutions of float32 use as well, in TFLOP/s.
+      interconnect: what the chip can send over all its links to neighbours at once, in GB/s.
+      largest: the largest slice there is.
+    """
+
+    memory: int
+    bandwidth: int
+    arithmetic: int
+    interconnect: int
+    largest: str
+
+
 CHIPS = {
-    "v4": (32, 1228, 275),
-    "v5e": (16, 819, 197),
-    "v5p": (95, 2765, 459),
-    "v6e": (32, 1640, 918),
+    "v4": Chip(32, 1228, 275, 300, "12x16x16"),
+    "v5e": Chip(16, 819, 197, 200, "16x16"),
+    "v5p": Chip(95, 2765, 459, 600, "16x16x24"),
+    "v6e": Chip(32, 1640, 918, 400, "16x16"),
 }
 
+# How often the bytes of a collective's result leave each chip, at least: those of an all-reduce to
+# be summed, and again as sums.
+_COLLECTIVES = {
+    "all-reduce": 2,
+    "all-gather": 1,
+    "reduce-scatter": 1,
+    "all-to-all": 1,
+    "collective-permute": 1,
+}
+_SECONDS_A_HOP = 1e-6  # https://jax-ml.github.io/scaling-book/sharding
 
-def main(argv: Sequence[str]) -> None:
-    """Compiles one step and prints a table in Markdown."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    config = _CONFIG.value
+
+def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
+    """The chip and the slice's shape of a name like "v5e:2x4".
+
+    Raises:
+      UserError: if there is no such chip, or no such slice of its pods.
+    """
+    kind, _, text = name.partition(":")
+    if kind in CHIPS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", text):
+        shape = tuple(map(int, text.split("x")))
+        largest = tuple(map(int, CHIPS[kind].largest.split("x")))
+        if len(shape) == len(largest) and math.prod(shape) <= math.prod(largest):
+            return CHIPS[kind], shape
+    known = ", ".join(f"{kind}:… up to {chip.largest}" for kind, chip in CHIPS.items())
+    raise UserError(f"--topologies: there is no {name!r}; known are {known}")
+
+
+def get_devices(topology: str) -> Sequence[jax.Device]:
+    """All chips of a slice that need not exist.
+
+    Raises:
+      UserError: if the compiler knows no such slice.
+    """
+    _, shape = parse_topology(topology)
+    # The two cores of a v4 chip appear as two devices otherwise; a host has four chips as a rule.
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if topology[:2] == "v4" else {}
+    if math.prod(shape) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **options
+        ).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--topologies: {topology}: {first_line(error)}") from error
+
+
+def get_config(dataset: str, quantizer: str) -> Any:
+    """The paper's recipe."""
+    return importlib.import_module(f"configs.{dataset}").get_config(quantizer)
+
+
+def lower(row: Row) -> jax.stages.Lowered:
+    """The step of a row, ready to be compiled."""
+    config = get_config(row["dataset"], row["quantizer"])
+    config.compute_dtype, config.batch_size = row["compute_dtype"], row["batch_size"]
     configuration.validate(config)
-    kind = _TOPOLOGY.value.partition(":")[0]
-    if kind not in CHIPS:
-        raise app.UsageError(f"--topology={_TOPOLOGY.value}: known are {', '.join(CHIPS)}")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGY.value)
-    if _CHIPS.value > len(topology.devices):
-        raise app.UsageError(f"--chips={_CHIPS.value}: {_TOPOLOGY.value} is smaller")
-    mesh = Mesh(np.asarray(topology.devices[: _CHIPS.value]), ("data",))
-
-    optimizer = optax.adam(config.learning_rate)
-    model = train_state.create_model(
-        config.model, config.quantizer, config.compute_dtype, config.seed
-    )
-    graphdef, state = train_state.create_train_state(model, optimizer)
     _, param_dtype = train_state.DTYPES[config.compute_dtype]
-    step: Any
-    step, _ = make_train_step(graphdef, optimizer, config.model.value_range, param_dtype, mesh)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    graphdef, params, statistics = train_state.abstract_model(
+        config.model, config.quantizer, config.compute_dtype
+    )
+    optimizer = optax.adam(config.learning_rate)
+    step_number: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    state = train_state.TrainState(step_number, params, statistics, opt_state)
+    mesh = sharding.mesh_for_batches(
+        config.batch_size, configuration.latent_height(config), get_devices(row["topology"])
+    )
     images = jax.ShapeDtypeStruct((config.batch_size, *config.model.image_shape), jnp.uint8)
+    step: Any
+    if row["step"] == "train":
+        step, _ = make_train_step(graphdef, optimizer, config.model.value_range, param_dtype, mesh)
+        return step.lower(state, images)
+    step = Evaluator(graphdef, config.model.value_range, param_dtype, mesh).metrics_step
+    mask = jax.ShapeDtypeStruct((config.batch_size,), jnp.bool)
+    return step.lower(state, images, mask, jax.ShapeDtypeStruct((mesh.size,), jnp.int32))
 
+
+def count_collectives(program: str) -> dict[str, dict[str, int]]:
+    """Number and bytes of the results of each kind of collective in a compiled program's text."""
+    counted: dict[str, dict[str, int]] = {}
+    # An asynchronous one counts where it is done: what starts it returns its operands, too.
+    pattern = rf" = (.*?) ({'|'.join(_COLLECTIVES)})(?:-done)?\("
+    for shapes, kind in re.findall(pattern, program):
+        of_kind = counted.setdefault(kind, {"count": 0, "bytes": 0})
+        of_kind["count"] += 1
+        for bits, shape in re.findall(r"\b[a-z]+(\d*)\[([\d,]*)\]", shapes):
+            size = math.prod(int(n) for n in shape.split(",") if n)
+            of_kind["bytes"] += size * max(int(bits or 8) // 8, 1)
+    return counted
+
+
+def count_cycles(program: str) -> int:
+    """What a compiled program's text says its instructions take, collectives aside."""
+    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', program)))
+
+
+def _collective_seconds(
+    chip: Chip, shape: Sequence[int], collectives: dict[str, dict[str, int]]
+) -> float:
+    """Each takes as long as its bytes take to leave the chip, and to reach the farthest chip."""
+    hops = sum(length // 2 for length in shape)  # every dimension of a slice is a ring
+    return sum(
+        _COLLECTIVES[kind]
+        * max(
+            of_kind["bytes"] / chip.interconnect / 1e9,
+            of_kind["count"] * _SECONDS_A_HOP * (1 if kind == "collective-permute" else hops),
+        )
+        for kind, of_kind in collectives.items()
+    )
+
+
+def compile_row(setting: Row) -> Row:
+    """A setting with what the compiler says of it."""
+    chip, shape = parse_topology(setting["topology"])
     start = time.monotonic()
     try:
-        compiled = step.lower(shapes, images).compile()
+        compiled = lower(setting).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        sys.exit(f"does not fit into the memory of a {kind} chip: {str(error).splitlines()[0]}")
+        used = re.search(r"[Uu]sed ([\d.]+)([MG]) of", str(error))
+        if used is None:
+            raise
+        size = float(used[1]) * 2 ** {"M": 20, "G": 30}[used[2]]
+        return {**setting, "fits": False, "memory_bytes": size}
     seconds = time.monotonic() - start
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    images_per_chip = config.batch_size / _CHIPS.value
-    capacity, bandwidth, speed = CHIPS[kind]
-    needed = (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e9
-    gigabytes, teraflops = cost["bytes accessed"] / 1e9, cost["flops"] / 1e12
-    least = max(gigabytes / bandwidth, teraflops / speed)
-    rows = {
-        "step": f"{config.dataset.name}, {config.quantizer.name}, {config.compute_dtype}",
-        "images a chip": f"{images_per_chip:g} (on {_CHIPS.value} of {_TOPOLOGY.value})",
-        "memory a chip": f"{needed:.1f} GB of {capacity} GB",
-        "memory traffic": f"{gigabytes / images_per_chip:.2f} GB an image",
-        "arithmetic": f"{1e3 * teraflops / images_per_chip:.1f} GFLOP an image",
-        "time, at least": f"{1e3 * least:.0f} ms: at most {images_per_chip / least:.0f} images/s",
-        "compilation": f"{seconds:.0f} s",
+    memory: Any = compiled.memory_analysis()
+    cost: Any = compiled.cost_analysis()
+    program = compiled.as_text() or ""
+    collectives = count_collectives(program)
+    return {
+        **setting,
+        "fits": True,
+        "memory_bytes": memory.temp_size_in_bytes
+        + memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+        "bytes_accessed": cost["bytes accessed"],
+        "flops": cost["flops"],
+        "cycles": count_cycles(program),
+        "memory_seconds": cost["bytes accessed"] / chip.bandwidth / 1e9,
+        "arithmetic_seconds": cost["flops"] / chip.arithmetic / 1e12,
+        "collective_seconds": _collective_seconds(chip, shape, collectives),
+        "collectives": collectives,
+        "compile_seconds": round(seconds, 1),
     }
-    print("| | |\n|---|---|")
-    for name, value in rows.items():
-        print(f"| {name} | {value} |")
+
+
+def _one_chip(topology: str) -> str:
+    """A single chip of a slice's kind, e.g. "v5e:1x1"."""
+    kind, _, shape = topology.partition(":")
+    return f"{kind}:{re.sub(r'[0-9]+', '1', shape)}"
+
+
+def settings(options: argparse.Namespace) -> Iterator[Row]:
+    """All that was asked for, and the one chip to compare each slice's training step with.
+
+    Raises:
+      UserError: if a batch cannot be split over the chips.
+    """
+    compiler = f"libtpu {metadata.version('libtpu')}, jax {jax.__version__}"
+    for topology, dataset, quantizer, step in itertools.product(
+        options.topologies, options.datasets, options.quantizers, options.steps
+    ):
+        devices = get_devices(topology)
+        config = get_config(dataset, quantizer)
+        batch_size = options.batch_size or config.batch_size
+        try:
+            sharding.mesh_for_batches(batch_size, configuration.latent_height(config), devices)
+        except UserError as error:
+            if options.batch_size:
+                raise UserError(f"{topology}: {error}") from error
+            batch_size = batch_size // 8 * len(devices)
+        wanted = [(topology, batch_size)]
+        images, remainder = divmod(batch_size, len(devices))
+        if step == "train" and len(devices) > 1 and not remainder:
+            wanted.insert(0, (_one_chip(topology), images))
+        for of_slice in wanted:
+            values = dataset, quantizer, step, *of_slice, options.compute_dtype, compiler
+            yield dict(zip(_SETTING, values, strict=True))
+
+
+def _key(setting: Row) -> tuple[Any, ...]:
+    return tuple(setting[name] for name in _SETTING)
+
+
+def _roofline_seconds(row: Row) -> float:
+    # One after the other: while the gradients are summed nothing is left to compute.
+    return max(row["memory_seconds"], row["arithmetic_seconds"]) + row["collective_seconds"]
+
+
+def _efficiency(row: Row, by_key: Mapping[tuple[Any, ...], Row]) -> float | None:
+    """Time of one chip with as many images over the row's, for a slice, where both are known."""
+    chips = math.prod(parse_topology(row["topology"])[1])
+    alone = {"topology": _one_chip(row["topology"]), "batch_size": row["batch_size"] / chips}
+    one_chip = by_key.get(_key({**row, **alone}))
+    if chips == 1 or one_chip is None or not one_chip["fits"]:
+        return None
+    return _roofline_seconds(one_chip) / _roofline_seconds(row)
+
+
+def _position(row: Row) -> tuple[Any, ...]:
+    """By which the table is sorted."""
+    chips = math.prod(parse_topology(row["topology"])[1])
+    kind, _, _ = row["topology"].partition(":")
+    places = ((DATASETS, "dataset"), (STEPS, "step"), (tuple(QUANTIZERS), "quantizer"))
+    dataset, step, quantizer = (choices.index(row[name]) for choices, name in places)
+    return dataset, step, kind, chips, row["batch_size"], quantizer, row["compute_dtype"]
+
+
+_COLUMNS = (
+    *("data set", "step", "quantizer", "slice", "images a chip", "dtype", "memory, GB"),
+    *("GB accessed", "GFLOP", "million cycles", "memory, ms", "arithmetic, ms", "collectives, ms"),
+    *("images/s a chip", "efficiency", "collectives"),
+)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """All rows in Markdown; bytes, FLOPs and times are of one chip and one step."""
+    by_key = {_key(row): row for row in rows}
+    lines = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
+    for row in sorted(rows, key=_position):
+        chip, shape = parse_topology(row["topology"])
+        images = row["batch_size"] / math.prod(shape)
+        memory = f"{row['memory_bytes'] / 1e9:.3g} of {chip.memory}"
+        cells = [
+            *(row["dataset"], row["step"], f"`{row['quantizer']}`", row["topology"]),
+            *(f"{images:g}", row["compute_dtype"]),
+        ]
+        if row["fits"]:
+            efficiency = _efficiency(row, by_key)
+            cells += [
+                memory,
+                f"{row['bytes_accessed'] / 1e9:.3g}",
+                f"{row['flops'] / 1e9:.3g}",
+                f"{row['cycles'] / 1e6:.3g}",
+                *(f"{1e3 * row[f'{what}_seconds']:.3g}" for what in _LIMITS),
+                f"{images / _roofline_seconds(row):,.0f}",
+                "" if efficiency is None else f"{efficiency:.1%}",
+                "; ".join(
+                    f"{of_kind['count']} {kind}, {of_kind['bytes']:,} B"
+                    for kind, of_kind in row["collectives"].items()
+                ),
+            ]
+        else:
+            cells += [f"**{memory}: does not fit**", *[""] * 9]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+_HEADER = """# The steps on TPUs, by the TPU compiler's account
+
+Written by benchmarks/tpu_compile.py, which says what the columns mean; not to be edited by hand.
+Compiled with {compilers}.
+
+"""
+
+
+def _read(output: pathlib.Path) -> list[Row]:
+    """What an earlier run has kept, if anything.
+
+    Raises:
+      UserError: if a run could not keep anything there.
+    """
+    if not output.parent.is_dir():
+        raise UserError(f"--output={output}: there is no directory {output.parent}")
+    if not output.exists():
+        return []
+    try:
+        rows = json.loads(output.read_text())
+        table(rows)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--output={output} exists and is not of this program") from error
+    return rows
+
+
+def _write(output: pathlib.Path, rows: Sequence[Row]) -> None:
+    """Keeps all rows, at no moment half of them."""
+    unfinished = output.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(rows, indent=1) + "\n")
+    unfinished.replace(output)
+    compilers = "; ".join(sorted({row["compiler"] for row in rows}))
+    output.with_suffix(".md").write_text(_HEADER.format(compilers=compilers) + table(rows) + "\n")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    title, *_ = (__doc__ or "").splitlines()
+    parser = argparse.ArgumentParser(prog="tpu_compile.py", description=title)
+    for name, choices in (("datasets", DATASETS), ("quantizers", QUANTIZERS), ("steps", STEPS)):
+        parser.add_argument(f"--{name}", nargs="+", choices=list(choices), default=list(choices))
+    parser.add_argument(
+        "--topologies", nargs="+", default=TOPOLOGIES, metavar="CHIP:SHAPE", help=", ".join(CHIPS)
+    )
+    parser.add_argument("--batch-size", type=int, default=0, help="over all chips")
+    parser.add_argument(
+        "--compute-dtype", choices=["float32", "bfloat16"], default="float32", metavar="DTYPE"
+    )
+    parser.add_argument("--output", type=pathlib.Path, help="a JSON file to keep the figures in")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    options = _parse(arguments)
+    try:
+        for topology in options.topologies:
+            parse_topology(topology)
+        if importlib.util.find_spec("libtpu") is None:
+            raise UserError('the TPU compiler is not installed: pip install "jax[tpu]"')
+        rows = _read(options.output) if options.output else []
+        done = {_key(row) for row in rows}
+        wanted = {_key(setting): setting for setting in settings(options)}
+        for number, (key, setting) in enumerate(wanted.items(), start=1):
+            if key in done:
+                continue
+            print(f"{number}/{len(wanted)}", *key, file=sys.stderr, flush=True)
+            rows.append(compile_row(setting))
+            if options.output:
+                _write(options.output, rows)
+    except UserError as error:
+        sys.exit(f"tpu_compile.py: {error}")
+    print(table([row for row in rows if _key(row) in wanted]))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

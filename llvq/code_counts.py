@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import jax
 from jax import numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, Int32, UInt32, UInt64
 
+from llvq import sharding
 from llvq.fingerprints import fingerprints
 
 _HEAD = 4096
@@ -62,9 +63,14 @@ def count_codes(
         where codes are scalars and there is no such axis.
       mesh: the devices.
     """
-    split = PartitionSpec("data")
-    share = functools.partial(_count_share, code_width=code_width)
-    return jax.shard_map(share, mesh=mesh, in_specs=split, out_specs=split)(codes, mask, levels)
+    shardings = (sharding.images_sharded, sharding.batch_sharded, sharding.device_sharded)
+    of_codes, of_mask, by_device = (split(mesh).spec for split in shardings)
+    return jax.shard_map(
+        functools.partial(_count_share, code_width=code_width),
+        mesh=mesh,
+        in_specs=(of_codes, of_mask, by_device),
+        out_specs=by_device,
+    )(codes, mask, levels)
 
 
 def _count_share(

@@ -67,7 +67,10 @@ class CodebookUsage:
 
     def levels(self, mesh: Mesh) -> Int32[Array, "devices"]:
         """The level, as `count_codes` wants it; hosts need not agree on it."""
-        return sharding.to_devices(np.full(len(mesh.local_devices), self._level, np.int32), mesh)
+        return jax.make_array_from_process_local_data(
+            sharding.device_sharded(mesh),
+            np.full(len(mesh.local_devices), self._level, np.int32),
+        )
 
     def add(self, batch: CodeCounts) -> None:
         """Counts what this host's devices have found in a batch."""

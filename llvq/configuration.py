@@ -56,6 +56,12 @@ def num_train_steps(config: Config, num_images: int) -> int:
     return config["num_train_steps"] or config["num_epochs"] * per_epoch
 
 
+def latent_height(config: Config) -> int:
+    """How many rows of latents an image has."""
+    model = config["model"]
+    return model["image_shape"][0] // 2 ** len(model["hidden_dims"])
+
+
 def _require(condition: bool, field: str, value: Any, expected: str) -> None:
     if not condition:
         raise UserError(f"config.{field}={value!r}: must be {expected}")

@@ -88,7 +88,7 @@ class Evaluator:
         mesh: the devices.
         """
         self._mesh = mesh
-        split, whole = sharding.batch_sharded(mesh), sharding.replicated(mesh)
+        whole, by_device = sharding.replicated(mesh), sharding.device_sharded(mesh)
 
         def load(state: TrainState, images: Array) -> tuple[VQVAE, Array]:
             model = nnx.merge(graphdef, state.params, state.statistics)
@@ -126,10 +126,11 @@ class Evaluator:
             a, b = (metrics.to_unit_range(x, value_range) for x in (inputs, outputs))
             return a, b, model.quantizer.histograms(codes)
 
-        in_shardings = (whole, split, split, split)
-        self.usage_step = jax.jit(usage_step, in_shardings=in_shardings, out_shardings=split)
+        batch = (sharding.images_sharded(mesh), sharding.batch_sharded(mesh), by_device)
+        in_shardings = (whole, *batch)
+        self.usage_step = jax.jit(usage_step, in_shardings=in_shardings, out_shardings=by_device)
         self.metrics_step = jax.jit(
-            metrics_step, in_shardings=in_shardings, out_shardings=(whole, split)
+            metrics_step, in_shardings=in_shardings, out_shardings=(whole, by_device)
         )
         self.preview_step = jax.jit(preview_step, in_shardings=(whole, whole), out_shardings=whole)
 
@@ -264,9 +265,8 @@ def evaluate(
     """
     configuration.validate(config)
     configuration.check_image_shape(config, data.image_shape)
-    mesh = sharding.make_mesh()
     batch_size = config["batch_size"]
-    sharding.check_batch_size(batch_size, mesh)
+    mesh = sharding.mesh_for_batches(batch_size, configuration.latent_height(config))
     checkpointing.require_writable(workdir)
     path, saved, state = checkpointing.load_newest(workdir if checkpoint is None else checkpoint)
     configuration.check_same_model(config, saved, str(path))

@@ -1,5 +1,11 @@
-"""Devices: one mesh axis, `data`; batches are split along it, everything else is replicated."""
+"""Devices: a mesh of the axes `data` and `height`; all but images and their codes is replicated.
 
+Batches are split along `data`. Where there are more devices than images, each image is split along
+`height` besides: XLA exchanges the rows that a convolution needs from either side.
+"""
+
+import collections
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +18,46 @@ from jaxtyping import Array, Shaped
 from llvq.errors import UserError
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of the given devices, of all devices of all hosts by default."""
-    return Mesh(np.asarray(jax.devices() if devices is None else devices), ("data",))
+def make_mesh(devices: Sequence[jax.Device] | None = None, *, height: int = 1) -> Mesh:
+    """A mesh of the given devices, of all devices of all hosts by default.
+
+    Args:
+      devices: to be used.
+      height: how many of them share an image; they should be neighbours in the sequence.
+    """
+    devices = jax.devices() if devices is None else devices
+    return Mesh(np.asarray(devices).reshape(-1, height), ("data", "height"))
+
+
+def mesh_for_batches(
+    batch_size: int, latent_height: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh on which every device gets an equal share of a batch.
+
+    Args:
+      batch_size: over all devices; images are split only if this does not divide by the devices.
+      latent_height: rows of latents an image has.
+      devices: to be used, all devices of all hosts by default.
+
+    Raises:
+      UserError: if there is no such mesh.
+    """
+    devices = sorted(devices or jax.devices(), key=lambda device: device.process_index)
+    height = len(devices) // math.gcd(batch_size, len(devices))
+    of_hosts = collections.Counter(device.process_index for device in devices)
+    of_a_host = of_hosts[devices[0].process_index]
+    if set(of_hosts.values()) != {of_a_host}:
+        raise UserError(
+            f"the {len(of_hosts)} processes have {', '.join(map(str, of_hosts.values()))} "
+            "devices: give each of them equally many"
+        )
+    # A host reads whole images: no two hosts share one.
+    if latent_height % height or of_a_host % height:
+        raise UserError(
+            f"batch_size={batch_size} does not divide by the {len(devices)} devices: "
+            f"set --config.batch_size to a multiple of {len(devices)}"
+        )
+    return make_mesh(devices, height=height)
 
 
 def describe(mesh: Mesh) -> str:
@@ -37,27 +80,26 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharded(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over the devices."""
+    """The leading axis split over the groups of devices that share images."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError unless every device gets an equal share of a batch, every process too."""
-    num_local, num_processes = len(mesh.local_devices), jax.process_count()
-    if num_local * num_processes != mesh.size:
-        raise UserError(
-            f"this process has {num_local} of the {mesh.size} devices of {num_processes} "
-            "processes: give each of them equally many"
-        )
-    if batch_size % mesh.size:
-        raise UserError(
-            f"batch_size={batch_size} does not divide by the {mesh.size} devices: "
-            f"set --config.batch_size to a multiple of {mesh.size}"
-        )
+def images_sharded(mesh: Mesh) -> NamedSharding:
+    """Of images and their codes, the leading two axes split over the devices."""
+    return NamedSharding(mesh, PartitionSpec("data", "height"))
+
+
+def device_sharded(mesh: Mesh) -> NamedSharding:
+    """The leading axis split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "height")))
 
 
 def to_devices(
     local: Shaped[np.ndarray, "local_batch ..."], mesh: Mesh
 ) -> Shaped[Array, "global_batch ..."]:
-    """One global array, split over the mesh, from each host's share of it."""
-    return jax.make_array_from_process_local_data(batch_sharded(mesh), local)
+    """One global array, split over the mesh, from each host's share of it.
+
+    Of more axes than one, the second is the images' height.
+    """
+    split = batch_sharded(mesh) if local.ndim == 1 else images_sharded(mesh)
+    return jax.make_array_from_process_local_data(split, local)

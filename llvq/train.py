@@ -127,9 +127,8 @@ def train_and_evaluate(
     """
     configuration.validate(config)
     configuration.check_image_shape(config, data.image_shape)
-    mesh = sharding.make_mesh()
     batch_size = config["batch_size"]
-    sharding.check_batch_size(batch_size, mesh)
+    mesh = sharding.mesh_for_batches(batch_size, configuration.latent_height(config))
     checkpointing.require_writable(workdir)
 
     num_images = data.num_images["train"]

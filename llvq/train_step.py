@@ -73,7 +73,7 @@ def make_train_step(
         return jax.jit(
             step,
             donate_argnums=0,
-            in_shardings=(sharding.replicated(mesh), sharding.batch_sharded(mesh)),
+            in_shardings=(sharding.replicated(mesh), sharding.images_sharded(mesh)),
             out_shardings=sharding.replicated(mesh),
         )
 

@@ -1,6 +1,7 @@
 """Several processes, as on the hosts of a pod, against one process that does the same."""
 
 import json
+import functools
 import shutil
 from pathlib import Path
 
@@ -113,11 +114,12 @@ def test_a_checkpoint_goes_on_with_another_number_of_devices(
 ):
     directory, runs = alone
     state, losses, _ = runs["vq_ema"]
-    make_mesh = sharding.make_mesh
+    mesh_for_batches = sharding.mesh_for_batches
 
     def go_on(num_devices, num_steps):
         devices = jax.devices()[:num_devices]
-        monkeypatch.setattr(sharding, "make_mesh", lambda: make_mesh(devices))
+        on_these = functools.partial(mesh_for_batches, devices=devices)
+        monkeypatch.setattr(sharding, "mesh_for_batches", on_these)
         return run_group.run("vq_ema", tmp_path, num_steps)
 
     if before == 8:
