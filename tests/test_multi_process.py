@@ -1,7 +1,7 @@
 """Several processes, as on the hosts of a pod, against one process that does the same."""
 
-import json
 import functools
+import json
 import shutil
 from pathlib import Path
 
