@@ -5,6 +5,8 @@ The config argument names the quantizer and the recipe: `configs/fashion_mnist.p
 
   paper   what the authors' released models were trained with (the default)
   long    ten epochs, the learning rate rising and then falling to 0
+  pod     the same with 8 images a device, however many there are, and a learning rate that goes
+          with the batch (llvq/scaling.py)
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +29,12 @@ def _long(config: ConfigDict) -> None:
     config.schedule = "cosine"
 
 
-RECIPES = {"paper": _paper, "long": _long}
+def _pod(config: ConfigDict) -> None:
+    _long(config)
+    config.images_per_device = 8
+
+
+RECIPES = {"paper": _paper, "long": _long, "pod": _pod}
 
 
 def get_config(argument: str) -> ConfigDict:
@@ -44,6 +51,9 @@ def get_config(argument: str) -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of the initial parameters and the input order
     config.batch_size = 64  # images a step, over all devices and hosts
+    # If above 0, a run takes so many times the number of devices instead, and batch_size is only
+    # what the numbers below are meant for: see llvq/scaling.py.
+    config.images_per_device = 0
     config.num_train_steps = 0  # if above 0, wins over num_epochs
     config.learning_rate = 1e-3  # Adam's
     # Of the convolutions' arithmetic: float32, bfloat16 or float64. Parameters, losses and the

@@ -420,6 +420,15 @@ def _finished(directory: epath.Path) -> list[epath.Path]:
     return [directory / str(step) for step in sorted(steps, reverse=True)]
 
 
+def newest_config(workdir: epath.PathLike) -> Config | None:
+    """The config with which a run was begun, if it has a checkpoint."""
+    for checkpoint in _finished(absolute(workdir) / "checkpoints"):
+        with contextlib.suppress(Exception):  # whatever a damaged one raises
+            config: Config = ocp.JsonCheckpointHandler().restore(checkpoint / "config")
+            return config
+    return None
+
+
 def _candidates(path: epath.PathLike) -> list[epath.Path]:
     """The checkpoints that a path may mean: itself, or those of a run, newest first."""
     root = absolute(path)

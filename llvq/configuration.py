@@ -20,7 +20,15 @@ Config = Mapping[str, Any]
 
 
 _FIELDS = (
-    *("seed", "batch_size", "num_epochs", "num_train_steps", "learning_rate", "schedule"),
+    *(
+        "seed",
+        "batch_size",
+        "images_per_device",
+        "num_epochs",
+        "num_train_steps",
+        "learning_rate",
+        "schedule",
+    ),
     *("compute_dtype", "keep_checkpoints", "log_every_steps", "eval_every_steps"),
     *("checkpoint_every_steps", "stop_on_failed_save", "dataset.name", "quantizer.name"),
     *("model.image_shape", "model.value_range", "model.hidden_dims", "model.num_residual_blocks"),
@@ -96,7 +104,7 @@ def validate(config: Config) -> None:
         "model.latent_dim",
     ):
         _require_integer(config, field, 1)
-    for field in ("seed", "num_train_steps", "model.num_residual_blocks"):
+    for field in ("seed", "images_per_device", "num_train_steps", "model.num_residual_blocks"):
         _require_integer(config, field, 0)
     stop = config["stop_on_failed_save"]
     _require(isinstance(stop, bool), "stop_on_failed_save", stop, "True or False")
@@ -180,9 +188,10 @@ def check_same_model(config: Config, saved: Config, where: str) -> None:
     """Raises UserError, naming the first field that differs, if `saved` describes another model.
 
     What an imported checkpoint's config does not know, a field that is missing or None, agrees
-    with everything.
+    with everything. The EMA decay matters in training only, and may have been scaled.
     """
-    _check_same(config, saved, ("dataset.name", "model", "quantizer"), where)
+    known = {**flatten(saved), "quantizer.decay": None}
+    _check_same(config, known, ("dataset.name", "model", "quantizer"), where)
 
 
 def check_resumable(config: Config, saved: Config, where: str) -> None:

@@ -23,6 +23,7 @@ from llvq import (
     console,
     metrics,
     order,
+    scaling,
     sharding,
     train_state,
     visualize,
@@ -265,7 +266,7 @@ def evaluate(
     """
     configuration.validate(config)
     configuration.check_image_shape(config, data.image_shape)
-    batch_size = config["batch_size"]
+    batch_size = scaling.global_batch_size(config, jax.device_count())
     mesh = sharding.mesh_for_batches(batch_size, configuration.latent_height(config))
     checkpointing.require_writable(workdir)
     path, saved, state = checkpointing.load_newest(workdir if checkpoint is None else checkpoint)

@@ -18,6 +18,7 @@ from llvq import (
     console,
     order,
     preemption,
+    scaling,
     schedules,
     sharding,
     train_state,
@@ -127,6 +128,7 @@ def train_and_evaluate(
     """
     configuration.validate(config)
     configuration.check_image_shape(config, data.image_shape)
+    config = scaling.scale(config, jax.device_count(), checkpointing.newest_config(workdir))
     batch_size = config["batch_size"]
     mesh = sharding.mesh_for_batches(batch_size, configuration.latent_height(config))
     checkpointing.require_writable(workdir)

@@ -33,7 +33,7 @@ Run = dict[str, Any]
 _FREE = {
     *("seed", "dataset.data_dir", "dataset.manual_dir", "keep_checkpoints"),
     *(f"{what}_every_steps" for what in ("log", "eval", "checkpoint")),
-    "stop_on_failed_save",
+    *("stop_on_failed_save", "images_per_device"),
 }
 _CURVES = {"train/reconstruction_loss", "train/distinct_codes"}
 _RATE = "train/images_per_second"

@@ -15,6 +15,7 @@ def config(quantizer: str, **overrides: Any) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "seed": 3,
         "batch_size": 16,
+        "images_per_device": 0,
         "num_epochs": 1,
         "num_train_steps": 6,
         "learning_rate": 1e-3,
