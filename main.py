@@ -65,8 +65,10 @@ def _read_flags(argv: Sequence[str]) -> list[str]:
         raise UserError(
             f"the config has no field {field!r}: configs/default.py lists them"
         ) from error
-    except (flags.Error, OSError) as error:
+    except flags.Error as error:
         raise UserError(_cause(error)) from error
+    except OSError as error:
+        raise UserError(f"--config: {_cause(error.__cause__ or error)}") from error
     except Exception as error:
         raise UserError(f"in --config or an override of its fields: {_cause(error)}") from error
     if len(arguments) > 1:
@@ -79,7 +81,7 @@ def _read_flags(argv: Sequence[str]) -> list[str]:
     return arguments
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
     """In one line; a mistake inside a config file comes with its traceback, the cause behind it."""
     text = str(error).strip() or type(error).__name__
     cause = text.splitlines()[-1] if "Traceback" in text else text

@@ -4,7 +4,6 @@ A config is a nested mapping with the fields of configs/default.py: an ml_collec
 (which is no Mapping, only like one) or plain dicts.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -146,13 +145,9 @@ def _check_fields(config: Config) -> None:
             raise UserError(
                 f"the config lacks {field}: configs/default.py lists every field"
             ) from error
-    unknown = [
-        name for name in flatten(config) if name not in _FIELDS and name.split(".")[0] != "quantizer"
-    ]
-    if unknown:
-        raise UserError(
-            f"the config has no field {unknown[0]!r}: configs/default.py lists every field"
-        )
+    for field in flatten(config):
+        if field not in _FIELDS and not field.startswith("quantizer."):
+            raise UserError(f"the config has the field {field}, which configs/default.py lacks")
 
 
 def _validate_model(model: Config) -> None:
@@ -179,7 +174,8 @@ def _validate_model(model: Config) -> None:
     value_range = model["value_range"]
     valid = isinstance(value_range, list) and len(value_range) == 2
     valid = valid and all(map(_is_number, value_range)) and value_range[0] < value_range[1]
-    _require(valid, "model.value_range", value_range, f"two numbers within ±{_LARGEST}, the lower first")
+    expected = f"two numbers within ±{_LARGEST}, the lower first"
+    _require(valid, "model.value_range", value_range, expected)
 
 
 def _validate_quantizer(quantizer: Config) -> None:

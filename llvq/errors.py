@@ -4,6 +4,9 @@
 class UserError(Exception):
     """A mistake of the user's, with a message of one line: what is wrong and what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # libraries' own may have several
+
 
 class DivergenceError(UserError):
     """The loss or the gradient became NaN or infinite."""

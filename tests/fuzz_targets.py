@@ -1,4 +1,4 @@
-"""What is fuzzed: each function tries one case and says ("done", what came out) or ("refused", why).
+"""What is fuzzed: each function tries one case and says ("done", result) or ("refused", line).
 
 They run in a child of the tests (see tests/fuzzing.py); what they raise is a failure.
 """
@@ -8,7 +8,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -19,7 +18,15 @@ from absl import flags
 from etils import epath
 
 import main
-from llvq import checkpointing, configuration, evaluate, order, schedules, sharding, train, train_state
+from llvq import (
+    checkpointing,
+    configuration,
+    evaluate,
+    schedules,
+    sharding,
+    train,
+    train_state,
+)
 from llvq.data import ArrayDataset
 from llvq.errors import UserError
 from llvq.train_step import make_train_step
@@ -121,6 +128,11 @@ def _digests(data):
     return digests
 
 
+def _manual(directory):
+    manual = Path(directory, "manual")
+    return str(manual) if manual.is_dir() else ""
+
+
 @target
 def load_fashion_mnist(directory, files):
     """IDX files of a directory, or what TFDS prepared there; `files` tells what is official."""
@@ -129,9 +141,7 @@ def load_fashion_mnist(directory, files):
     fashion_mnist._FILES = files
     fashion_mnist._DEBIAN_DIR = epath.Path("/nowhere")
     fashion_mnist.tfds.image_classification.FashionMNIST.URL = NOWHERE
-    manual = os.path.join(directory, "manual")
-    is_idx = Path(manual).is_dir()
-    return _digests(fashion_mnist.load(f"{directory}/data", manual if is_idx else ""))
+    return _digests(fashion_mnist.load(f"{directory}/data", _manual(directory)))
 
 
 @target
@@ -140,9 +150,7 @@ def load_celeba(directory):
     from input_pipeline import celeba
 
     celeba._PROBE_URL = NOWHERE
-    manual = f"{directory}/manual"
-    manual = manual if Path(manual).is_dir() else ""
-    return _digests(celeba.load(f"{directory}/data", manual, num_images=CELEBA))
+    return _digests(celeba.load(f"{directory}/data", _manual(directory), num_images=CELEBA))
 
 
 @target
@@ -163,10 +171,12 @@ def load_ffhq(directory):
         return _digests(data)
 
     hub = image_data.Hub(ffhq1024._HUB_DATASET, ffhq1024._HUB_REVISION)
-    if Path(f"{directory}/manual").is_dir():
-        return load(f"{directory}/manual")
+    if manual := _manual(directory):
+        return load(manual)
     if Path(f"{directory}/hub").is_dir():
-        hub.files = {p.name: p.read_bytes() for p in Path(directory, "hub").iterdir() if p.is_file()}
+        hub.files = {
+            p.name: p.read_bytes() for p in Path(directory, "hub").iterdir() if p.is_file()
+        }
     else:
         hub.status = 404
     with image_data.serve(hub):

@@ -16,9 +16,7 @@ DEADLINE_SECONDS = 60.0  # of a case that takes a second or less on a quiet mach
 
 # Where in a file: a part of its length, or so many bytes from its beginning or its end, where
 # headers, tables of contents and checksums are.
-_places = st.one_of(
-    st.floats(0, 1, exclude_max=True), st.integers(0, 64), st.integers(-64, -1)
-)
+_places = st.one_of(st.floats(0, 1, exclude_max=True), st.integers(0, 64), st.integers(-64, -1))
 _lengths = st.one_of(st.integers(1, 16), st.sampled_from([100, 1000, 4096, 65536]))
 _replacements = st.sampled_from(
     [None, True, False, 0, -1, 3, 2**31, 10**30, 0.5, 1e300, "", "x", "1", "ä\n", [], [0], {}]
@@ -88,10 +86,8 @@ def _damage_bytes(content, kind, a, b):
     if kind == "swap":
         i, j = sorted((i, index(b)))
         length = min(32, j - i)
-        return b"".join(
-            (content[:i], content[j : j + length], content[i + length : j])
-            + (content[i : i + length], content[j + length :])
-        )
+        first, second = content[i : i + length], content[j : j + length]
+        return content[:i] + second + content[i + length : j] + first + content[j + length :]
     block = content[i : i + b]
     middle = {"zero": bytes(len(block)), "delete": b"", "duplicate": block + block}[kind]
     return content[:i] + middle + content[i + b :]
