@@ -23,7 +23,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from llvq import checkpointing, configuration, console
+from llvq import checkpointing, configuration, console, errors
 from llvq.errors import UserError
 from llvq.evaluate import evaluate
 from llvq.train import train_and_evaluate
@@ -136,29 +136,22 @@ def main(argv: Sequence[str]) -> None:
         if _MODE.value == "evaluate":  # before data is looked for
             checkpointing.find(_CHECKPOINT.value or _WORKDIR.value)
         data = input_pipeline.load(**config.dataset)
-        if _MODE.value == "train":
-            train_and_evaluate(
-                config, _WORKDIR.value, data, make_writer=_make_writer, progress=_make_progress
-            )
-        else:
-            results = evaluate(
-                config,
-                _WORKDIR.value,
-                data,
-                checkpoint=_CHECKPOINT.value or None,
-                progress=_make_progress,
-            )
-            logging.info("%s", json.dumps(results, indent=2))
+        with errors.naming_lack_of_memory():
+            if _MODE.value == "train":
+                train_and_evaluate(
+                    config, _WORKDIR.value, data, make_writer=_make_writer, progress=_make_progress
+                )
+            else:
+                results = evaluate(
+                    config,
+                    _WORKDIR.value,
+                    data,
+                    checkpoint=_CHECKPOINT.value or None,
+                    progress=_make_progress,
+                )
+                logging.info("%s", json.dumps(results, indent=2))
     except (UserError, input_pipeline.DataError) as error:
         sys.exit(f"main.py: {error}")
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        reason = " ".join(str(error).split())
-        if isinstance(error, jax.errors.JaxRuntimeError) and "out of memory" not in reason.lower():
-            raise
-        sys.exit(
-            f"main.py: not enough memory ({reason:.100}): lower --config.batch_size, or the sizes "
-            "of --config.model and --config.quantizer"
-        )
     except KeyboardInterrupt:
         sys.exit("main.py: interrupted; the same command goes on from the last checkpoint")
 

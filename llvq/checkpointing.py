@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from orbax import checkpoint as ocp
 
 from llvq import sharding, train_state
-from llvq.configuration import Config, check_resumable, to_plain
+from llvq.configuration import Config, check_resumable, check_saved, to_plain
 from llvq.errors import UserError, first_line
 from llvq.model import VQVAE
 from llvq.train_state import TrainState, Tree
@@ -236,6 +236,7 @@ def load(path: epath.PathLike) -> tuple[Config, TrainState]:
     with _reading(checkpoint, "name another one with --checkpoint"):
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             config: dict[str, Any] = reader.restore(checkpoint / "config")
+        check_saved(config)
         _, params, statistics = _abstract_model(config)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = jax.tree.map(

@@ -106,10 +106,8 @@ def validate(config: Config) -> None:
     """Raises UserError, naming the field, unless the config describes a possible run."""
     config = to_plain(config)
     _check_fields(config)
-    for field, (smallest, largest) in _INTEGERS.items():
-        value = _get(config, field)
-        valid = _is_integer(value, smallest, largest)
-        _require(valid, field, value, f"an integer from {smallest} to {largest}")
+    for field in _INTEGERS:
+        _check_integer(config, field)
     rate = config["learning_rate"]
     valid = _is_number(rate) and rate >= 0
     _require(valid, "learning_rate", rate, f"a number from 0 to {_LARGEST}")
@@ -126,35 +124,61 @@ def validate(config: Config) -> None:
         "float64",
         "used with jax_enable_x64 (JAX_ENABLE_X64=1)",
     )
-    _validate_model(config["model"])
+    _check_hidden_dims(config)
+    _validate_images(config["model"])
     _validate_quantizer(config["quantizer"])
 
 
 def _get(config: Config, field: str) -> Any:
+    value: Any = config
     for name in field.split("."):
-        config = config[name]
-    return config
+        try:
+            value = value[name]
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"the config lacks {field}: configs/default.py lists every field"
+            ) from error
+    return value
+
+
+def _check_integer(config: Config, field: str) -> None:
+    value = _get(config, field)
+    smallest, largest = _INTEGERS[field]
+    valid = _is_integer(value, smallest, largest)
+    _require(valid, field, value, f"an integer from {smallest} to {largest}")
 
 
 def _check_fields(config: Config) -> None:
     """Exactly those of configs/default.py; which ones `quantizer` has depends on its name."""
     for field in _FIELDS:
-        try:
-            _get(config, field)
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"the config lacks {field}: configs/default.py lists every field"
-            ) from error
+        _get(config, field)
     for field in flatten(config):
         if field not in _FIELDS and not field.startswith("quantizer."):
             raise UserError(f"the config has the field {field}, which configs/default.py lacks")
 
 
-def _validate_model(model: Config) -> None:
-    hidden_dims, image_shape = model["hidden_dims"], model["image_shape"]
+def _check_hidden_dims(config: Config) -> None:
+    hidden_dims = to_plain(_get(config, "model.hidden_dims"))
     valid = isinstance(hidden_dims, list) and hidden_dims != []
     valid = valid and all(_is_integer(width, 1, 2**16) for width in hidden_dims)
     _require(valid, "model.hidden_dims", hidden_dims, "one or more integers from 1 to 65536")
+
+
+def check_saved(config: Config) -> None:
+    """Raises UserError, naming the field, unless a checkpoint's config has sizes to work with.
+
+    Those of the network, and those of the run, of which an imported checkpoint knows nothing.
+    """
+    fields = ["model.num_residual_blocks", "model.latent_dim"]
+    if "num_epochs" in config:
+        fields += ["batch_size", "num_epochs", "num_train_steps"]
+    for field in fields:
+        _check_integer(config, field)
+    _check_hidden_dims(config)
+
+
+def _validate_images(model: Config) -> None:
+    hidden_dims, image_shape = model["hidden_dims"], model["image_shape"]
     valid = isinstance(image_shape, list) and len(image_shape) == 3
     valid = valid and all(_is_integer(size, 1) for size in image_shape)
     _require(valid, "model.image_shape", image_shape, "3 integers ≥ 1")

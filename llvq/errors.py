@@ -1,5 +1,10 @@
 """What a user did that cannot work: main.py prints these as one line."""
 
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
 
 class UserError(Exception):
     """A mistake of the user's, with a message of one line: what is wrong and what to do."""
@@ -15,4 +20,22 @@ class DivergenceError(UserError):
 def first_line(error: Exception) -> str:
     """What a library's exception says, short enough for a message of one line."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    # TensorStore appends where in its source this is, and the whole specification of an array.
+    return lines[0].partition(" [")[0][:300] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def naming_lack_of_memory() -> Iterator[None]:
+    """Makes a UserError of what JAX and NumPy raise when the machine or a device has too little."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        reason = first_line(error)
+        is_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason
+        # On the CPU it may be an INTERNAL error.
+        if not is_memory and "out of memory" not in reason.lower():
+            raise
+        raise UserError(
+            f"not enough memory ({reason:.150}): lower --config.batch_size or the sizes in "
+            "--config.model and --config.quantizer"
+        ) from error

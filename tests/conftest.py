@@ -11,8 +11,8 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Fuzzing: the same examples always by default, and with --hypothesis-profile=long more of them,
-# others each time. No database: what was found belongs into a test. Deadlines are the tests' own.
+# Fuzzing: by default a few examples, always the same; with --hypothesis-profile=long many, others
+# each time. No database: what was found belongs into a test. Deadlines are the tests' own.
 _common = {
     "deadline": None,
     "database": None,
@@ -20,7 +20,7 @@ _common = {
     "suppress_health_check": list(HealthCheck),
 }
 settings.register_profile("default", max_examples=300, derandomize=True, **_common)
-settings.register_profile("long", max_examples=1500, **_common)
+settings.register_profile("long", max_examples=2200, **_common)
 settings.load_profile("default")
 
 

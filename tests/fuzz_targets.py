@@ -141,7 +141,10 @@ def load_fashion_mnist(directory, files):
     fashion_mnist._FILES = files
     fashion_mnist._DEBIAN_DIR = epath.Path("/nowhere")
     fashion_mnist.tfds.image_classification.FashionMNIST.URL = NOWHERE
-    return _digests(fashion_mnist.load(f"{directory}/data", _manual(directory)))
+    num_images = {split: (num_bytes - 16) // 28**2 for split, (_, num_bytes, _) in files.items()}
+    return _digests(
+        fashion_mnist.load(f"{directory}/data", _manual(directory), num_images=num_images)
+    )
 
 
 @target
@@ -194,18 +197,15 @@ def import_torch(directory):
     with contextlib.redirect_stdout(io.StringIO()):
         import_torch.main([f"--checkpoint={directory}/model.ckpt", f"--output={directory}/output"])
     config, state = checkpointing.load(f"{directory}/output")
-    model = checkpointing.model_of(config, state)
-    images = np.zeros((1, 16, 16, config["model"]["image_shape"][2]), np.float32)
-    assert model.encode(images).shape[0] == 1
+    checkpointing.model_of(config, state)
 
 
 @target
 def load_checkpoint(directory, config):
-    """A checkpoint of a run, as --checkpoint would take it; whether it is the tiny model's."""
+    """A checkpoint of a run, as --checkpoint would take it; digests of its tensors."""
     saved, state = checkpointing.load(f"{directory}/checkpoints/2")
     configuration.check_same_model(config, saved, directory)
-    model = checkpointing.model_of(config, state)
-    assert model.encode(np.zeros((1, 12, 12, 1), np.float32)).shape[:3] == (1, 6, 6)
+    checkpointing.model_of(config, state)
     return [hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for x in jax.tree.leaves(state)]
 
 

@@ -174,3 +174,10 @@ def test_help_explains_itself():
     assert "The config argument names the quantizer" in result.stdout
     assert "--workdir" in result.stdout
     assert "Traceback" not in result.stderr
+
+
+@needs_files
+def test_a_run_that_no_machine_has_the_memory_for_is_one_line(tmp_path):
+    sizes = ["--config.quantizer.codebook_size=16777216", "--config.model.latent_dim=65536"]
+    result = main(f"{FASHION}:vq", f"--workdir={tmp_path}", *sizes)  # 4.4 TB of codebook
+    assert_one_line(result, "not enough memory", "--config.quantizer")
