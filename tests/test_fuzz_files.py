@@ -1,7 +1,8 @@
 """Damaged files: every load ends in the right images or in one line, and takes nothing along.
 
 Where a checksum covers every byte (IDX files, zips, PNG, ArrayRecord, TFRecord) only the right
-pixels may come out; in a folder of JPEG files, in WebP and in weights, other values may.
+pixels may come out; in a folder of JPEG files, in WebP and in weights, other values may, and so
+they may where a whole shard is a good one of another split.
 """
 
 import gzip
@@ -300,7 +301,7 @@ def test_damaged_files(layout, child, tmp_path_factory):
             assert any(str(path) in result for path in (directory / file).parents) or (
                 str(file) in result or file.name in result
             ), result
-        elif is_checked:
+        elif is_checked and ("other", None, None) not in damages:
             assert result == right
 
     run()
