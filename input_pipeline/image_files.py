@@ -78,4 +78,4 @@ def _open_zip(path: epath.Path) -> zipfile.ZipFile:
 
 
 def _unreadable(path: epath.Path, error: Exception) -> DataError:
-    return DataError(f"{path} cannot be read ({str(error):.200}): fetch it again")
+    return DataError(f"{path} cannot be read ({error!s:.200}): fetch it again")
