@@ -125,6 +125,7 @@ def words(line):
         "--workdir is missing",
         "--config: ",
         "in --config or an override",
+        "flag --config",
     }
 
 
