@@ -24,7 +24,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from llvq import checkpointing, configuration, console, distributed, preemption
+from llvq import checkpointing, configuration, console, distributed, errors, preemption
 from llvq.errors import UserError, first_line
 from llvq.evaluate import evaluate
 from llvq.train import train_and_evaluate
@@ -47,28 +47,51 @@ _PROGRESS_SECONDS = 10.0
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses flags; a mistake in them ends in one line, without a traceback."""
     try:
-        arguments = flags.FLAGS(argv)
-        if len(arguments) > 1:
-            raise UserError(f"unexpected argument {arguments[1]!r}: options start with --")
-        for flag in (_CONFIG, _WORKDIR):
-            if not flag.value:
-                raise UserError(f"--{flag.name} is missing (see python main.py --help)")
-        if _CHECKPOINT.value and _MODE.value != "evaluate":
-            raise UserError("--checkpoint is for --mode=evaluate only")
+        arguments = _read_flags(argv)
         config = _CONFIG.value
-        config.to_dict()  # a config file that could not be loaded raises here
-        if config.compute_dtype == "float64":
+        if config.get("compute_dtype") == "float64":
             jax.config.update("jax_enable_x64", True)
         configuration.validate(config)
         return arguments
+    except UserError as error:
+        sys.exit(f"main.py: {error}")
+
+
+def _read_flags(argv: Sequence[str]) -> list[str]:
+    """Raises UserError, whatever absl, ml_collections or a config file raise over the flags."""
+    try:
+        arguments = flags.FLAGS(argv)
+        config = _CONFIG.value
+        if config:
+            config.to_dict()  # a config file that could not be loaded raises here
+    except UserError:
+        raise
     except AttributeError as error:
         field = str(error).strip("\"'")
-        sys.exit(f"main.py: the config has no field {field!r}: configs/default.py lists them")
-    except (UserError, flags.Error, OSError) as error:
-        # A mistake inside a config file comes with its traceback, the cause in the last line.
-        is_traceback = "Traceback" in str(error)
-        text = str(error).strip().splitlines()[-1] if is_traceback else str(error)
-        sys.exit(f"main.py: {' '.join(text.split())}")
+        raise UserError(
+            f"the config has no field {field!r}: configs/default.py lists them"
+        ) from error
+    except flags.Error as error:
+        raise UserError(_cause(error)) from error
+    except OSError as error:
+        raise UserError(f"--config: {_cause(error.__cause__ or error)}") from error
+    except Exception as error:
+        raise UserError(f"in --config or an override of its fields: {_cause(error)}") from error
+    if len(arguments) > 1:
+        raise UserError(f"unexpected argument {arguments[1]!r}: options start with --")
+    for flag in (_CONFIG, _WORKDIR):
+        if not flag.value:
+            raise UserError(f"--{flag.name} is missing (see python main.py --help)")
+    if _CHECKPOINT.value and _MODE.value != "evaluate":
+        raise UserError("--checkpoint is for --mode=evaluate only")
+    return arguments
+
+
+def _cause(error: BaseException) -> str:
+    """In one line; a mistake inside a config file comes with its traceback, the cause behind it."""
+    text = str(error).strip() or type(error).__name__
+    cause = text.splitlines()[-1] if "Traceback" in text else text
+    return f"{' '.join(cause.split()):.300}"
 
 
 def _set_up_console() -> None:
@@ -149,19 +172,20 @@ def _run() -> None:
             checkpointing.find(_CHECKPOINT.value or workdir)
         with distributed.first_process_first():
             data = input_pipeline.load(**config.dataset)
-        if _MODE.value == "train":
-            train_and_evaluate(
-                config, workdir, data, make_writer=_make_writer, progress=_make_progress
-            )
-        else:
-            results = evaluate(
-                config,
-                workdir,
-                data,
-                checkpoint=_CHECKPOINT.value or None,
-                progress=_make_progress,
-            )
-            logging.info("%s", json.dumps(results, indent=2))
+        with errors.naming_lack_of_memory():
+            if _MODE.value == "train":
+                train_and_evaluate(
+                    config, workdir, data, make_writer=_make_writer, progress=_make_progress
+                )
+            else:
+                results = evaluate(
+                    config,
+                    workdir,
+                    data,
+                    checkpoint=_CHECKPOINT.value or None,
+                    progress=_make_progress,
+                )
+                logging.info("%s", json.dumps(results, indent=2))
     except input_pipeline.DataError as error:
         raise UserError(str(error)) from error
     except asynclib.AsyncError as error:

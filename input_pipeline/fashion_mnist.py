@@ -7,6 +7,7 @@ and the last 5,000 training images; 10,000 test images) is the same for everyone
 import gzip
 import hashlib
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 import tensorflow as tf
@@ -21,6 +22,7 @@ from input_pipeline.errors import DataError
 
 IMAGE_SHAPE = (28, 28, 1)
 NUM_TRAIN = 55_000
+NUM_IMAGES = {"train": 60_000, "test": 10_000}  # as published; the last ones are for validation
 
 # TFDS's split: the IDX file's name, its length in bytes and SHA-256, both once decompressed:
 # distributors recompress the files.
@@ -42,7 +44,9 @@ _DEBIAN_DIR = epath.Path("/usr/share/datasets/fashion-mnist")
 Images = UInt8[np.ndarray, "n 28 28 1"]
 
 
-def load(data_dir: str = "", manual_dir: str = "") -> Arrays:
+def load(
+    data_dir: str = "", manual_dir: str = "", *, num_images: Mapping[str, int] = NUM_IMAGES
+) -> Arrays:
     """FashionMNIST from wherever it is: TFDS's directory, local IDX files, or TFDS's download.
 
     Args:
@@ -50,6 +54,7 @@ def load(data_dir: str = "", manual_dir: str = "") -> Arrays:
       manual_dir: where the IDX files lie (train-images-idx3-ubyte and t10k-images-idx3-ubyte, with
         or without .gz). If empty: DATA_DIR/downloads/manual/fashion_mnist, as TFDS has it, then
         where Debian's package `dataset-fashion-mnist` puts them.
+      num_images: in each split of what TFDS prepared.
 
     Raises:
       DataError: if the data is nowhere to be had, or what is there is not FashionMNIST.
@@ -57,12 +62,12 @@ def load(data_dir: str = "", manual_dir: str = "") -> Arrays:
     data_dir = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     builder = records.find_builder("fashion_mnist", data_dir)
     if not manual_dir and builder.is_prepared():
-        images = _read_tfds(builder)
+        images = _read_tfds(builder, num_images)
     elif (idx_dir := _find_idx_files(manual_dir, data_dir)) is not None:
         logging.info("Reading FashionMNIST from %s", idx_dir)
         images = {split: _read_idx(idx_dir, split) for split in _FILES}
     else:
-        images = _read_tfds(_download(data_dir))
+        images = _read_tfds(_download(data_dir), num_images)
     return Arrays(
         {
             "train": images["train"][:NUM_TRAIN],
@@ -114,7 +119,9 @@ def _read_idx(directory: epath.Path, split: str) -> Images:
     return np.frombuffer(content, np.uint8, offset=_HEADER_BYTES).reshape(-1, *IMAGE_SHAPE)
 
 
-def _read_tfds(builder: tfds.core.DatasetBuilder) -> dict[str, Images]:
+def _read_tfds(
+    builder: tfds.core.DatasetBuilder, num_images: Mapping[str, int]
+) -> dict[str, Images]:
     """The images that TFDS prepared, put back from its shuffled into the official order."""
     images = {}
     for split in _FILES:
@@ -125,6 +132,11 @@ def _read_tfds(builder: tfds.core.DatasetBuilder) -> dict[str, Images]:
             raise DataError(
                 f"{builder.data_path} cannot be read ({reason}): delete it to have it prepared anew"
             ) from error
+        if len(shuffled) != num_images[split]:
+            raise DataError(
+                f"{builder.data_path} has {len(shuffled)} images in split {split!r}, not "
+                f"{num_images[split]}: delete it to have it prepared anew"
+            )
         hasher = tfds.core.hashing.Hasher(split)  # TFDS writes examples in the order of their hash
         order = sorted(range(len(shuffled)), key=hasher.hash_key)
         images[split] = np.empty_like(shuffled)

@@ -1,7 +1,6 @@
 """Image files as people hold them: in a folder, or in a zip of that folder."""
 
 import zipfile
-import zlib
 from collections.abc import Iterable
 
 from etils import epath
@@ -53,12 +52,8 @@ class ImageFiles:
             content = (
                 path.read_bytes() if self._zip is None else self._zip.read(self._members[name])
             )
-        # The last two: of a zip that is encrypted, or compressed in a way that Python lacks.
-        except (
-            *(OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error),
-            *(RuntimeError, NotImplementedError),
-        ) as error:
-            raise DataError(f"{path} cannot be read ({error}): fetch it again") from error
+        except Exception as error:  # zipfile raises whatever it meets in a damaged file
+            raise _unreadable(path, error) from error
         return str(path), content
 
     def _size(self, name: str) -> int:
@@ -78,5 +73,9 @@ def find(directory: epath.Path, stem: str) -> ImageFiles | None:
 def _open_zip(path: epath.Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path.open("rb"))
-    except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read ({error}): fetch it again") from error
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: epath.Path, error: Exception) -> DataError:
+    return DataError(f"{path} cannot be read ({error!s:.200}): fetch it again")

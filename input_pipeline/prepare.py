@@ -113,47 +113,39 @@ def prepare(
       DataError: if an image is damaged or another than it should be, if `read` raises it, or if
         the directory cannot be written.
     """
-    try:
+    with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        lock = _exclusive(directory)
-    except OSError as error:
-        raise _unwritable(directory, error) from error
-    with lock:
-        if is_prepared(directory):
-            return
-        shards = list(_plan(name, num_images, images_per_shard))
-        checksums = _read_checksums(directory)
-        cores = os.cpu_count() or 1
-        finished = [checksums[shard.file_name] for shard in shards if shard.file_name in checksums]
-        num_missing = sum(num_images.values()) - sum(entry["num_records"] for entry in finished)
-        _announce(
-            directory,
-            num_missing,
-            max(num_bytes - sum(entry["num_bytes"] for entry in finished), 0) + scratch_bytes,
-            num_missing * seconds_per_image / cores,
-        )
-        # Finished shards are in the progress bar too: reading them for their checksums takes time.
-        with tqdm(total=sum(num_images.values()), desc=name, unit=" images") as progress:
-            for shard in shards:
-                path = directory / shard.file_name
-                if _is_finished(path, checksums):
-                    progress.update(len(shard.positions))
-                    continue
-                images = read(shard.split, shard.positions)
-                md5s = None
-                if pixel_md5:
-                    md5s = [pixel_md5[shard.split][i] for i in shard.positions]
-                try:
+        with _exclusive(directory):
+            if is_prepared(directory):
+                return
+            shards = list(_plan(name, num_images, images_per_shard))
+            checksums = _read_checksums(directory)
+            paths = [directory / shard.file_name for shard in shards]
+            on_disk = sum(path.stat().length for path in paths if path.name in checksums)
+            num_missing = sum(
+                len(shard.positions) for shard in shards if shard.file_name not in checksums
+            )
+            _announce(
+                directory,
+                num_missing,
+                max(num_bytes - on_disk, 0) + scratch_bytes,
+                num_missing * seconds_per_image / (os.cpu_count() or 1),
+            )
+            # Finished shards are in the progress bar too: reading them for their checksums takes
+            # time.
+            with tqdm(total=sum(num_images.values()), desc=name, unit=" images") as progress:
+                for shard, path in zip(shards, paths, strict=True):
+                    if path.name in checksums and sha256(path) == checksums[path.name]:
+                        progress.update(len(shard.positions))
+                        continue
+                    images = read(shard.split, shard.positions)
+                    md5s = None
+                    if pixel_md5:
+                        md5s = [pixel_md5[shard.split][i] for i in shard.positions]
                     checked = _checked(images, decode, image_shape, md5s)
-                    entry = _write_shard(path, checked, progress)
-                    checksums[shard.file_name] = entry
+                    checksums[path.name] = _write_shard(path, checked, progress)
                     _write_checksums(directory, checksums)
-                except (OSError, RuntimeError) as error:
-                    raise _unwritable(directory, error) from error
-        try:
-            _write_metadata(directory, name, shards, image_shape, checksums, about)
-        except OSError as error:
-            raise _unwritable(directory, error) from error
+            _write_metadata(directory, name, shards, image_shape, about)
 
 
 def sha256(path: epath.Path) -> str:
@@ -214,32 +206,36 @@ def _announce(directory: epath.Path, num_images: int, num_bytes: int, seconds: f
     )
 
 
-def _unwritable(directory: epath.Path, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())
-    return DataError(
-        f"{directory} cannot be written ({reason}): see to its disk and permissions, or name "
-        "another directory with --config.dataset.data_dir"
-    )
-
-
-def _read_checksums(directory: epath.Path) -> dict[str, dict]:
+@contextlib.contextmanager
+def _writing(directory: epath.Path) -> Iterator[None]:
+    """Makes one line of what the file system or ArrayRecord raise."""
     try:
-        return json.loads((directory / _CHECKSUMS).read_text())
-    except (FileNotFoundError, ValueError):  # none yet, or torn by a power cut
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{directory} cannot be written ({reason}): see to its disk and permissions, or name "
+            "another directory with --config.dataset.data_dir"
+        ) from error
+
+
+def _read_checksums(directory: epath.Path) -> dict[str, str]:
+    """The SHA-256 of every finished shard that is there."""
+    try:
+        entries = json.loads((directory / _CHECKSUMS).read_text())
+        return {
+            name: entry["sha256"] for name, entry in entries.items() if (directory / name).exists()
+        }
+    # None yet, or torn by a power cut.
+    except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError):
         return {}
 
 
-def _write_checksums(directory: epath.Path, checksums: Mapping[str, dict]) -> None:
+def _write_checksums(directory: epath.Path, checksums: Mapping[str, str]) -> None:
+    entries = {name: {"sha256": digest} for name, digest in checksums.items()}
     unfinished = directory / f"{_CHECKSUMS}.unfinished"
-    unfinished.write_text(json.dumps(checksums, indent=1))
+    unfinished.write_text(json.dumps(entries, indent=1))
     unfinished.replace(directory / _CHECKSUMS)
-
-
-def _is_finished(path: epath.Path, checksums: Mapping[str, dict]) -> bool:
-    """Whether a shard is whole; what a power cut tore apart is not."""
-    if path.name not in checksums or not path.exists():
-        return False
-    return sha256(path) == checksums[path.name]["sha256"]
 
 
 def _checked(
@@ -275,20 +271,17 @@ def _checked(
             yield pending.popleft().result()
 
 
-def _write_shard(path: epath.Path, images: Iterable[tuple[str, bytes]], progress: tqdm) -> dict:
-    """Writes a shard under another name and renames it; returns its entry in the checksums."""
+def _write_shard(path: epath.Path, images: Iterable[tuple[str, bytes]], progress: tqdm) -> str:
+    """Writes a shard under another name and renames it; returns its SHA-256."""
     unfinished = path.parent / f"{path.name}.unfinished"
-    num_records = num_bytes = 0
     writer = array_record_module.ArrayRecordWriter(os.fspath(unfinished), "group_size:1")
     for name, encoded in images:
         writer.write(_serialise(name, encoded))
-        num_records += 1
-        num_bytes += len(encoded)
         progress.update()
     writer.close()
     digest = sha256(unfinished)
     unfinished.replace(path)
-    return {"sha256": digest, "num_records": num_records, "num_bytes": num_bytes}
+    return digest
 
 
 def _serialise(name: str, encoded: bytes) -> bytes:
@@ -304,26 +297,25 @@ def _write_metadata(
     name: str,
     shards: Iterable[_Shard],
     image_shape: tuple[int, int, int],
-    checksums: Mapping[str, dict],
     about: Mapping[str, str],
 ) -> None:
     template = tfds.core.ShardedFileTemplate(
         directory, dataset_name=name, filetype_suffix="array_record"
     )
-    by_split: dict[str, list[dict]] = {}
+    by_split: dict[str, list[_Shard]] = {}
     for shard in shards:
-        by_split.setdefault(shard.split, []).append(checksums[shard.file_name])
+        by_split.setdefault(shard.split, []).append(shard)
     tfds.folder_dataset.write_metadata(
         data_dir=directory,
         features={"image": tfds.features.Image(shape=image_shape), "name": tfds.features.Text()},
         split_infos=[
             tfds.core.SplitInfo(
                 name=split,
-                shard_lengths=[entry["num_records"] for entry in entries],
-                num_bytes=sum(entry["num_bytes"] for entry in entries),
+                shard_lengths=[len(shard.positions) for shard in of_split],
+                num_bytes=sum((directory / shard.file_name).stat().length for shard in of_split),
                 filename_template=template.replace(split=split),
             )
-            for split, entries in by_split.items()
+            for split, of_split in by_split.items()
         ],
         version=VERSION,
         check_data=False,  # would read through tf.data, which TFDS cannot from ArrayRecord

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from orbax import checkpoint as ocp
 
 from llvq import sharding, train_state
-from llvq.configuration import Config, check_resumable, to_plain
+from llvq.configuration import Config, check_resumable, check_saved, to_plain
 from llvq.errors import UserError, first_line
 from llvq.model import VQVAE
 from llvq.train_state import TrainState, Tree
@@ -473,6 +473,7 @@ def load_newest(path: epath.PathLike) -> tuple[epath.Path, Config, TrainState]:
 
     def like(config: Config) -> Tree:
         try:
+            check_saved(config)
             _, params, statistics = _abstract_model(config)
         except UserError as error:  # what was saved was a possible model
             raise ValueError(str(error)) from error

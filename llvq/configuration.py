@@ -4,8 +4,7 @@ A config is a nested mapping with the fields of configs/default.py: an ml_collec
 (which is no Mapping, only like one) or plain dicts.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,27 +18,45 @@ from llvq.train_state import DTYPES
 Config = Mapping[str, Any]
 
 
+# The integers of a config with the smallest and the largest value of each. What is too large for
+# a machine runs out of its memory and says so; the upper bounds, far above any use, keep sizes
+# from overflowing before that, and steps within int32.
+_LARGEST = 2**31 - 1
+_INTEGERS = {
+    "seed": (0, 2**32 - 1),
+    "batch_size": (1, 2**20),
+    "images_per_device": (0, 2**20),
+    "num_epochs": (1, _LARGEST),
+    "num_train_steps": (0, _LARGEST),
+    "keep_checkpoints": (1, _LARGEST),
+    "log_every_steps": (1, _LARGEST),
+    "eval_every_steps": (1, _LARGEST),
+    "checkpoint_every_steps": (1, _LARGEST),
+    "model.num_residual_blocks": (0, 100),
+    "model.latent_dim": (1, 2**16),
+}
+_TEXTS = (
+    *("schedule", "compute_dtype", "quantizer.name"),
+    *("dataset.name", "dataset.data_dir", "dataset.manual_dir"),
+)
 _FIELDS = (
+    *_INTEGERS,
+    *_TEXTS,
     *(
-        "seed",
-        "batch_size",
-        "images_per_device",
-        "num_epochs",
-        "num_train_steps",
         "learning_rate",
-        "schedule",
+        "stop_on_failed_save",
+        "model.image_shape",
+        "model.value_range",
+        "model.hidden_dims",
     ),
-    *("compute_dtype", "keep_checkpoints", "log_every_steps", "eval_every_steps"),
-    *("checkpoint_every_steps", "stop_on_failed_save", "dataset.name", "quantizer.name"),
-    *("model.image_shape", "model.value_range", "model.hidden_dims", "model.num_residual_blocks"),
-    "model.latent_dim",
 )
 
 
 def to_plain(config: Any) -> Any:
     """A config as JSON would give it back: plain dicts, lists and numbers."""
     if hasattr(config, "items"):
-        return {key: to_plain(value) for key, value in sorted(config.items())}
+        plain = {str(key): to_plain(value) for key, value in config.items()}
+        return {key: plain[key] for key in sorted(plain)}
     return [to_plain(item) for item in config] if isinstance(config, list | tuple) else config
 
 
@@ -59,9 +76,19 @@ def to_markdown(config: Config) -> str:
 
 
 def num_train_steps(config: Config, num_images: int) -> int:
-    """How many steps a run takes: num_train_steps if given, else num_epochs."""
+    """How many steps a run takes: num_train_steps if given, else num_epochs.
+
+    Raises:
+      UserError: if there are too many to be counted.
+    """
     per_epoch = steps_per_epoch(num_images, config["batch_size"])
-    return config["num_train_steps"] or config["num_epochs"] * per_epoch
+    num_steps = config["num_train_steps"] or config["num_epochs"] * per_epoch
+    if num_steps > _LARGEST:
+        raise UserError(
+            f"config.num_epochs={config['num_epochs']}: must be at most {_LARGEST // per_epoch}, "
+            f"as an epoch has {per_epoch} steps"
+        )
+    return num_steps
 
 
 def latent_height(config: Config) -> int:
@@ -72,66 +99,104 @@ def latent_height(config: Config) -> int:
 
 def _require(condition: bool, field: str, value: Any, expected: str) -> None:
     if not condition:
-        raise UserError(f"config.{field}={value!r}: must be {expected}")
+        found = repr(value)
+        found = found if len(found) <= 100 else f"{found[:100]}…"
+        raise UserError(f"config.{field}={found}: must be {expected}")
 
 
-def _require_integer(config: Config, field: str, minimum: int) -> None:
-    section: Any = config
-    *path, name = field.split(".")
-    for key in path:
-        section = section[key]
-    value = section[name]
-    valid = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-    _require(valid, field, value, f"an integer ≥ {minimum}")
+def _is_integer(value: Any, smallest: int, largest: int = _LARGEST) -> bool:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    return is_integer and smallest <= value <= largest
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one that float32 holds with room to calculate."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= _LARGEST
 
 
 def validate(config: Config) -> None:
     """Raises UserError, naming the field, unless the config describes a possible run."""
     config = to_plain(config)
-    for field in _FIELDS:
-        section: Any = config
-        for name in field.split("."):
-            if not isinstance(section, dict) or name not in section:
-                raise UserError(f"the config lacks {field}: configs/default.py lists every field")
-            section = section[name]
-    for field in (
-        "batch_size",
-        "num_epochs",
-        "keep_checkpoints",
-        "log_every_steps",
-        "eval_every_steps",
-        "checkpoint_every_steps",
-        "model.latent_dim",
-    ):
-        _require_integer(config, field, 1)
-    for field in ("seed", "images_per_device", "num_train_steps", "model.num_residual_blocks"):
-        _require_integer(config, field, 0)
+    _check_fields(config)
+    for field in _INTEGERS:
+        _check_integer(config, field)
     stop = config["stop_on_failed_save"]
     _require(isinstance(stop, bool), "stop_on_failed_save", stop, "True or False")
-    _require(config["seed"] < 2**32, "seed", config["seed"], "below 2**32")
     rate = config["learning_rate"]
-    _require(0 <= rate < math.inf, "learning_rate", rate, "a finite number ≥ 0")
+    valid = _is_number(rate) and rate >= 0
+    _require(valid, "learning_rate", rate, f"a number from 0 to {_LARGEST}")
+    for field in _TEXTS:
+        value = _get(config, field)
+        # "\0" is in no file's name.
+        _require(isinstance(value, str) and "\0" not in value, field, value, "a text")
     for field, choices in (("compute_dtype", DTYPES), ("schedule", SCHEDULES)):
-        _require(config[field] in choices, field, config[field], f"one of {', '.join(choices)}")
+        value = config[field]
+        _require(value in choices, field, value, f"one of {', '.join(choices)}")
     _require(
         config["compute_dtype"] != "float64" or jax.config.read("jax_enable_x64"),
         "compute_dtype",
         "float64",
         "used with jax_enable_x64 (JAX_ENABLE_X64=1)",
     )
-    _validate_model(config["model"])
+    _check_hidden_dims(config)
+    _validate_images(config["model"])
     _validate_quantizer(config["quantizer"])
 
 
-def _validate_model(model: Config) -> None:
-    hidden_dims, image_shape = tuple(model["hidden_dims"]), tuple(model["image_shape"])
-    for field, value, length in (
-        ("hidden_dims", hidden_dims, None),
-        ("image_shape", image_shape, 3),
-    ):
-        valid = all(isinstance(n, int) and n >= 1 for n in value)
-        valid &= len(value) == length if length else len(value) > 0
-        _require(valid, f"model.{field}", value, f"{length or 'one or more'} integers ≥ 1")
+def _get(config: Config, field: str) -> Any:
+    value: Any = config
+    for name in field.split("."):
+        try:
+            value = value[name]
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"the config lacks {field}: configs/default.py lists every field"
+            ) from error
+    return value
+
+
+def _check_integer(config: Config, field: str) -> None:
+    value = _get(config, field)
+    smallest, largest = _INTEGERS[field]
+    valid = _is_integer(value, smallest, largest)
+    _require(valid, field, value, f"an integer from {smallest} to {largest}")
+
+
+def _check_fields(config: Config) -> None:
+    """Exactly those of configs/default.py; which ones `quantizer` has depends on its name."""
+    for field in _FIELDS:
+        _get(config, field)
+    for field in flatten(config):
+        if field not in _FIELDS and not field.startswith("quantizer."):
+            raise UserError(f"the config has the field {field}, which configs/default.py lacks")
+
+
+def _check_hidden_dims(config: Config) -> None:
+    hidden_dims = to_plain(_get(config, "model.hidden_dims"))
+    valid = isinstance(hidden_dims, list) and hidden_dims != []
+    valid = valid and all(_is_integer(width, 1, 2**16) for width in hidden_dims)
+    _require(valid, "model.hidden_dims", hidden_dims, "one or more integers from 1 to 65536")
+
+
+def check_saved(config: Config) -> None:
+    """Raises UserError, naming the field, unless a checkpoint's config has sizes to work with.
+
+    Those of the network, and those of the run, of which an imported checkpoint knows nothing.
+    """
+    fields = ["model.num_residual_blocks", "model.latent_dim"]
+    if "num_epochs" in config:
+        fields += ["batch_size", "num_epochs", "num_train_steps"]
+    for field in fields:
+        _check_integer(config, field)
+    _check_hidden_dims(config)
+
+
+def _validate_images(model: Config) -> None:
+    hidden_dims, image_shape = model["hidden_dims"], model["image_shape"]
+    valid = isinstance(image_shape, list) and len(image_shape) == 3
+    valid = valid and all(_is_integer(size, 1) for size in image_shape)
+    _require(valid, "model.image_shape", image_shape, "3 integers ≥ 1")
     factor = 2 ** len(hidden_dims)
     _require(
         image_shape[0] % factor == 0 and image_shape[1] % factor == 0,
@@ -145,14 +210,11 @@ def _validate_model(model: Config) -> None:
         image_shape,
         "11 or more high and wide (SSIM)",
     )
-    value_range = tuple(model["value_range"])
-    are_numbers = all(isinstance(x, int | float) and math.isfinite(x) for x in value_range)
-    _require(
-        are_numbers and len(value_range) == 2 and value_range[0] < value_range[1],
-        "model.value_range",
-        value_range,
-        "two numbers, the lower first",
-    )
+    value_range = model["value_range"]
+    valid = isinstance(value_range, list) and len(value_range) == 2
+    valid = valid and all(map(_is_number, value_range)) and value_range[0] < value_range[1]
+    expected = f"two numbers within ±{_LARGEST}, the lower first"
+    _require(valid, "model.value_range", value_range, expected)
 
 
 def _validate_quantizer(quantizer: Config) -> None:
@@ -163,17 +225,17 @@ def _validate_quantizer(quantizer: Config) -> None:
             f"{quantizer['name']} takes name, {', '.join(options)}: name the quantizer in the "
             f"config argument (configs/….py:{quantizer['name']})"
         )
-    if "codebook_size" in quantizer:
-        _require_integer({"quantizer": quantizer}, "quantizer.codebook_size", 2)
-    for option, valid, expected in (
-        ("commitment_cost", lambda x: 0 <= x < math.inf, "a finite number ≥ 0"),
-        ("gamma", math.isfinite, "a finite number"),
-        ("decay", lambda x: 0 <= x < 1, "at least 0 and below 1"),
-        ("epsilon", lambda x: 0 < x < math.inf, "a finite number above 0"),
-    ):
-        if option in quantizer:
-            value = quantizer[option]
-            _require(valid(value), f"quantizer.{option}", value, expected)
+    valid: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "codebook_size": (lambda x: _is_integer(x, 2, 2**24), f"an integer from 2 to {2**24}"),
+        "commitment_cost": (lambda x: _is_number(x) and x >= 0, f"a number from 0 to {_LARGEST}"),
+        "gamma": (_is_number, f"a number within ±{_LARGEST}"),
+        "decay": (lambda x: _is_number(x) and 0 <= x < 1, "a number from 0 to below 1"),
+        "epsilon": (lambda x: _is_number(x) and x > 0, f"a number above 0, up to {_LARGEST}"),
+    }
+    for option in options:
+        is_valid, expected = valid[option]
+        value = quantizer[option]
+        _require(is_valid(value), f"quantizer.{option}", value, expected)
 
 
 def check_image_shape(config: Config, image_shape: tuple[int, ...]) -> None:

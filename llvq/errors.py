@@ -1,10 +1,17 @@
 """What a user did that cannot work: main.py prints these as one line."""
 
+import contextlib
 import re
+from collections.abc import Iterator
+
+import jax
 
 
 class UserError(Exception):
     """A mistake of the user's, with a message of one line: what is wrong and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # libraries' own may have several
 
 
 class DivergenceError(UserError):
@@ -18,3 +25,20 @@ def first_line(error: BaseException) -> str:
     line = re.split(r" \[\w+=", lines[0])[0] if lines else type(error).__name__
     # What went wrong comes last, after the nested names of what was being done.
     return line if len(line) <= 200 else f"{line[:80]} … {line[-100:]}"
+
+
+@contextlib.contextmanager
+def naming_lack_of_memory() -> Iterator[None]:
+    """Makes a UserError of what JAX and NumPy raise when the machine or a device has too little."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        reason = first_line(error)
+        is_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason
+        # On the CPU it may be an INTERNAL error.
+        if not is_memory and "out of memory" not in reason.lower():
+            raise
+        raise UserError(
+            f"not enough memory ({reason:.150}): lower --config.batch_size or the sizes in "
+            "--config.model and --config.quantizer"
+        ) from error

@@ -9,6 +9,19 @@ os.environ["NO_GCE_CHECK"] = "true"
 
 import jax
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Fuzzing: by default a few examples, always the same; with --hypothesis-profile=long many, others
+# each time. No database: what was found belongs into a test. Deadlines are the tests' own.
+_common = {
+    "deadline": None,
+    "database": None,
+    "print_blob": True,
+    "suppress_health_check": list(HealthCheck),
+}
+settings.register_profile("default", max_examples=200, derandomize=True, **_common)
+settings.register_profile("long", max_examples=2200, derandomize=False, **_common)
+settings.load_profile("default")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -207,6 +207,24 @@ def test_a_damaged_zip_is_named(folder, tmp_path):
         load(tmp_path / "data", tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["no UTF-8", "long"])
+def test_a_zip_whose_list_of_files_is_damaged_is_one_short_line(kind, folder, tmp_path):
+    path = tmp_path / "img_align_celeba.zip"
+    write_zip(path)
+    shutil.copy(folder / "list_eval_partition.txt", tmp_path)
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"PK\x01\x02", content.index(b"PK\x01\x02") + 1)  # of 000001.jpg
+    if kind == "no UTF-8":
+        content[entry + 9] |= 8  # "the name is in UTF-8"
+        content[entry + 46] = 0x9B
+    else:
+        header = content.index(b"PK\x03\x04", 4)
+        content[header + 27] |= 16  # the name in front of the file is 4 kB long
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"^{path}[^\n]* cannot be read [^\n]{{1,300}}$"):
+        load(tmp_path / "data", tmp_path)
+
+
 def test_an_empty_manual_dir_is_named(tmp_path):
     with pytest.raises(DataError, match=rf"manual_dir={tmp_path}: found neither img_align_celeba"):
         load(tmp_path / "data", tmp_path)

@@ -1,5 +1,7 @@
 """Checkpoints for inference: all or nothing; and what is no checkpoint."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -59,3 +61,18 @@ def test_what_is_no_checkpoint(tmp_path):
     write(tmp_path / "run/checkpoints/4", tiny.config("vq"))
     (tmp_path / "whole").rename(tmp_path / "run/checkpoints/6.orbax-checkpoint-tmp")
     assert checkpointing.find(tmp_path / "run").name == "4"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("model.num_residual_blocks", 10**12), ("model.hidden_dims", "8"), ("batch_size", 0)],
+)
+def test_a_config_with_impossible_sizes_is_one_line_at_once(field, value, tmp_path):
+    write(tmp_path / "model", tiny.config("vq"))
+    path = tmp_path / "model/config/metadata"
+    *section, name = field.split(".")
+    config = json.loads(path.read_text())
+    (config[section[0]] if section else config)[name] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=rf"^checkpoint {tmp_path}/model [^\n]*config\.{field}="):
+        checkpointing.load(tmp_path / "model")

@@ -74,6 +74,29 @@ BAD = [
     ("quantizer.commitment_cost", -0.25),
     ("quantizer.decay", 1.0),
     ("quantizer.epsilon", 0.0),
+    # Too large to be counted or held, or to be built in any time.
+    ("batch_size", 10**12),
+    ("num_train_steps", 2**31),
+    ("model.num_residual_blocks", 10**9),
+    ("model.hidden_dims", (10**9,)),
+    ("model.latent_dim", 10**30),
+    ("model.value_range", (0, 10**400)),
+    ("quantizer.codebook_size", 10**400),
+    ("quantizer.commitment_cost", 10**30),
+    # Of another type, as a whole section on the command line or a dict may have it.
+    ("batch_size", "64"),
+    ("learning_rate", "fast"),
+    ("schedule", ["constant"]),
+    ("compute_dtype", None),
+    ("dataset.name", 3),
+    ("dataset.data_dir", None),
+    ("dataset.manual_dir", "a\0b"),
+    ("model.hidden_dims", 8),
+    ("model.hidden_dims", (True,)),
+    ("model.image_shape", "12×12"),
+    ("model.value_range", None),
+    ("quantizer.name", []),
+    ("quantizer.decay", "0.99"),
 ]
 
 
@@ -114,6 +137,20 @@ def test_missing_fields_are_named(field):
     del (config[path[0]] if path else config)[name]
     with pytest.raises(UserError, match=f"the config lacks {field}"):
         configuration.validate(config)
+
+
+@pytest.mark.parametrize("field", ["sede", "model.latent_dims", "dataset.dir"])
+def test_unknown_fields_are_named(field):
+    with pytest.raises(UserError, match=f"the config has the field {field}, which"):
+        configuration.validate(tiny.config("vq", **{field: 1}))
+
+
+def test_more_steps_than_can_be_counted():
+    config = tiny.config("vq", num_train_steps=0, num_epochs=2**30)
+    with pytest.raises(
+        UserError, match=r"config\.num_epochs=1073741824: must be at most 429496729,"
+    ):
+        configuration.num_train_steps(config, 70)
 
 
 def test_config_dicts_and_plain_dicts_are_alike():

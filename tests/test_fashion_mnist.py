@@ -72,7 +72,9 @@ def test_a_prepared_tfds_directory_gives_the_same_images(
     )
     builder = tfds.builder("fashion_mnist", data_dir=tmp_path, file_format=file_format)
     builder.download_and_prepare()
-    prepared = input_pipeline.load("fashion_mnist", data_dir=str(tmp_path))
+    with pytest.raises(DataError, match=r"has 3000 images in split 'train', not 60000: delete it"):
+        input_pipeline.load("fashion_mnist", data_dir=str(tmp_path))
+    prepared = fashion_mnist.load(str(tmp_path), num_images={"train": 3000, "test": 1000})
     local = input_pipeline.load("fashion_mnist", manual_dir=str(idx_dir))
     for split, count in (("train", 3000), ("test", 1000)):
         np.testing.assert_array_equal(all_images(prepared, split), all_images(local, split)[:count])

@@ -286,6 +286,12 @@ def test_a_truncated_tar_is_named(hub, tmp_path):
         load(tmp_path)
 
 
+def test_what_is_no_tar_is_named_in_one_line(hub, tmp_path):
+    hub.files["00004.tar"] = b"x" + hub.files["00004.tar"]  # tarfile's own message has five lines
+    with pytest.raises(DataError, match=r"^[^\n]*00004\.tar cannot be read [^\n]*$"):
+        load(tmp_path)
+
+
 def test_a_tar_damaged_on_its_way_is_fetched_again(hub, tmp_path):
     hub.corrupt = {"00004.tar"}
     with pytest.raises(DataError, match=r"^[^\n]*00004\.tar was damaged on its way[^\n]*$"):

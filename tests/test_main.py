@@ -109,6 +109,9 @@ def test_train_resume_extend_and_evaluate_on_the_real_data(tmp_path):
         ([f"{FASHION}:vq", "--config.batch_size=many"], ["config.batch_size", "many"]),
         ([f"{FASHION}:vq", "--config.batch_size=-64"], ["config.batch_size=-64"]),
         ([f"{FASHION}:vq", "--config.num_train_steps=-1"], ["config.num_train_steps=-1"]),
+        ([f"{FASHION}:vq", "--config.model.hidden_dims.0=8"], ["model.hidden_dims.0"]),
+        ([f"{FASHION}:vq", "--config.batch_size.x=8"], ["batch_size.x"]),
+        (["--config=README.md"], ["README.md"]),
         ([f"{FASHION}:vq", "--mode=play"], ["mode", "train|evaluate"]),
         ([f"{FASHION}:vq", "--modus=train"], ["modus"]),
         ([f"{FASHION}:vq", "train"], ["unexpected argument 'train'"]),
@@ -174,3 +177,10 @@ def test_help_explains_itself():
     assert "The config argument names the quantizer" in result.stdout
     assert "--workdir" in result.stdout
     assert "Traceback" not in result.stderr
+
+
+@needs_files
+def test_a_run_that_no_machine_has_the_memory_for_is_one_line(tmp_path):
+    sizes = ["--config.quantizer.codebook_size=16777216", "--config.model.latent_dim=65536"]
+    result = main(f"{FASHION}:vq", f"--workdir={tmp_path}", *sizes)  # 4.4 TB of codebook
+    assert_one_line(result, "not enough memory", "--config.quantizer")

@@ -201,7 +201,20 @@ def test_a_missing_or_incomplete_shard_is_named_and_can_be_rebuilt(damage, tmp_p
     assert_complete(run(tmp_path))
 
 
-@pytest.mark.parametrize("content", ["", "{"])
+def test_a_directory_in_a_shards_place_is_one_line(tmp_path):
+    run(tmp_path)
+    (tmp_path / "dataset_info.json").unlink()
+    shard = tmp_path / "small-train.array_record-00001-of-00003"
+    shard.unlink()
+    shard.mkdir()
+    with pytest.raises(DataError, match=rf"^{tmp_path} cannot be written [^\n]*{shard}[^\n]*$"):
+        run(tmp_path)
+
+
+OTHER_CHECKSUMS = ["[]", "3", '{"small-train.array_record-00001-of-00003": 3}']
+
+
+@pytest.mark.parametrize("content", ["", "{", *OTHER_CHECKSUMS])
 def test_checksums_torn_by_a_power_cut_are_made_again(content, tmp_path):
     run(tmp_path)
     (tmp_path / "checksums.json").write_text(content)
