@@ -52,7 +52,7 @@ def get_config(argument: str) -> ConfigDict:
     config.seed = 0  # of the initial parameters and the input order
     config.batch_size = 64  # images a step, over all devices and hosts
     # If above 0, a run takes so many times the number of devices instead, and batch_size is only
-    # what the numbers below are meant for: see llvq/scaling.py.
+    # what learning rate, EMA decay and intervals are meant for: see llvq/scaling.py.
     config.images_per_device = 0
     config.num_train_steps = 0  # if above 0, wins over num_epochs
     config.learning_rate = 1e-3  # Adam's
@@ -63,7 +63,8 @@ def get_config(argument: str) -> ConfigDict:
     config.log_every_steps = 50
     config.eval_every_steps = 500
     config.checkpoint_every_steps = 500
-    # Whether a checkpoint that cannot be saved (a full disk) ends the run; if not, it is a warning.
+    # Whether a checkpoint that cannot be saved (a full disk) ends the run; if not, it is a warning,
+    # unless there are several processes.
     config.stop_on_failed_save = True
 
     config.dataset = ConfigDict()

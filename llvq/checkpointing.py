@@ -55,6 +55,25 @@ def require_writable(workdir: epath.PathLike) -> None:
         raise UserError(
             f"--workdir={directory} cannot be written to: {error.strerror or error}"
         ) from error
+    if jax.process_count() > 1:
+        _require_shared(directory)
+
+
+def _require_shared(directory: epath.Path) -> None:
+    """Raises UserError unless all processes see the same directory."""
+    probe = directory / ".shared"
+    if jax.process_index() == 0:
+        probe.write_text("")
+    multihost_utils.sync_global_devices("the workdir's probe is written")
+    is_shared = probe.exists()
+    multihost_utils.sync_global_devices("the workdir's probe is looked for")
+    if jax.process_index() == 0:
+        probe.unlink(missing_ok=True)
+    if not is_shared:
+        raise UserError(
+            f"--workdir={directory} is not the same directory for all processes: name one that "
+            "they share, or gs://…"
+        )
 
 
 def _rank(metrics: Mapping[str, float]) -> float:
@@ -80,7 +99,10 @@ def open_manager(workdir: epath.PathLike, keep_checkpoints: int) -> Iterator[ocp
             ),
         ]
     )
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{directory} is no directory ({error.strerror}): move it away") from error
     manager = ocp.CheckpointManager(
         directory,
         item_names=("state", "config", "digests"),
@@ -114,7 +136,8 @@ def _saving(
                 leftover.rmtree()
         manager.reload()  # Orbax no longer counts what this checkpoint was to supersede
         message = f"the checkpoint of step {step} could not be saved ({first_line(error)})"
-        if stop_on_failure:
+        # Of several processes, one alone cannot go on.
+        if stop_on_failure or jax.process_count() > 1:
             raise UserError(f"{message}: stopped; {describe_newest(manager)}") from error
         logging.warning("%s: going on without; %s", message, describe_newest(manager))
 
@@ -153,7 +176,7 @@ def save(
       config: the run's.
       metrics: of validation, if there are any at this step; they rank the checkpoint.
       stop_on_failure: whether a save that fails is an error, or only a warning.
-      is_last: whether it is the run's result, which is worth an error in any case.
+      is_last: whether the run ends here: it waits, and a save that fails is an error in any case.
 
     Raises:
       UserError: if this save, or the one before it in the background, fails.
@@ -168,6 +191,8 @@ def save(
     with _saving(manager, step, stop_on_failure or is_last):
         _require_room(manager.directory, _num_bytes(state))
         manager.save(step, args=items, metrics=metrics)
+    if is_last:
+        _wait(manager)
 
 
 class _DamageError(Exception):
@@ -251,38 +276,64 @@ def _read(checkpoint: epath.Path, make_like: Callable[[Config], Tree]) -> tuple[
         raise _DamageError(first_line(error)) from error
 
 
+_NOTHING_THERE, _NONE_SOUND, _UNNUMBERED = -1, -2, -3
+
+
 def _read_newest(
-    checkpoints: Sequence[epath.Path], read: Callable[[epath.Path], Any], remedy: str
-) -> tuple[epath.Path, Any, dict[epath.Path, _DamageError]]:
+    directory: epath.Path,
+    checkpoints: Sequence[epath.Path],
+    read: Callable[[epath.Path], Any],
+    remedy: str,
+) -> tuple[epath.Path, Any, dict[epath.Path, _DamageError]] | None:
     """Reads the first checkpoint that is sound; of several processes, process 0 decides which.
 
+    Args:
+      directory: where the checkpoints are.
+      checkpoints: in it; what other processes than process 0 find there does not matter, unless it
+        is the only one, by a name of its own.
+      read: raises _DamageError.
+      remedy: for a run without a sound checkpoint.
+
     Returns:
-      The checkpoint, what was read of it, and, on process 0, why those before it could not be.
+      The checkpoint, what was read of it, and, on process 0, why those before it could not be; None
+      if there are no checkpoints.
 
     Raises:
       UserError: if none is sound; or what `read` raises.
     """
     damage: dict[epath.Path, _DamageError] = {}
+    step = _NONE_SOUND if checkpoints else _NOTHING_THERE
     if jax.process_index() == 0:
         for checkpoint in checkpoints:
             try:
                 read(checkpoint)
-                break
             except _DamageError as error:
                 damage[checkpoint] = error
+                continue
             except UserError:
-                break  # which every process gets below
-    index = len(damage)
-    if len(checkpoints) > 1:
-        index = int(multihost_utils.broadcast_one_to_all(np.int32(index)))
-    reason: Any = damage.get(checkpoints[0], "see what process 0 says")
-    if index < len(checkpoints):
+                pass  # which every process gets below
+            step = int(checkpoint.name) if checkpoint.name.isdecimal() else _UNNUMBERED
+            break
+    step = _of_first_process(step)
+    if step == _NOTHING_THERE:
+        return None
+    reason: Any = next(iter(damage.values()), "see what process 0 says")
+    if step != _NONE_SOUND:
+        checkpoint = checkpoints[0] if step == _UNNUMBERED else directory / str(step)
         try:
-            return checkpoints[index], read(checkpoints[index]), damage
+            return checkpoint, read(checkpoint), damage
         except _DamageError as error:
             reason = error
+    newest = checkpoints[0] if checkpoints else directory
     others = f", nor can the {len(checkpoints) - 1} before it" if len(checkpoints) > 1 else ""
-    raise UserError(f"checkpoint {checkpoints[0]} cannot be read ({reason}){others}: {remedy}")
+    raise UserError(f"checkpoint {newest} cannot be read ({reason}){others}: {remedy}")
+
+
+def _of_first_process(number: int) -> int:
+    """What process 0 passes, for all processes."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def restore_newest(
@@ -307,18 +358,20 @@ def restore_newest(
     """
     directory = absolute(workdir) / "checkpoints"
     checkpoints = _finished(directory)
-    if not checkpoints:
-        return state
 
     def like(saved: Config) -> Tree:
         check_resumable(config, saved, os.fspath(directory.parent))
         return vars(state)
 
-    newest, (_, tree), damage = _read_newest(
+    found = _read_newest(
+        directory,
         checkpoints,
         lambda checkpoint: _read(checkpoint, like),
         "delete what is damaged to start anew, or use another --workdir",
     )
+    if found is None:
+        return state
+    newest, (_, tree), damage = found
     if jax.process_index() == 0:
         # The manager ranks by the metrics of older ones, too.
         for checkpoint in checkpoints[checkpoints.index(newest) + 1 :]:
@@ -413,20 +466,22 @@ def _finished(directory: epath.Path) -> list[epath.Path]:
     """The checkpoints in a directory, newest first, but for what is still being written."""
     steps = [
         int(child.name)
-        for child in (directory.iterdir() if directory.exists() else ())
+        for child in (directory.iterdir() if directory.is_dir() else ())
         # On a bucket what is being written has its final name already.
         if child.name.isdecimal() and ocp.utils.is_checkpoint_finalized(child)
     ]
     return [directory / str(step) for step in sorted(steps, reverse=True)]
 
 
-def newest_config(workdir: epath.PathLike) -> Config | None:
-    """The config with which a run was begun, if it has a checkpoint."""
+def saved_batch_size(workdir: epath.PathLike) -> int | None:
+    """The batch size of the run in a workdir, if it has a checkpoint; the same on all processes."""
+    batch_size = 0
     for checkpoint in _finished(absolute(workdir) / "checkpoints"):
-        with contextlib.suppress(Exception):  # whatever a damaged one raises
-            config: Config = ocp.JsonCheckpointHandler().restore(checkpoint / "config")
-            return config
-    return None
+        with contextlib.suppress(_DamageError):
+            config, _ = _read(checkpoint, lambda _: {"step": np.zeros((), np.int32)})
+            batch_size = config["batch_size"]
+            break
+    return _of_first_process(batch_size) or None
 
 
 def _candidates(path: epath.PathLike) -> list[epath.Path]:
@@ -479,11 +534,15 @@ def load_newest(path: epath.PathLike) -> tuple[epath.Path, Config, TrainState]:
             raise ValueError(str(error)) from error
         return {"step": np.zeros((), np.int32), "params": params, "statistics": statistics}
 
-    checkpoint, (config, state), damage = _read_newest(
-        _candidates(path),
+    candidates = _candidates(path)
+    found = _read_newest(
+        candidates[0].parent,
+        candidates,
         lambda checkpoint: _read(checkpoint, like),
         "name another one with --checkpoint",
     )
+    assert found is not None
+    checkpoint, (config, state), damage = found
     for damaged, error in damage.items():
         logging.warning("Checkpoint %s cannot be read (%s): taking %s", damaged, error, checkpoint)
     state = jax.device_put(state, jax.local_devices()[0])

@@ -9,6 +9,7 @@ taps of the kernel's width: matrix products wide enough to be fast.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -104,7 +105,8 @@ def _conv_on_cpu(x: _Images, kernel: _Kernel, strides: int) -> _Images:
     if strides == 1:
         return _dense(x, kernel, padding)
     size, _, features_in, features_out = kernel.shape
-    taps = kernel.reshape(size // strides, strides, size // strides, strides, -1, features_out)
+    blocks = (size // strides, strides)
+    taps = kernel.reshape(*blocks, *blocks, features_in, features_out)
     taps = taps.transpose(0, 2, 1, 3, 4, 5)
     taps = taps.reshape(size // strides, size // strides, strides**2 * features_in, features_out)
     return _dense(_space_to_depth(_pad(x, padding, padding), strides), taps, 0)
@@ -126,13 +128,15 @@ def _pad(x: _Images, height: int, width: int) -> _Images:
 def _space_to_depth(x: _Images, size: int) -> _Images:
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // size, size, width // size, size, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // size, width // size, -1)
+    x = x.transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, height // size, width // size, size**2 * channels)
 
 
 def _depth_to_space(x: _Images, size: int) -> _Images:
     batch, height, width, channels = x.shape
-    x = x.reshape(batch, height, width, size, size, channels // size**2)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height * size, width * size, -1)
+    channels //= size**2
+    x = x.reshape(batch, height, width, size, size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height * size, width * size, channels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -192,8 +196,8 @@ def _kernel_gradient(x: _Images, gradient: _Images, size: int, padding: int) -> 
     images = lax.optimization_barrier(images.transpose(3, 0, 1, 2))
     kernel = lax.optimization_barrier(kernel)
     products = lax.conv_general_dilated(
-        images.reshape(*images.shape[:2], -1),
-        kernel.reshape(kernel.shape[0], -1, kernel.shape[-1]),
+        images.reshape(*images.shape[:2], math.prod(images.shape[2:])),
+        kernel.reshape(kernel.shape[0], math.prod(kernel.shape[1:3]), kernel.shape[3]),
         window_strides=(1,),
         padding="VALID",
         dimension_numbers=_NHC,

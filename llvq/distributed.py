@@ -155,11 +155,15 @@ class _FatalErrors(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        before = b""
         while written := os.read(self._read, 1 << 16):
-            if self._SIGN in written:
+            # It may come in two parts.
+            before = before[-len(self._SIGN) :] + written
+            if self._SIGN in before:
                 _say(self.message, 1)
                 os._exit(_exit_code)
-            os.write(self._stderr, written)
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                os.write(self._stderr, written)
 
 
 _saying = threading.Lock()

@@ -3,7 +3,8 @@
 constant     the same rate throughout
 first_epoch  the rate during the first epoch, exactly 0 afterwards: the authors' exponential decay
              with a factor of 0.0 an epoch; what is learnt without gradients (vq_ema) goes on
-cosine       a linear rise to the rate over the first 5% of the steps, then half a cosine down to 0
+cosine       a linear rise to the rate over the first 5% of the steps, then half a cosine down to 0;
+             it depends on the run's length, so that extending a finished run raises the rate again
 """
 
 import math

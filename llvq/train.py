@@ -128,7 +128,7 @@ def train_and_evaluate(
     """
     configuration.validate(config)
     configuration.check_image_shape(config, data.image_shape)
-    config = scaling.scale(config, jax.device_count(), checkpointing.newest_config(workdir))
+    config = scaling.scale(config, jax.device_count(), checkpointing.saved_batch_size(workdir))
     batch_size = config["batch_size"]
     mesh = sharding.mesh_for_batches(batch_size, configuration.latent_height(config))
     checkpointing.require_writable(workdir)
@@ -214,8 +214,12 @@ def train_and_evaluate(
             writer.write_histograms(step, _prefixed("quantizer", histograms))
             return means
 
-        if lacks_validation and validate(first_step) is None:
-            raise preemption.Preempted(_STOPPED.format(first_step))
+        if lacks_validation:
+            validation = validate(first_step)
+            if validation is None:
+                raise preemption.Preempted(_STOPPED.format(first_step))
+            checkpoints.delete(first_step)  # to be saved with what ranks it
+            checkpointing.save(checkpoints, first_step, state, config, validation)
         window, throughput = _MetricsWindow(last_checkpoint), _Throughput(batch_size)
         report = progress(num_steps)
         batches = data.batches(

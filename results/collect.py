@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 from configs import default
-from llvq import checkpointing, configuration, train_state
+from llvq import checkpointing, configuration, scaling, train_state
 from llvq.errors import UserError
 from llvq.evaluate import read_evaluation
 from results import report
@@ -60,7 +60,9 @@ def recipe_of(config: configuration.Config) -> str:
         raise UserError(f"it follows no recipe: there is no configs/{dataset}.py") from error
     differing: list[str] = []
     for recipe in default.RECIPES:
-        theirs = configuration.flatten(module.get_config(f"{ours['quantizer.name']},{recipe}"))
+        config_of_recipe = module.get_config(f"{ours['quantizer.name']},{recipe}")
+        scaled = scaling.scale(config_of_recipe, 1, ours["batch_size"])
+        theirs = configuration.flatten(scaled)
         differing = [
             name
             for name in sorted(ours.keys() | theirs.keys())

@@ -1,12 +1,16 @@
 """Checkpoints for inference: all or nothing; and what is no checkpoint."""
 
 import json
+import shutil
+from unittest import mock
 
 import jax
 import numpy as np
+import optax
 import pytest
+from jax.experimental import multihost_utils
 
-from llvq import checkpointing, train_state
+from llvq import checkpointing, evaluate, train, train_state
 from llvq.errors import UserError
 from tests import tiny
 
@@ -74,5 +78,60 @@ def test_a_config_with_impossible_sizes_is_one_line_at_once(field, value, tmp_pa
     config = json.loads(path.read_text())
     (config[section[0]] if section else config)[name] = value
     path.write_text(json.dumps(config))
+    shutil.rmtree(tmp_path / "model/digests")  # as of an old checkpoint: nothing else would notice
     with pytest.raises(UserError, match=rf"^checkpoint {tmp_path}/model [^\n]*config\.{field}="):
         checkpointing.load(tmp_path / "model")
+
+
+@pytest.fixture
+def as_second_process(monkeypatch):
+    """This process passes for the second of two, which process 0 tells a number."""
+
+    def pretend(told=0):
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(jax, "process_index", lambda: 1)
+        monkeypatch.setattr(multihost_utils, "sync_global_devices", lambda _: None)
+        monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda _: np.int32(told))
+
+    return pretend
+
+
+def test_every_process_takes_the_checkpoint_of_the_first(tmp_path, as_second_process):
+    """Which may have looked before, or after, the newest one was there."""
+    train.train_and_evaluate(tiny.config("vq"), tmp_path, tiny.dataset())
+    as_second_process(4)  # of 6 steps
+    path, _, state = checkpointing.load_newest(tmp_path)
+    assert (path.name, int(state.step)) == ("4", 4)
+    as_second_process(16)
+    assert checkpointing.saved_batch_size(tmp_path) == 16
+
+
+def test_a_workdir_that_is_not_shared(tmp_path, as_second_process):
+    as_second_process()
+    with pytest.raises(UserError, match=r"--workdir=.* is not the same directory for all"):
+        checkpointing.require_writable(tmp_path)
+    (tmp_path / ".shared").write_text("")  # as process 0 does
+    checkpointing.require_writable(tmp_path)
+
+
+def test_several_processes_do_not_go_on_without_a_checkpoint(tmp_path, monkeypatch):
+    """The others would wait for the one whose save failed."""
+    config = tiny.config("vq", stop_on_failed_save=False)
+    monkeypatch.setattr(checkpointing, "_require_room", mock.Mock(side_effect=OSError("full")))
+    manager = mock.Mock(directory=tmp_path)
+    manager.latest_step.return_value = None
+    _, state = train_state.create_train_state(
+        train_state.create_model(config["model"], config["quantizer"], "float32", 0),
+        optax.adam(1e-3),
+    )
+    checkpointing.save(manager, 3, state, config, None, stop_on_failure=False)  # only warns
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="step 3 could not be saved"):
+        checkpointing.save(manager, 3, state, config, None, stop_on_failure=False)
+
+
+def test_a_file_in_place_of_the_checkpoints(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    for run in (train.train_and_evaluate, evaluate.evaluate):
+        with pytest.raises(UserError, match="checkpoint"):
+            run(tiny.config("vq"), tmp_path, tiny.dataset())

@@ -74,3 +74,14 @@ def test_accelerators_get_the_plain_convolutions():
     assert text.count("stablehlo.convolution") == 1
     assert "tensor<4x4x3x5xf32>) -> tensor<2x4x4x5xf32>" in text
     assert "transpose" not in text
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_images_are_no_error(case):
+    ours, plain, size = CASES[case]
+    x, kernel = np.zeros((0, 4, 4, 3), np.float32), np.ones((size, size, 3, 5), np.float32)
+    y, pull_back = jax.vjp(ours, x, kernel)
+    assert y.shape == plain(x, kernel).shape
+    x_gradient, kernel_gradient = pull_back(y)
+    assert x_gradient.shape == x.shape
+    assert not kernel_gradient.any()

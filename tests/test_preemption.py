@@ -1,13 +1,15 @@
 """SIGTERM at any time, one process or two: what is saved, how it ends, how it goes on."""
 
+import contextlib
+import itertools
 import re
 import signal
 import time
 
 import pytest
 
-from llvq import checkpointing, preemption
-from tests import groups
+from llvq import checkpointing, preemption, train
+from tests import groups, tiny
 from tests.groups import finish, group, last_lines, wait_for
 from tests.test_train import assert_identical, newest
 
@@ -125,3 +127,28 @@ def test_where_a_process_is_lost_the_others_end_in_one_line(count, lost, tmp_pat
             assert errors.rstrip().endswith(line)
             assert "Traceback" not in errors
             assert "stack trace" not in errors
+
+
+def test_a_validation_is_made_up_for_once(tmp_path, monkeypatch):
+    """Stopped in the validation behind the last step: the next call validates, no other."""
+    config = tiny.config("vq", num_train_steps=4, eval_every_steps=4)
+
+    @contextlib.contextmanager
+    def in_the_first_validation(_):
+        calls = itertools.count(1)
+        yield lambda: next(calls) > 4  # asked after each of four steps, then after its first batch
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(preemption, "stop_at_a_step", in_the_first_validation)
+        with pytest.raises(preemption.Preempted, match="75"):
+            train.train_and_evaluate(config, tmp_path, tiny.dataset())
+    assert not (tmp_path / "checkpoints/4/metrics").exists()
+    stopped = train.train_and_evaluate(config, tmp_path, tiny.dataset())
+    metrics = (tmp_path / "checkpoints/4/metrics/metrics").read_text()
+    assert "reconstruction_loss" in metrics
+
+    def make_writer():
+        raise AssertionError("there is nothing left to do")
+
+    again = train.train_and_evaluate(config, tmp_path, tiny.dataset(), make_writer=make_writer)
+    assert_identical(again, stopped)

@@ -7,6 +7,7 @@ import pytest
 from configs import celeba, default, fashion_mnist, ffhq1024
 from llvq import checkpointing, configuration, evaluate, scaling, sharding, train
 from llvq.errors import UserError
+from results import collect
 from tests import tiny
 
 
@@ -58,7 +59,7 @@ def test_a_run_keeps_its_batch_on_other_devices(tmp_path, monkeypatch):
     expected = train.train_and_evaluate(plain, tmp_path / "plain", data)
 
     train.train_and_evaluate({**config, "num_train_steps": 3}, tmp_path / "pod", data)
-    saved = checkpointing.newest_config(tmp_path / "pod")
+    saved, _ = checkpointing.load(tmp_path / "pod")
     assert saved == {**configuration.to_plain(plain), "num_train_steps": 3}
     # The rest on four devices, where the config by itself would make batches of 16.
     four = jax.devices()[:4]
@@ -80,3 +81,9 @@ def test_images_per_device_must_be_an_integer_from_0():
     for value in (-1, 1.5, True):
         with pytest.raises(UserError, match="images_per_device"):
             configuration.validate(tiny.config("vq", images_per_device=value))
+
+
+@pytest.mark.parametrize("num_devices", [1, 16, 256])
+def test_a_run_of_the_pod_recipe_is_known_by_its_config(num_devices):
+    config = fashion_mnist.get_config("vq_ema,pod")
+    assert collect.recipe_of(scaling.scale(config, num_devices, None)) == "pod"
