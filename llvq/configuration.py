@@ -124,8 +124,8 @@ def validate(config: Config) -> None:
     stop = config["stop_on_failed_save"]
     _require(isinstance(stop, bool), "stop_on_failed_save", stop, "True or False")
     rate = config["learning_rate"]
-    valid = _is_number(rate) and rate >= 0
-    _require(valid, "learning_rate", rate, f"a number from 0 to {_LARGEST}")
+    valid = isinstance(rate, int | float) and not isinstance(rate, bool) and 0 <= rate <= 1e30
+    _require(valid, "learning_rate", rate, "a number from 0 to 1e30")
     for field in _TEXTS:
         value = _get(config, field)
         # "\0" is in no file's name.

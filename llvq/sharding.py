@@ -54,8 +54,9 @@ def mesh_for_batches(
     # A host reads whole images: no two hosts share one.
     if latent_height % height or of_a_host % height:
         raise UserError(
-            f"batch_size={batch_size} does not divide by the {len(devices)} devices: "
-            f"set --config.batch_size to a multiple of {len(devices)}"
+            f"batch_size={batch_size} does not divide by the {len(devices)} devices: use a number "
+            f"of devices that it divides by, or set --config.batch_size to a multiple of "
+            f"{len(devices)}"
         )
     return make_mesh(devices, height=height)
 

@@ -84,9 +84,9 @@ def trace(config):
     is_double = config["compute_dtype"] == "float64"
     with jax.enable_x64(is_double):
         configuration.validate(config)
-        mesh = sharding.make_mesh()
-        sharding.check_batch_size(config["batch_size"], mesh)
-        schedule = schedules.create(config["schedule"], config["learning_rate"], 10)
+        latent_height = configuration.latent_height(config)
+        mesh = sharding.mesh_for_batches(config["batch_size"], latent_height)
+        schedule = schedules.create(config["schedule"], config["learning_rate"], 10, 100)
         optimizer = optax.adam(schedule)
 
         def create():
