@@ -132,8 +132,7 @@ def _saving(
         yield
     except Exception as error:
         if jax.process_index() == 0:
-            for leftover in manager.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-                leftover.rmtree()
+            _remove_leftovers(manager.directory / str(step))
         manager.reload()  # Orbax no longer counts what this checkpoint was to supersede
         message = f"the checkpoint of step {step} could not be saved ({first_line(error)})"
         # Of several processes, one alone cannot go on.
@@ -450,15 +449,22 @@ def _num_bytes(tree: Any) -> int:
     return sum(array.nbytes for array in jax.tree.leaves(tree))
 
 
+def _remove_leftovers(checkpoint: epath.Path) -> None:
+    """Deletes what a save that failed has written under a temporary name, as far as it can be."""
+    for leftover in checkpoint.parent.glob(f"{checkpoint.name}.orbax-checkpoint-tmp*"):
+        with contextlib.suppress(OSError):  # of a workdir that is gone, or still written to
+            leftover.rmtree()
+
+
 @contextlib.contextmanager
 def _removing_leftovers(target: epath.Path) -> Iterator[None]:
     """Deletes what an interrupted or failed save leaves of a new directory."""
     try:
         yield
     except BaseException:
-        for leftover in (target, *target.parent.glob(f"{target.name}.orbax-checkpoint-tmp*")):
-            if leftover.exists():
-                leftover.rmtree()
+        if target.exists():
+            target.rmtree()
+        _remove_leftovers(target)
         raise
 
 

@@ -1,7 +1,8 @@
 """Devices: a mesh of the axes `data` and `height`; all but images and their codes is replicated.
 
-Batches are split along `data`. Where there are more devices than images, each image is split along
-`height` besides: XLA exchanges the rows that a convolution needs from either side.
+Batches are split along `data`. Where their size does not divide by the devices, as where these are
+more, each image is split along `height` besides: XLA exchanges the rows that a convolution needs
+from either side.
 """
 
 import collections

@@ -107,7 +107,8 @@ def train_and_evaluate(
 
     Validates and saves as often as the config says, and at the end. The result depends on the
     config and the data alone, not on how often the run was stopped and resumed. On SIGTERM it
-    saves after the present step, or the next if there are several processes, and raises Preempted.
+    saves after the present step, or one of the next two if there are several processes, and raises
+    Preempted.
 
     Args:
       config: the run's config.
@@ -159,17 +160,7 @@ def train_and_evaluate(
         checkpointing.open_manager(workdir, config["keep_checkpoints"]) as checkpoints,
         contextlib.ExitStack() as stack,
     ):
-
-        def is_due(step: int, interval: str) -> bool:
-            return step % config[interval] == 0 or step == num_steps
-
-        # Preemption does not wait for a validation that is due.
-        lacks_validation = (
-            first_step > 0
-            and is_due(first_step, "eval_every_steps")
-            and checkpoints.metrics(first_step) is None
-        )
-        if first_step >= num_steps and not lacks_validation:
+        if first_step >= num_steps:
             logging.info("Nothing to train: %s is at step %d already", workdir, first_step)
             return state
         logging.info(
@@ -214,12 +205,10 @@ def train_and_evaluate(
             writer.write_histograms(step, _prefixed("quantizer", histograms))
             return means
 
-        if lacks_validation:
-            validation = validate(first_step)
-            if validation is None:
-                raise preemption.Preempted(_STOPPED.format(first_step))
-            checkpoints.delete(first_step)  # to be saved with what ranks it
-            checkpointing.save(checkpoints, first_step, state, config, validation)
+        # Preemption does not wait for a validation that is due: it is made up for.
+        is_due = first_step > 0 and first_step % config["eval_every_steps"] == 0
+        if is_due and checkpoints.metrics(first_step) is None and validate(first_step) is None:
+            raise preemption.Preempted(_STOPPED.format(first_step))
         window, throughput = _MetricsWindow(last_checkpoint), _Throughput(batch_size)
         report = progress(num_steps)
         batches = data.batches(
@@ -246,7 +235,7 @@ def train_and_evaluate(
 
             is_stopping = is_time_to_stop()
             is_log, is_evaluation, is_checkpoint = (
-                is_due(step, interval)
+                step % config[interval] == 0 or step == num_steps
                 for interval in ("log_every_steps", "eval_every_steps", "checkpoint_every_steps")
             )
             if not (is_log or is_evaluation or is_checkpoint or is_stopping):

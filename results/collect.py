@@ -58,7 +58,7 @@ def recipe_of(config: configuration.Config) -> str:
         module = importlib.import_module(f"configs.{dataset}")
     except ModuleNotFoundError as error:
         raise UserError(f"it follows no recipe: there is no configs/{dataset}.py") from error
-    nearest: list[str] | None = None
+    differences: list[list[str]] = []
     for recipe in default.RECIPES:
         config_of_recipe = module.get_config(f"{ours['quantizer.name']},{recipe}")
         scaled = scaling.scale(config_of_recipe, 1, ours["batch_size"])
@@ -70,9 +70,9 @@ def recipe_of(config: configuration.Config) -> str:
         ]
         if not differing:
             return recipe
-        nearest = differing if nearest is None else min(nearest, differing, key=len)
-    assert nearest is not None
-    raise UserError(f"it follows no recipe: {nearest[0]} is {ours.get(nearest[0])}")
+        differences.append(differing)
+    field = min(differences, key=len)[0]
+    raise UserError(f"it follows no recipe: {field} is {ours.get(field)}")
 
 
 def read_events(workdir: pathlib.Path) -> tuple[dict[str, list[tuple[int, float]]], str | None]:

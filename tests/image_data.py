@@ -6,9 +6,12 @@ import http.server
 import io
 import json
 import tarfile
+import tempfile
 import threading
+from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from llvq import order
@@ -140,3 +143,29 @@ def serve(hub):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def prepare_fashion_mnist(contents, data_dir, file_format):
+    """Has TFDS prepare FashionMNIST from {name: content} of the two IDX files of images."""
+    import tensorflow_datasets as tfds  # not everyone who wants pictures has TensorFlow
+    from tensorflow_datasets.image_classification import mnist
+
+    counts = {name: (len(content) - 16) // 28**2 for name, content in contents.items()}
+    with tempfile.TemporaryDirectory() as raw, pytest.MonkeyPatch.context() as patch:
+        for name, content in contents.items():
+            Path(raw, name).write_bytes(content)
+            labels = name.replace("images-idx3", "labels-idx1")
+            Path(raw, labels).write_bytes(bytes(8 + counts[name]))
+        patch.setattr(mnist, "_TRAIN_EXAMPLES", counts["train-images-idx3-ubyte"])
+        patch.setattr(mnist, "_TEST_EXAMPLES", counts["t10k-images-idx3-ubyte"])
+        patch.setattr(
+            tfds.download.DownloadManager,
+            "download_and_extract",
+            lambda _, urls: {
+                key: str(Path(raw, url.rsplit("/", 1)[1].removesuffix(".gz")))
+                for key, url in urls.items()
+            },
+        )
+        tfds.builder(
+            "fashion_mnist", data_dir=data_dir, file_format=file_format
+        ).download_and_prepare()

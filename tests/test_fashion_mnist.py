@@ -11,13 +11,12 @@ pytest.importorskip("tensorflow", reason="the input pipeline needs TensorFlow")
 
 import tensorflow_datasets as tfds
 from etils import epath
-from tensorflow_datasets.image_classification import mnist
 
 import input_pipeline
 from input_pipeline import DataError, fashion_mnist
 from input_pipeline.arrays import Arrays
 from llvq import order
-from tests import real_data
+from tests import image_data, real_data
 from tests.real_data import needs_files
 
 
@@ -51,27 +50,13 @@ def test_split_and_order_are_the_official_files(idx_dir):
 
 @needs_files
 @pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
-def test_a_prepared_tfds_directory_gives_the_same_images(
-    file_format, idx_dir, tmp_path, monkeypatch
-):
+def test_a_prepared_tfds_directory_gives_the_same_images(file_format, idx_dir, tmp_path):
     """Prepared by TFDS itself, which shuffles what it writes, from the first of the real images."""
-    counts = {"train": 3000, "t10k": 1000}
-    monkeypatch.setattr(mnist, "_TRAIN_EXAMPLES", counts["train"])
-    monkeypatch.setattr(mnist, "_TEST_EXAMPLES", counts["t10k"])
-    for name, count in counts.items():
-        (tmp_path / f"{name}-labels-idx1-ubyte").write_bytes(bytes(8 + count))
-        content = (idx_dir / f"{name}-images-idx3-ubyte").read_bytes()
-        (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(content[: 16 + count * 28 * 28])
-    monkeypatch.setattr(
-        tfds.download.DownloadManager,
-        "download_and_extract",
-        lambda _, urls: {
-            key: str(tmp_path / url.rsplit("/", 1)[1].removesuffix(".gz"))
-            for key, url in urls.items()
-        },
-    )
-    builder = tfds.builder("fashion_mnist", data_dir=tmp_path, file_format=file_format)
-    builder.download_and_prepare()
+    contents = {
+        name: (idx_dir / name).read_bytes()[: 16 + count * 28 * 28]
+        for name, count in (("train-images-idx3-ubyte", 3000), ("t10k-images-idx3-ubyte", 1000))
+    }
+    image_data.prepare_fashion_mnist(contents, tmp_path, file_format)
     with pytest.raises(DataError, match=r"has 3000 images in split 'train', not 60000: delete it"):
         input_pipeline.load("fashion_mnist", data_dir=str(tmp_path))
     prepared = fashion_mnist.load(str(tmp_path), num_images={"train": 3000, "test": 1000})

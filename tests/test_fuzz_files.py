@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 pytest.importorskip("tensorflow", reason="the input pipeline needs TensorFlow")
 
 import tensorflow_datasets as tfds
-from tensorflow_datasets.image_classification import mnist
 
 from llvq import train
 from tests import fuzz_targets, fuzzing, image_data, test_celeba, tiny
@@ -58,28 +57,8 @@ def write_idx(directory):
 def tfds_fashion_mnist(file_format):
     def write(directory):
         """Prepared by TFDS itself, from small IDX files."""
-        raw = directory / "raw"
-        raw.mkdir()
-        for name, count in IDX.values():
-            (raw / name).write_bytes(idx_bytes(count))
-            labels = name.replace("images-idx3", "labels-idx1")
-            (raw / labels).write_bytes(bytes(8 + count))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mnist, "_TRAIN_EXAMPLES", 20)
-            patch.setattr(mnist, "_TEST_EXAMPLES", 10)
-            patch.setattr(
-                tfds.download.DownloadManager,
-                "download_and_extract",
-                lambda _, urls: {
-                    key: str(raw / url.rsplit("/", 1)[1].removesuffix(".gz"))
-                    for key, url in urls.items()
-                },
-            )
-            builder = tfds.builder(
-                "fashion_mnist", data_dir=directory / "data", file_format=file_format
-            )
-            builder.download_and_prepare()
-        shutil.rmtree(raw)
+        contents = {name: idx_bytes(count) for name, count in IDX.values()}
+        image_data.prepare_fashion_mnist(contents, directory / "data", file_format)
 
     return write
 

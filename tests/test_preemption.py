@@ -129,8 +129,8 @@ def test_where_a_process_is_lost_the_others_end_in_one_line(count, lost, tmp_pat
             assert "stack trace" not in errors
 
 
-def test_a_validation_is_made_up_for_once(tmp_path, monkeypatch):
-    """Stopped in the validation behind the last step: the next call validates, no other."""
+def test_stopped_in_the_last_validation(tmp_path, monkeypatch):
+    """The run is at its end: what is saved stays, and the next call has nothing left to do."""
     config = tiny.config("vq", num_train_steps=4, eval_every_steps=4)
 
     @contextlib.contextmanager
@@ -141,14 +141,13 @@ def test_a_validation_is_made_up_for_once(tmp_path, monkeypatch):
     with monkeypatch.context() as stopping:
         stopping.setattr(preemption, "stop_at_a_step", in_the_first_validation)
         with pytest.raises(preemption.Preempted, match="75"):
-            train.train_and_evaluate(config, tmp_path, tiny.dataset())
-    assert not (tmp_path / "checkpoints/4/metrics").exists()
-    stopped = train.train_and_evaluate(config, tmp_path, tiny.dataset())
-    metrics = (tmp_path / "checkpoints/4/metrics/metrics").read_text()
-    assert "reconstruction_loss" in metrics
+            train.train_and_evaluate(config, tmp_path / "stopped", tiny.dataset())
+    whole = train.train_and_evaluate(config, tmp_path / "whole", tiny.dataset())
 
     def make_writer():
         raise AssertionError("there is nothing left to do")
 
-    again = train.train_and_evaluate(config, tmp_path, tiny.dataset(), make_writer=make_writer)
-    assert_identical(again, stopped)
+    again = train.train_and_evaluate(
+        config, tmp_path / "stopped", tiny.dataset(), make_writer=make_writer
+    )
+    assert_identical(again, whole)
