@@ -37,6 +37,7 @@ from llvq import VQVAE, LatticeQuantizer, sharding
 from llvq.code_counts import CodeCounts, count_codes
 from llvq.codebook_usage import CodebookUsage
 from llvq.evaluate import measure_images
+from llvq.train_step import scale_images
 
 _STREAM_BATCH = 2**21
 _LATENT_DIM = 64
@@ -135,13 +136,16 @@ def _model(basis: float) -> VQVAE:
     return VQVAE(quantizer, image_channels=3, hidden_dims=_HIDDEN_DIMS, rngs=rngs)
 
 
-def _encode(model: VQVAE, images: Array, mask: Array) -> tuple[tuple[()], Array]:
+def _encode(model: VQVAE, images: Array, mask: Array, mesh: Mesh) -> tuple[tuple[()], Array]:
     del mask
-    return (), model.encode(images)
+    images, packing = model.pack(images, mesh)
+    return (), model.encode(scale_images(images, (0.0, 1.0), jnp.float32), packing)
 
 
-def _measure(model: VQVAE, images: Array, mask: Array) -> tuple[dict[str, Array], Array]:
-    return measure_images(model, images, mask, (0.0, 1.0), jnp.float32)
+def _measure(
+    model: VQVAE, images: Array, mask: Array, mesh: Mesh
+) -> tuple[dict[str, Array], Array]:
+    return measure_images(model, images, mask, (0.0, 1.0), jnp.float32, mesh)
 
 
 def _cost(
@@ -154,11 +158,11 @@ def _cost(
 
     @jax.jit
     def without(params: Any, images: Array, mask: Array) -> Any:
-        return work(nnx.merge(graphdef, params), images, mask)
+        return work(nnx.merge(graphdef, params), images, mask, mesh)
 
     @jax.jit
     def counting(params: Any, images: Array, mask: Array, levels: Array) -> Any:
-        results, codes = work(nnx.merge(graphdef, params), images, mask)
+        results, codes = work(nnx.merge(graphdef, params), images, mask, mesh)
         return results, count_codes(codes, mask, levels, code_width=_LATENT_DIM, mesh=mesh)
 
     def run_without() -> None:
@@ -187,7 +191,7 @@ def _cost(
 
 def measure_cost(batch_size: int, repeats: int) -> None:
     """Prints a row for each lattice and pass: seconds without counting, and what it adds."""
-    images = np.random.default_rng(0).random((batch_size, *_IMAGE_SHAPE), np.float32)
+    images = np.random.default_rng(0).integers(0, 256, (batch_size, *_IMAGE_SHAPE), np.uint8)
     print("| lattice | different codes | pass | without | with | merging | cost |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for lattice, basis in (("dense", 1e-5), ("sparse", 0.1)):

@@ -1,11 +1,19 @@
 """Convolutions in the form that each backend runs fastest; images NHWC, kernels HWIO.
 
-On TPU and GPU XLA's own convolutions are used as they are. XLA on a CPU is far from what the
-machine can do where a convolution has few output channels, and in the gradient of every kernel (up
-to 100 times slower than here, for that of a transposed convolution). There each convolution is
-rearranged, exactly, into dense ones of stride 1 (stride 2 by space-to-depth, a transposed one by
-depth-to-space), and those into one-dimensional ones along the height, whose channels also hold the
-taps of the kernel's width: matrix products wide enough to be fast.
+On a GPU XLA's own convolutions are used as they are.
+
+A TPU computes on 128 channels at once, and stores as many: of 3, 16 or 32 it wastes most. There
+images are packed, blocks of p × p pixels into the channels of one, from the first layer to the
+last, and so are the kernels: each becomes one of 3 × 3 blocks (1 × 1 of 1 × 1) that computes all
+pixels of a block at once, with zeros where one does not depend on another. That multiplies the
+arithmetic, of which there is little, and divides memory and traffic, of which there is much.
+
+XLA on a CPU is far from what the machine can do where a convolution has few output channels, and in
+the gradient of every kernel (up to 100 times slower than here, for that of a transposed
+convolution). There each convolution is rearranged, exactly, into dense ones of stride 1 (stride 2
+by space-to-depth, a transposed one by depth-to-space), and those into one-dimensional ones along
+the height, whose channels also hold the taps of the kernel's width: matrix products wide enough to
+be fast.
 """
 
 import functools
@@ -13,9 +21,10 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from jax import lax
 from jax import numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 _Images = Float[Array, "batch height width channels"]
 _Kernel = Float[Array, "kernel_height kernel_width in out"]
@@ -28,18 +37,64 @@ _NHC = ("NHC", "HIO", "NHC")
 # channels are three times faster folded, 64 to 64 and 12 to 64 slower).
 _FOLDED_CHANNELS = 32
 
+_TPU_LANES = 128
 
-def conv(x: _Images, kernel: _Kernel, strides: int) -> _Images:
+
+def choose_packing(platform: str, latent_shape: Sequence[int], features: int) -> int | None:
+    """How a network's images are best packed.
+
+    Args:
+      platform: of the devices: "cpu", "gpu" or "tpu".
+      latent_shape: height and width of the network's smallest images, of what a device has of them.
+      features: how many channels they have.
+
+    Returns:
+      How many pixels of those make a block each way; None if images are best not packed.
+    """
+    if platform != "tpu":
+        return None
+    packing = 1
+    while packing**2 * features < _TPU_LANES and all(n % (2 * packing) == 0 for n in latent_shape):
+        packing *= 2
+    return packing
+
+
+def pack(
+    x: Shaped[Array, "batch height width channels"], packing: int
+) -> Shaped[Array, "batch h w packed_channels"]:
+    """Images with blocks of packing × packing pixels as the channels of one.
+
+    Height and width must be multiples of packing. Integers are packed before anything is made of
+    them, while they are small.
+    """
+    return lax.optimization_barrier(_space_to_depth(x, packing))
+
+
+def unpack(
+    x: Shaped[Array, "batch h w packed_channels"], packing: int
+) -> Shaped[Array, "batch height width channels"]:
+    """The images that were packed."""
+    return _depth_to_space(x, packing)
+
+
+def conv(x: _Images, kernel: _Kernel, strides: int, packing: int | None = None) -> _Images:
     """A convolution of zero-padded images.
 
     Args:
-      x: [batch, height, width, in], height and width multiples of `strides`.
+      x: [batch, height, width, in], height and width multiples of `strides`; or that packed by
+        strides·packing.
       kernel: [size, size, in, out]; size - strides must be even.
       strides: of the output's pixels in the input.
+      packing: of the result, None for images that are not packed.
 
     Returns:
-      [batch, height / strides, width / strides, out].
+      [batch, height / strides, width / strides, out]; or that packed.
     """
+    if packing is not None:
+        padding = _padding(kernel, strides)
+        return _conv_packed(
+            x, kernel, strides * packing, packing, lambda out, tap: strides * out + tap - padding
+        )
     return _by_platform(
         x,
         kernel,
@@ -48,16 +103,19 @@ def conv(x: _Images, kernel: _Kernel, strides: int) -> _Images:
     )
 
 
-def conv_transpose(x: _Images, kernel: _Kernel) -> _Images:
+def conv_transpose(x: _Images, kernel: _Kernel, packing: int | None = None) -> _Images:
     """A transposed convolution of stride 2, as `jax.lax.conv_transpose` with padding "SAME".
 
     Args:
-      x: [batch, height, width, in].
+      x: [batch, height, width, in]; or that packed.
       kernel: [4, 4, in, out].
+      packing: of x, None for images that are not packed.
 
     Returns:
-      [batch, 2·height, 2·width, out].
+      [batch, 2·height, 2·width, out]; or that packed by 2·packing.
     """
+    if packing is not None:
+        return _conv_packed(x, kernel, packing, 2 * packing, lambda out, tap: (out + tap - 2) / 2)
     return _by_platform(x, kernel, _conv_transpose_on_cpu, _conv_transpose)
 
 
@@ -119,6 +177,45 @@ def _conv_transpose_on_cpu(x: _Images, kernel: _Kernel) -> _Images:
     taps = kernel.reshape(2, 2, 2, 2, features_in, features_out)[:, ::-1, :, ::-1]
     taps = taps.transpose(0, 2, 4, 1, 3, 5).reshape(2, 2, features_in, 4 * features_out)
     return _depth_to_space(_dense(x, taps, 1), 2)[:, 1:-1, 1:-1]
+
+
+def _conv_packed(
+    x: _Images,
+    kernel: _Kernel,
+    packing_in: int,
+    packing_out: int,
+    source: Callable[[int, int], float],
+) -> _Images:
+    """A convolution of packed images, to packed images of as many blocks.
+
+    Args:
+      x: packed by packing_in.
+      kernel: as for images that are not packed.
+      packing_in: how many pixels of x a block has each way.
+      packing_out: how many of the result.
+      source: where in x the pixel lies, counted from the beginning of its block, that a pixel of
+        the result in that block depends on through a tap; between pixels if there is none.
+    """
+    size, _, _, features_out = kernel.shape
+    places = [
+        (*divmod(int(source(out, tap)), packing_in), out, tap)
+        for out in range(packing_out)
+        for tap in range(size)
+        if source(out, tap) == int(source(out, tap))
+    ]
+    first, last = min(places)[0], max(places)[0]
+    selected = np.zeros((last - first + 1, packing_in, packing_out, size), kernel.dtype)
+    for block, pixel, out, tap in places:
+        selected[block - first, pixel, out, tap] = 1
+    blocks = jnp.einsum(
+        *("AIOt,BJPu,tucd->ABIJcOPd", selected, selected, kernel),
+        # Every element is one of the kernel's, or 0: exact if float32 is not cut to bfloat16.
+        precision=lax.Precision.HIGHEST,
+    )
+    shape = len(selected), len(selected), x.shape[-1], packing_out**2 * features_out
+    return lax.conv_general_dilated(
+        x, blocks.reshape(shape), (1, 1), ((-first, last),) * 2, dimension_numbers=_NHWC
+    )
 
 
 def _pad(x: _Images, height: int, width: int) -> _Images:

@@ -45,12 +45,15 @@ class Decoder(nnx.Module):
         )
 
     def __call__(
-        self, quantized: Float[Array, "batch h w latent_dim"]
+        self, quantized: Float[Array, "batch h w latent_dim"], packing: int | None = None
     ) -> Float[Array, "batch height width channels"]:
-        x = nnx.leaky_relu(self.mix(quantized))
+        """The images of latents, packed, if at all, as those of the encoder."""
+        x = nnx.leaky_relu(self.mix(quantized, packing))
         for block in self.residual_blocks:
-            x = block(x)
+            x = block(x, packing)
         x = nnx.leaky_relu(x)
+        scale = 1
         for upsample in self.upsample:
-            x = nnx.leaky_relu(upsample(x))
+            x = nnx.leaky_relu(upsample(x, packing and scale * packing))
+            scale *= 2
         return x

@@ -43,13 +43,19 @@ class Encoder(nnx.Module):
         self.project = conv(width, latent_dim, 1)
 
     def __call__(
-        self, images: Float[Array, "batch height width channels"]
+        self, images: Float[Array, "batch height width channels"], packing: int | None = None
     ) -> Float[Array, "batch h w latent_dim"]:
-        x = images
+        """The latents of images.
+
+        Packed (see `convolution`), if at all, the latents by `packing`, the images by that times
+        2 ** len(hidden_dims).
+        """
+        x, scale = images, 2 ** len(self.downsample)
         for downsample in self.downsample:
-            x = nnx.leaky_relu(downsample(x))
-        x = nnx.leaky_relu(self.mix(x))
+            scale //= 2
+            x = nnx.leaky_relu(downsample(x, packing and scale * packing))
+        x = nnx.leaky_relu(self.mix(x, packing))
         for block in self.residual_blocks:
-            x = block(x)
+            x = block(x, packing)
         x = nnx.leaky_relu(x)
-        return nnx.leaky_relu(self.project(x))
+        return nnx.leaky_relu(self.project(x, packing))

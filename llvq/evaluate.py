@@ -47,14 +47,19 @@ _REPORT = "evaluation.json"
 
 def measure_images(
     model: VQVAE,
-    inputs: Float[Array, "batch height width channels"],
+    images: UInt8[Array, "batch height width channels"],
     mask: Bool[Array, "batch"],
     value_range: tuple[float, float],
     param_dtype: DTypeLike,
+    mesh: Mesh,
 ) -> tuple[dict[str, Float[Array, ""]], Int[Array, "batch h w ..."]]:
     """Sums of each metric over the images that the mask lets count, and the codes of all."""
-    outputs, codes, quantizer_losses = model(inputs, mask=mask)
-    outputs = outputs.astype(param_dtype)
+    packed, packing = model.pack(images, mesh)
+    outputs, codes, quantizer_losses = model(
+        scale_images(packed, value_range, param_dtype), mask=mask, packing=packing
+    )
+    inputs = scale_images(images, value_range, param_dtype)
+    outputs = model.unpack(outputs, packing).astype(param_dtype)
     a, b = (metrics.to_unit_range(x, value_range) for x in (inputs, outputs))
     by_image = {
         "reconstruction_loss": jnp.mean((outputs - inputs) ** 2, axis=(1, 2, 3)),
@@ -91,9 +96,11 @@ class Evaluator:
         self._mesh = mesh
         whole, by_device = sharding.replicated(mesh), sharding.device_sharded(mesh)
 
-        def load(state: TrainState, images: Array) -> tuple[VQVAE, Array]:
-            model = nnx.merge(graphdef, state.params, state.statistics)
-            return model, scale_images(images, value_range, param_dtype)
+        def load(state: TrainState) -> VQVAE:
+            return nnx.merge(graphdef, state.params, state.statistics)
+
+        def scale(images: UInt8[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
+            return scale_images(images, value_range, param_dtype)
 
         def count(model: VQVAE, codes: Array, mask: Array, levels: Array) -> CodeCounts:
             width = model.quantizer.code_width
@@ -105,8 +112,9 @@ class Evaluator:
             mask: Bool[Array, "batch"],
             levels: Int32[Array, "devices"],
         ) -> CodeCounts:
-            model, inputs = load(state, images)
-            return count(model, model.encode(inputs), mask, levels)
+            model = load(state)
+            packed, packing = model.pack(images, mesh)
+            return count(model, model.encode(scale(packed), packing), mask, levels)
 
         def metrics_step(
             state: TrainState,
@@ -114,25 +122,27 @@ class Evaluator:
             mask: Bool[Array, "batch"],
             levels: Int32[Array, "devices"],
         ) -> tuple[dict[str, Float[Array, ""]], CodeCounts]:
-            model, inputs = load(state, images)
-            sums, codes = measure_images(model, inputs, mask, value_range, param_dtype)
+            model = load(state)
+            sums, codes = measure_images(model, images, mask, value_range, param_dtype, mesh)
             return sums, count(model, codes, mask, levels)
 
         def preview_step(
             state: TrainState, images: UInt8[Array, "batch height width channels"]
         ) -> tuple[Float[Array, "..."], Float[Array, "..."], dict[str, Array]]:
-            model, inputs = load(state, images)
+            model, inputs = load(state), scale(images)
             outputs, codes, _ = model(inputs)
             outputs = outputs.astype(param_dtype)
             a, b = (metrics.to_unit_range(x, value_range) for x in (inputs, outputs))
             return a, b, model.quantizer.histograms(codes)
 
         batch = (sharding.images_sharded(mesh), sharding.batch_sharded(mesh), by_device)
-        in_shardings = (whole, *batch)
-        self.usage_step = jax.jit(usage_step, in_shardings=in_shardings, out_shardings=by_device)
-        self.metrics_step = jax.jit(
-            metrics_step, in_shardings=in_shardings, out_shardings=(whole, by_device)
+        jit = functools.partial(
+            jax.jit,
+            in_shardings=(whole, *batch),
+            compiler_options=sharding.compiler_options(mesh),
         )
+        self.usage_step = jit(usage_step, out_shardings=by_device)
+        self.metrics_step = jit(metrics_step, out_shardings=(whole, by_device))
         self.preview_step = jax.jit(preview_step, in_shardings=(whole, whole), out_shardings=whole)
 
     def _results(

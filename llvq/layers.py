@@ -8,6 +8,7 @@ import math
 
 import jax
 from flax import nnx
+from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -17,6 +18,13 @@ from llvq import convolution
 def _uniform(fan_in: int) -> nnx.Initializer:
     bound = 1.0 / math.sqrt(fan_in)
     return lambda key, shape, dtype, *_: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _add_bias(
+    x: Float[Array, "batch h w c"], bias: Float[Array, "features"]
+) -> Float[Array, "batch h w c"]:
+    """Adds a bias to every pixel of images, packed or not."""
+    return x + jnp.tile(bias.astype(x.dtype), x.shape[-1] // bias.shape[0])
 
 
 class Conv(nnx.Module):
@@ -41,10 +49,13 @@ class Conv(nnx.Module):
         self.strides = strides
         self.dtype = dtype
 
-    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h_out w_out c_out"]:
+    def __call__(
+        self, x: Float[Array, "batch h w c"], packing: int | None = None
+    ) -> Float[Array, "batch h_out w_out c_out"]:
+        """Packed, if at all, x by strides·packing and the result by packing (see `convolution`)."""
         x, kernel = x.astype(self.dtype), self.kernel.astype(self.dtype)
-        y = convolution.conv(x, kernel, self.strides)
-        return y if self.bias is None else y + self.bias.astype(self.dtype)
+        y = convolution.conv(x, kernel, self.strides, packing)
+        return y if self.bias is None else _add_bias(y, self.bias[...])
 
 
 class ConvTranspose(nnx.Module):
@@ -68,9 +79,12 @@ class ConvTranspose(nnx.Module):
         self.bias = nnx.Param(init(rngs.params(), shape[-1:], param_dtype))
         self.dtype = dtype
 
-    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h_out w_out c_out"]:
+    def __call__(
+        self, x: Float[Array, "batch h w c"], packing: int | None = None
+    ) -> Float[Array, "batch h_out w_out c_out"]:
+        """Packed, if at all, x by packing and the result by 2·packing (see `convolution`)."""
         x, kernel = x.astype(self.dtype), self.kernel.astype(self.dtype)
-        return convolution.conv_transpose(x, kernel) + self.bias.astype(self.dtype)
+        return _add_bias(convolution.conv_transpose(x, kernel, packing), self.bias[...])
 
 
 class ResidualBlock(nnx.Module):
@@ -93,5 +107,8 @@ class ResidualBlock(nnx.Module):
         self.conv3x3 = conv_without_bias(3)
         self.conv1x1 = conv_without_bias(1)
 
-    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
-        return x + self.conv1x1(nnx.relu(self.conv3x3(x)))
+    def __call__(
+        self, x: Float[Array, "batch h w c"], packing: int | None = None
+    ) -> Float[Array, "batch h w c"]:
+        """Packed, if at all, x and the result by packing (see `convolution`)."""
+        return x + self.conv1x1(nnx.relu(self.conv3x3(x, packing)), packing)

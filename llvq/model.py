@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 from flax import nnx
 from jax import numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from llvq import convolution
 from llvq.decoder import Decoder
 from llvq.encoder import Encoder
 from llvq.quantizers.base import Losses, Quantizer
@@ -72,16 +74,55 @@ class VQVAE(nnx.Module):
         *,
         train: bool = False,
         mask: Bool[Array, "batch"] | None = None,
+        packing: int | None = None,
     ) -> tuple[Float[Array, "batch height width channels"], Int[Array, "batch h w ..."], Losses]:
-        """(reconstructions, codes, quantizer losses); see `Quantizer` for codes, train and mask."""
-        quantized, codes, losses = self.quantizer(self.encoder(images), train=train, mask=mask)
-        return self.decoder(quantized), codes, losses
+        """(reconstructions, codes, quantizer losses); see `Quantizer` for codes, train and mask.
+
+        `packing` is for speed: as `pack` returned it with the images. Then reconstructions come
+        packed, too (see `unpack`), and codes as [batch, h / packing, w / packing, packing², ...].
+        """
+        latents = self.encoder(images, packing)
+        quantized, codes, losses = self.quantizer(
+            self._vectors(latents, packing), train=train, mask=mask
+        )
+        return self.decoder(quantized.reshape(latents.shape), packing), codes, losses
 
     def encode(
-        self, images: Float[Array, "batch height width channels"]
+        self, images: Float[Array, "batch height width channels"], packing: int | None = None
     ) -> Int[Array, "batch h w ..."]:
-        """The codes of images."""
-        return self.quantizer(self.encoder(images))[1]
+        """The codes of images; for `packing` see `__call__`."""
+        return self.quantizer(self._vectors(self.encoder(images, packing), packing))[1]
+
+    def pack(
+        self, images: Shaped[Array, "batch height width channels"], mesh: Mesh
+    ) -> tuple[Shaped[Array, "batch h w c"], int | None]:
+        """Images in the form that is fastest on a mesh, and how that is called.
+
+        Returns:
+          (images, packing), where packing is None if they are best left as they are.
+        """
+        scale = 2 ** len(self.encoder.downsample)
+        _, height, width, _ = images.shape
+        latent_shape = height // mesh.shape["height"] // scale, width // scale
+        features = self.encoder.mix.kernel.shape[-1]
+        platform = mesh.devices.flat[0].platform
+        packing = convolution.choose_packing(platform, latent_shape, features)
+        return images if packing is None else convolution.pack(images, scale * packing), packing
+
+    def unpack(
+        self, images: Shaped[Array, "batch h w c"], packing: int | None
+    ) -> Shaped[Array, "batch height width channels"]:
+        """Images or reconstructions as they were before they were packed."""
+        scale = 2 ** len(self.encoder.downsample)
+        return images if packing is None else convolution.unpack(images, scale * packing)
+
+    def _vectors(
+        self, latents: Float[Array, "batch h w c"], packing: int | None
+    ) -> Float[Array, "batch h w ..."]:
+        """Latents whose last axis is one vector."""
+        if packing is None:
+            return latents
+        return latents.reshape(*latents.shape[:-1], packing**2, self.quantizer.latent_dim)
 
     def decode(
         self, codes: Int[Array, "batch h w ..."]

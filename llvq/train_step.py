@@ -49,8 +49,9 @@ def make_train_step(
         params: Tree, statistics: Tree, images: Array
     ) -> tuple[Array, tuple[Metrics, Tree]]:
         model = nnx.merge(graphdef, params, statistics)
+        images, packing = model.pack(images, mesh)
         targets = scale_images(images, value_range, param_dtype)
-        reconstructions, _, quantizer_losses = model(targets, train=True)
+        reconstructions, _, quantizer_losses = model(targets, train=True, packing=packing)
         reconstruction_loss = jnp.mean((reconstructions.astype(param_dtype) - targets) ** 2)
         loss = reconstruction_loss + quantizer_losses["quantizer_loss"]
         metrics = {"loss": loss, "reconstruction_loss": reconstruction_loss, **quantizer_losses}
@@ -75,6 +76,7 @@ def make_train_step(
             donate_argnums=0,
             in_shardings=(sharding.replicated(mesh), sharding.images_sharded(mesh)),
             out_shardings=sharding.replicated(mesh),
+            compiler_options=sharding.compiler_options(mesh),
         )
 
     return jit(train_step), jit(statistics_step)

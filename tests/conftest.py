@@ -1,11 +1,22 @@
 """Every test sees eight virtual CPU devices, so that whatever is tested is tested sharded."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["NO_GCE_CHECK"] = "true"
+
+# Each program is compiled once for all tests and the processes that they start.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compiled = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest

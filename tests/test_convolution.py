@@ -17,17 +17,17 @@ _plain = functools.partial(lax.conv_general_dilated, dimension_numbers=("NHWC", 
 # (ours, XLA's, kernel size): every layer of the network.
 CASES = {
     "3x3": (
-        lambda x, k: convolution.conv(x, k, 1),
+        functools.partial(convolution.conv, strides=1),
         lambda x, k: _plain(x, k, (1, 1), ((1, 1), (1, 1))),
         3,
     ),
     "1x1": (
-        lambda x, k: convolution.conv(x, k, 1),
+        functools.partial(convolution.conv, strides=1),
         lambda x, k: _plain(x, k, (1, 1), "VALID"),
         1,
     ),
     "4x4, stride 2": (
-        lambda x, k: convolution.conv(x, k, 2),
+        functools.partial(convolution.conv, strides=2),
         lambda x, k: _plain(x, k, (2, 2), ((1, 1), (1, 1))),
         4,
     ),
@@ -51,19 +51,24 @@ def test_equals_the_plain_convolution(case, channels):
         kernel = rng.standard_normal((size, size, *channels))
         expected, pull_back = jax.vjp(plain, x, kernel)
         gradient = rng.standard_normal(expected.shape)
-        for dtype, tolerance in ((np.float64, 1e-12), (np.float32, 1e-5)):
 
-            @jax.jit
-            def run(x, kernel, gradient):
-                y, pull_back = jax.vjp(ours, x, kernel)
-                return y, *pull_back(gradient)
+        @jax.jit
+        def run(x, kernel, gradient):
+            y, pull_back = jax.vjp(ours, x, kernel)
+            return y, *pull_back(gradient)
 
-            results = run(*(a.astype(dtype) for a in (x, kernel, gradient)))
-            for result, wanted in zip(results, (expected, *pull_back(gradient)), strict=True):
-                assert result.dtype == dtype
-                # Sums of many products of either sign: rounding goes with the tensor's norm.
-                error = np.linalg.norm(result - wanted)
-                assert error <= tolerance * np.linalg.norm(wanted)
+        assert_close(run, (x, kernel, gradient), (expected, *pull_back(gradient)))
+
+
+def assert_close(function, arguments, expected):
+    """In float64 to 1e-12, in float32 to 1e-5."""
+    for dtype, tolerance in ((np.float64, 1e-12), (np.float32, 1e-5)):
+        results = function(*(a.astype(dtype) for a in arguments))
+        for result, wanted in zip(results, expected, strict=True):
+            assert result.dtype == dtype
+            # Sums of many products of either sign: rounding goes with the tensor's norm.
+            error = np.linalg.norm(result - wanted)
+            assert error <= tolerance * np.linalg.norm(wanted)
 
 
 def test_accelerators_get_the_plain_convolutions():

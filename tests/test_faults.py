@@ -1,6 +1,5 @@
 """What a run survives: the cases of tests/faults.py, each as its command line runs it."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +18,6 @@ def run(*arguments):
         text=True,
         check=False,
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory):
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
-    yield
-    del os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 @pytest.mark.parametrize("case", CASES)
