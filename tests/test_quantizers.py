@@ -18,6 +18,7 @@ from llvq import (
     quantizers,
 )
 from llvq.errors import UserError
+from llvq.quantizers import codebook as codebooks
 from llvq.quantizers.lattice import LARGEST_CODE, SMALLEST_BASIS, sparse_basis_bound
 from tests.tiny import NAMES
 
@@ -55,6 +56,12 @@ def grads_of(quantizer, latents, weights):
     return nnx.grad(loss_fn, argnums=(0, 1))(quantizer, latents)
 
 
+@pytest.fixture(params=[1024, 6])
+def _blocks(request, monkeypatch):
+    """The codebook searched whole, and in three blocks, the last not full."""
+    monkeypatch.setattr(codebooks, "_BLOCK_SIZE", request.param)
+
+
 @pytest.fixture
 def spread_codebook():
     """16 vectors far apart, so that no latent near one of them is near a tie."""
@@ -67,6 +74,7 @@ def latents_near(codebook, seed=0):
     return (codebook[chosen] + rng.normal(0, 0.3, (4, 3, 5, DIM))).astype(np.float32)
 
 
+@pytest.mark.usefixtures("_blocks")
 class TestVectorQuantizer:
     def test_against_numpy(self, spread_codebook):
         quantizer = make("vq", codebook_size=16)
@@ -98,8 +106,8 @@ class TestVectorQuantizer:
         assert_close(by_latents, weights - BETA * 2 * difference / latents.size)
 
     def test_lowest_index_wins_a_tie(self):
-        quantizer = make("vq", codebook_size=6)
-        quantizer.codebook[...] = jnp.ones((6, DIM)).at[jnp.array([1, 4])].set(0.0)
+        quantizer = make("vq", codebook_size=16)
+        quantizer.codebook[...] = jnp.ones((16, DIM)).at[jnp.array([1, 4, 9])].set(0.0)
         _, codes, _ = quantizer(np.full((1, DIM), 0.1, np.float32))
         assert codes == 1
 
@@ -110,6 +118,7 @@ class TestVectorQuantizer:
         assert abs(codebook.std() * 512 - 1 / np.sqrt(3)) < 0.01
 
 
+@pytest.mark.usefixtures("_blocks")
 class TestEMAVectorQuantizer:
     def test_three_training_steps_against_numpy(self, spread_codebook):
         quantizer = make("vq_ema", codebook_size=16)
@@ -165,6 +174,23 @@ class TestEMAVectorQuantizer:
         _, by_latents = grads_of(quantizer, latents, weights)
         difference = spread_codebook[codes] - latents.astype(np.float64)
         assert_close(by_latents, weights - BETA * 2 * difference / latents.size)
+
+
+@pytest.mark.parametrize("name", ["vq", "vq_ema"])
+def test_a_large_codebook_takes_no_matrix_of_all_pairs(name):
+    num_vectors, codebook_size = 4096, 65536
+    graphdef, state = nnx.split(make(name, codebook_size=codebook_size))
+    state = nnx.to_pure_dict(state)
+
+    def loss(state, latents):
+        quantizer = nnx.merge(graphdef, state)
+        quantized, _, losses = quantizer(latents, train=True)
+        return jnp.sum(quantized) + losses["quantizer_loss"], nnx.state(quantizer)
+
+    latents = jax.ShapeDtypeStruct((num_vectors, DIM), jnp.float32)
+    step = jax.jit(jax.grad(loss, argnums=1, has_aux=True))
+    memory = step.lower(state, latents).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < num_vectors * codebook_size * 4 / 10
 
 
 class TestLattice:

@@ -1,11 +1,25 @@
 """What VQ and VQ-EMA share: a codebook, and the search for the vector nearest to a latent."""
 
+import functools
+from typing import Any
+
 import jax
 from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llvq.quantizers.base import Quantizer
+
+_PRECISION = jax.lax.Precision.HIGHEST
+
+# Codebook vectors at a time: a matrix of all latents by all vectors is never in memory.
+_BLOCK_SIZE = 1024
+
+
+def _blocks(codebook_size: int) -> tuple[int, int]:
+    """How many blocks of at most _BLOCK_SIZE vectors make up a codebook, and how many each has."""
+    num_blocks = -(-codebook_size // _BLOCK_SIZE)
+    return num_blocks, -(-codebook_size // num_blocks)
 
 
 def nearest(
@@ -16,10 +30,50 @@ def nearest(
     By ‖z‖² + ‖e‖² − 2z·e, all three terms: ‖z‖² is the same for every e, but the rounding that it
     brings decides between the many near-zero vectors of a codebook that EMA has let die.
     """
-    products = jnp.einsum("...d,kd->...k", latents, codebook, precision=jax.lax.Precision.HIGHEST)
+    latents, codebook = jax.lax.stop_gradient((latents, codebook))
     latent_norms = jnp.sum(latents**2, axis=-1, keepdims=True)
-    distances = latent_norms + jnp.sum(codebook**2, axis=-1) - 2.0 * products
-    return jnp.argmin(distances, axis=-1).astype(jnp.int32)
+    norms = jnp.sum(codebook**2, axis=-1)
+    num_blocks, block_size = _blocks(len(codebook))
+    missing = num_blocks * block_size - len(codebook)
+    # What fills up the last block is infinitely far.
+    codebook = jnp.pad(codebook, ((0, missing), (0, 0)))
+    norms = jnp.pad(norms, (0, missing), constant_values=jnp.inf)
+
+    def search(best: tuple[Array, Array], block: tuple[Array, Array, Array]) -> Any:
+        first, vectors, norms = block
+        products = jnp.einsum("...d,kd->...k", latents, vectors, precision=_PRECISION)
+        distances = latent_norms + norms - 2.0 * products
+        distance, code = jnp.min(distances, axis=-1), first + jnp.argmin(distances, axis=-1)
+        is_nearer = distance < best[0]
+        return jax.tree.map(functools.partial(jnp.where, is_nearer), (distance, code), best), None
+
+    blocks = (
+        jnp.arange(num_blocks) * block_size,
+        codebook.reshape(num_blocks, block_size, -1),
+        norms.reshape(num_blocks, block_size),
+    )
+    nowhere = jnp.full_like(latent_norms[..., 0], jnp.inf)
+    (_, codes), _ = jax.lax.scan(search, (nowhere, jnp.zeros_like(nowhere, jnp.int32)), blocks)
+    return codes
+
+
+def sums_by_code(
+    codes: Int[Array, "..."],
+    values: Float[Array, "... width"],
+    codebook_size: int,
+) -> Float[Array, "codes width"]:
+    """The sum, for each index of the codebook, of the values at which it is the code.
+
+    By products with one-hot vectors, which add in the same order every time.
+    """
+    num_blocks, block_size = _blocks(codebook_size)
+
+    def of_block(first: Int[Array, ""]) -> Float[Array, "block width"]:
+        one_hot = jax.nn.one_hot(codes - first, block_size, dtype=values.dtype)
+        return jnp.einsum("...k,...d->kd", one_hot, values, precision=_PRECISION)
+
+    sums = jax.lax.map(of_block, jnp.arange(num_blocks) * block_size)
+    return sums.reshape(num_blocks * block_size, -1)[:codebook_size]
 
 
 class CodebookQuantizer(Quantizer):
@@ -34,7 +88,7 @@ class CodebookQuantizer(Quantizer):
     def quantize(
         self, latents: Float[Array, "... latent_dim"]
     ) -> tuple[Float[Array, "... latent_dim"], Int[Array, "..."]]:
-        codes = nearest(latents, jax.lax.stop_gradient(self.codebook[...]))
+        codes = nearest(latents, self.codebook[...])
         return self.lookup(codes), codes
 
     def lookup(self, codes: Int[Array, "..."]) -> Float[Array, "... latent_dim"]:

@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from llvq.quantizers.base import CODEBOOK_SIZE, COMMITMENT_COST, Losses
-from llvq.quantizers.codebook import CodebookQuantizer
+from llvq.quantizers.codebook import CodebookQuantizer, sums_by_code
 
 
 class EMAVectorQuantizer(CodebookQuantizer):
@@ -48,11 +48,12 @@ class EMAVectorQuantizer(CodebookQuantizer):
         mask: Bool[Array, "batch"] | None,
     ) -> None:
         codebook_size = self.codebook[...].shape[0]
-        one_hot = jax.nn.one_hot(codes, codebook_size, dtype=self.param_dtype)
+        # The last column counts.
+        values = jnp.append(latents, jnp.ones_like(latents[..., :1]), axis=-1)
         if mask is not None:
-            one_hot *= mask.reshape(-1, *[1] * (one_hot.ndim - 1))
-        counts = jnp.einsum("...k->k", one_hot)
-        sums = jnp.einsum("...k,...d->kd", one_hot, latents, precision=jax.lax.Precision.HIGHEST)
+            values *= mask.reshape(-1, *[1] * (values.ndim - 1))
+        sums = sums_by_code(codes, values, codebook_size)
+        sums, counts = sums[:, :-1], sums[:, -1]
 
         size = self.decay * self.cluster_size[...] + (1.0 - self.decay) * counts
         total = jnp.sum(size)
