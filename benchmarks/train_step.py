@@ -41,12 +41,15 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import numpy as jnp
+from jax.typing import DTypeLike
 
 from benchmarks import measure
 from benchmarks.measure import Case, Contender
 from llvq import configuration, sharding, train_state
 from llvq.errors import UserError
+from llvq.model import VQVAE
 from llvq.quantizers import QUANTIZERS
+from llvq.train_state import TrainState
 from llvq.train_step import make_train_step, scale_images
 
 # (images a step, their height and width) on a CPU.
@@ -74,6 +77,21 @@ def random_images(config: Any) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
+def make_evaluate_step(
+    graphdef: nnx.GraphDef[VQVAE], value_range: tuple[float, float], param_dtype: DTypeLike
+) -> Callable[..., Any]:
+    """The jitted reconstruction and quantizer loss of a state on images, uint8."""
+
+    @jax.jit
+    def evaluate_step(state: TrainState, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graphdef, state.params, state.statistics)
+        targets = scale_images(images, value_range, param_dtype)
+        outputs, _, losses = model(targets)
+        return jnp.mean((outputs.astype(param_dtype) - targets) ** 2), losses["quantizer_loss"]
+
+    return evaluate_step
+
+
 def prepare_llvq(config: Any, step: str) -> Contender:
     """The step of a config on the first device."""
     _, param_dtype = train_state.DTYPES[config.compute_dtype]
@@ -86,20 +104,13 @@ def prepare_llvq(config: Any, step: str) -> Contender:
     graphdef, state = train_state.create_train_state(model, optimizer)
     state = sharding.replicate(state, mesh)
     images = sharding.to_devices(random_images(config), mesh)
-    train_step: Any
-    train_step, _ = make_train_step(graphdef, optimizer, value_range, param_dtype, mesh)
-
-    def evaluate_step(state: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graphdef, state.params, state.statistics)
-        targets = scale_images(images, value_range, param_dtype)
-        outputs, _, losses = model(targets)
-        error = outputs.astype(param_dtype) - targets
-        return jnp.mean(error**2), losses["quantizer_loss"]
-
     is_training = step == "train"
-    compiled = (
-        (train_step if is_training else jax.jit(evaluate_step)).lower(state, images).compile()
-    )
+    take_step: Any
+    if is_training:
+        take_step, _ = make_train_step(graphdef, optimizer, value_range, param_dtype, mesh)
+    else:
+        take_step = make_evaluate_step(graphdef, value_range, param_dtype)
+    compiled = take_step.lower(state, images).compile()
     is_cpu = jax.default_backend() == "cpu"
 
     def run(num_steps: int) -> None:
