@@ -27,32 +27,47 @@ from tests import torch_model as oracle
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors this small are not worth several, which would spin."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 def llvq_state(model):
     """(params, statistics) of a model in PyTorch."""
     tensors = {name: x.detach().numpy().copy() for name, x in model.state_dict().items()}
     return jax.tree.map(jnp.asarray, import_torch.parameters_from_state_dict(tensors))
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
-def test_both_sides_take_the_same_steps(name):
+VALUE_RANGE, RATE = (-0.5, 0.5), 1e-3
+
+
+def both_sides(name):
+    """The same model twice: in PyTorch, and as llvq's (graphdef, params, statistics)."""
     torch.manual_seed(0)
     model = oracle.Model(name, channels=1, hidden_dims=(8,))
     torch.nn.init.normal_(model._quantizer.embedding.weight, std=0.05)  # no code is 0 everywhere
-    model.to(memory_format=torch.channels_last).train()
-    value_range, rate = (-0.5, 0.5), 1e-3
-    losses = torch_model.make_losses(model, value_range, amp=False)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    theirs = torch_model.make_train_step(losses, torch.optim.Adam(parameters, rate, fused=True))
-
+    model.to(memory_format=torch.channels_last)
     options = {"name": name, **oracle.options(name, 16)}
     graphdef, _, _ = train_state.abstract_model(tiny.config(name)["model"], options, "float32")
-    params, statistics = llvq_state(model)
-    adam = optax.adam(rate)
+    return model, (graphdef, *llvq_state(model))
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_both_sides_take_the_same_steps(name):
+    model, (graphdef, params, statistics) = both_sides(name)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, RATE, fused=True)
+    losses = torch_model.make_losses(model.train(), VALUE_RANGE, amp=False)
+    theirs = torch_model.make_train_step(losses, optimizer)
+    before = jax.tree.map(np.array, params)  # the state is donated
+    adam = optax.adam(RATE)
     state = train_state.TrainState(jnp.int32(0), params, statistics, adam.init(params))
     mesh = sharding.make_mesh(jax.devices()[:1])
-    ours, _ = make_train_step(graphdef, adam, value_range, jnp.float32, mesh)
-
-    before = jax.tree.map(np.array, params)  # the state is donated
+    ours, _ = make_train_step(graphdef, adam, VALUE_RANGE, jnp.float32, mesh)
     for seed in range(3):
         images = tiny.images(16, seed)
         state, metrics = ours(state, images)
@@ -61,22 +76,26 @@ def test_both_sides_take_the_same_steps(name):
             float(metrics["loss"]), rel=1e-5
         )
     for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(before), strict=True):
-        assert np.abs(new - old).max() > rate / 2  # all have moved
+        assert np.abs(new - old).max() > RATE / 2  # all have moved
     # Adam's first steps are as long as the rate, whatever a gradient's size: 1% of one. The EMA's
-    # sums and quotients are larger than 1. Measured: 6e-7, and 2e-6 of 3.
+    # sums and quotients are larger than 1. Measured: 2e-6.
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-2 * rate),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-2 * RATE),
         (state.params, state.statistics),
         llvq_state(model),
     )
 
-    model.eval()
-    images = tiny.images(5, 9)
-    evaluate = train_step.make_evaluate_step(graphdef, value_range, jnp.float32)
-    found = torch_model.make_evaluate_step(losses)(torch.from_numpy(images))
-    np.testing.assert_allclose(
-        [float(x) for x in found], [float(x) for x in evaluate(state, images)], rtol=1e-5
-    )
+
+def test_both_sides_evaluate_alike_and_learn_nothing():
+    model, (graphdef, params, statistics) = both_sides("vq_ema")
+    state = train_state.TrainState(jnp.int32(0), params, statistics, ())
+    images = tiny.images(5)
+    losses = torch_model.make_losses(model.eval(), VALUE_RANGE, amp=False)
+    evaluate = torch_model.make_evaluate_step(losses)
+    theirs = [float(x) for x in evaluate(torch.from_numpy(images))]
+    ours = train_step.make_evaluate_step(graphdef, VALUE_RANGE, jnp.float32)(state, images)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)  # rounding of a float32 sum
+    jax.tree.map(np.testing.assert_array_equal, (params, statistics), llvq_state(model))
 
 
 @pytest.mark.parametrize("dataset", train_step.DATASETS)
