@@ -56,6 +56,11 @@ class Case(NamedTuple):
 _PAUSE_SECONDS = 0.02
 
 
+# A load average above this is other programs', and is warned of: with more threads than free cores
+# PyTorch was seen to take 90 times as long as with one.
+_QUIET = 0.5
+
+
 def interleave(
     runs: Mapping[str, Run], repeats: int, min_seconds: float = 0.0
 ) -> dict[str, list[float]]:
@@ -262,7 +267,8 @@ def report(rows: Sequence[Row]) -> str:
     for row in rows:
         by_source.setdefault(tuple(row[name] for name in _SOURCE), []).append(row)
     sections = (
-        f"\n## {program}: {machine}\n\n    {command}\n\n{versions}\n\n{comparison_table(part)}\n"
+        f"\n## {program}: {machine}\n\n    {command}\n\n{versions}; load average before: "
+        f"{max(row['load'] for row in part):.1f}\n\n{comparison_table(part)}\n"
         for (program, machine, versions, command), part in by_source.items()
     )
     return _HEADER + "".join(sections)
@@ -293,6 +299,13 @@ def record(
     """
     kept = read_rows(options.output, report) if options.output else []
     source = (program, machine(), versions(*packages), " ".join(["python", *sys.argv]))
+    load = os.getloadavg()[0]
+    if load > _QUIET:
+        print(
+            f"other programs keep {load:.1f} cores busy: on a CPU PyTorch's threads then wait for "
+            "each other, and the ratios flatter llvq",
+            file=sys.stderr,
+        )
     measured: list[Row] = []
     start = time.monotonic()
     for number, case in enumerate(cases):
@@ -314,7 +327,7 @@ def record(
         row: Row = {
             **dict(zip(_SOURCE, source, strict=True)),
             **{"setting": case.setting, "unit": unit, "amount": case.amount},
-            **{"seconds": seconds, "memory_bytes": memory},
+            **{"load": load, "seconds": seconds, "memory_bytes": memory},
         }
         measured.append(row)
         kept = [old for old in kept if _identity(old) != _identity(row)] + [row]
