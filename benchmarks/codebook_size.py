@@ -13,49 +13,24 @@ import os
 import pathlib
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from typing import Any
-
-import jax
-import numpy as np
-import optax
-from jax import numpy as jnp
 
 sys.path.insert(0, os.fspath(pathlib.Path(__file__).parents[1]))
 
-from configs import fashion_mnist
-from llvq import sharding, train_state
-from llvq.train_step import make_train_step
+from benchmarks import measure
+from benchmarks.train_step import get_config, prepare_llvq
+from llvq import train_state
 
 CODEBOOK_SIZES = tuple(2**i for i in range(6, 17, 2))
 QUANTIZERS = ("vq", "sparse_lattice")
 
 
-def prepare(quantizer: str, codebook_size: int) -> tuple[Callable[[], None], int]:
-    """A function that takes one training step, compiled, and the quantizer's parameters."""
-    config = fashion_mnist.get_config(quantizer)
-    if "codebook_size" in config.quantizer:
-        config.quantizer.codebook_size = codebook_size
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    optimizer = optax.adam(config.learning_rate)
-    model = train_state.create_model(
-        config.model, config.quantizer, config.compute_dtype, config.seed
-    )
-    graphdef, state = train_state.create_train_state(model, optimizer)
-    num_parameters = train_state.num_quantizer_parameters(state)
-    _, param_dtype = train_state.DTYPES[config.compute_dtype]
-    step, _ = make_train_step(graphdef, optimizer, config.model.value_range, param_dtype, mesh)
-    shape = (config.batch_size, *config.model.image_shape)
-    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, shape), jnp.uint8)
-    holder: list[Any] = [state]
-
-    def take_step() -> None:
-        holder[0], _ = step(holder[0], images)
-        jax.block_until_ready(holder[0])
-
-    take_step()
-    return take_step, num_parameters
+def prepare(quantizer: str, codebook_size: int) -> tuple[measure.Run, int]:
+    """What takes training steps, compiled, and the number of the quantizer's parameters."""
+    config = get_config("fashion_mnist", quantizer)
+    config.quantizer.codebook_size = codebook_size
+    _, *trees = train_state.abstract_model(config.model, config.quantizer, config.compute_dtype)
+    num_parameters = train_state.num_parameters([tree.get("quantizer", {}) for tree in trees])
+    return prepare_llvq(config, "train").run, num_parameters
 
 
 def main() -> None:
@@ -69,29 +44,19 @@ def main() -> None:
     parameters: dict[str, list[int]] = {name: [] for name in QUANTIZERS}
     for codebook_size in CODEBOOK_SIZES:
         prepared = {name: prepare(name, codebook_size) for name in QUANTIZERS}
-        times: dict[str, list[float]] = {name: [] for name in QUANTIZERS}
-        for _ in range(options.repeats):
-            for name, (take_step, _) in prepared.items():
-                start = time.perf_counter()
-                take_step()
-                times[name].append(time.perf_counter() - start)
+        runs = {name: run for name, (run, _) in prepared.items()}
+        times = measure.interleave(runs, options.repeats)
         for name, (_, num_parameters) in prepared.items():
             milliseconds[name].append(round(1e3 * statistics.median(times[name]), 2))
             parameters[name].append(num_parameters)
 
-    lines = [
-        "| K |" + "".join(f" {name}, ms a step | its parameters |" for name in QUANTIZERS),
-        "|---" * (1 + 2 * len(QUANTIZERS)) + "|",
-    ]
-    for i, codebook_size in enumerate(CODEBOOK_SIZES):
-        cells = (
-            f" {milliseconds[name][i]:,.0f} | {parameters[name][i]:,} |" for name in QUANTIZERS
-        )
-        lines.append(f"| {codebook_size:,} |" + "".join(cells))
-    table = "\n".join(lines)
+    header = [cell for name in QUANTIZERS for cell in (f"{name}, ms a step", "its parameters")]
+    columns = [figures[name] for name in QUANTIZERS for figures in (milliseconds, parameters)]
+    rows = ([f"{x:,.0f}" for x in row] for row in zip(CODEBOOK_SIZES, *columns, strict=True))
+    table = measure.table(["K", *header], rows)
     print(table)
     measured = {
-        "machine": sharding.describe(sharding.make_mesh()),
+        "machine": measure.machine(),
         "command": " ".join(["python", *sys.argv]),
         "codebook_sizes": CODEBOOK_SIZES,
         "milliseconds": milliseconds,

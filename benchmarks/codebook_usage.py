@@ -33,6 +33,7 @@ from jaxtyping import Array, Int32
 
 sys.path.insert(0, os.fspath(pathlib.Path(__file__).parents[1]))
 
+from benchmarks import measure
 from llvq import VQVAE, LatticeQuantizer, sharding
 from llvq.code_counts import CodeCounts, count_codes
 from llvq.codebook_usage import CodebookUsage
@@ -165,23 +166,21 @@ def _cost(
         results, codes = work(nnx.merge(graphdef, params), images, mask, mesh)
         return results, count_codes(codes, mask, levels, code_width=_LATENT_DIM, mesh=mesh)
 
-    def run_without() -> None:
-        jax.block_until_ready(without(params, *inputs))
+    def run_without(num_steps: int) -> None:
+        for _ in range(num_steps):
+            jax.block_until_ready(without(params, *inputs))
 
-    def run_counting() -> None:
-        results, counts = counting(params, *inputs, usage.levels(mesh))
-        usage.add(counts)
-        jax.block_until_ready(results)
+    def run_counting(num_steps: int) -> None:
+        for _ in range(num_steps):
+            results, counts = counting(params, *inputs, usage.levels(mesh))
+            usage.add(counts)
+            jax.block_until_ready(results)
 
-    times: dict[Callable[[], None], list[float]] = {run_without: [], run_counting: []}
-    for repeat in range(-1, repeats):
-        if repeat <= 0:
-            usage = CodebookUsage()  # what compiles does not count
-        for run, seconds in times.items():
-            start = time.perf_counter()
-            run()
-            if repeat >= 0:
-                seconds.append(time.perf_counter() - start)
+    runs = {"without": run_without, "with": run_counting}
+    usage = CodebookUsage()
+    measure.interleave(runs, 1)
+    usage = CodebookUsage()  # what compiles does not count
+    times = measure.interleave(runs, repeats)
     start = time.perf_counter()
     distinct = usage.num_distinct / (usage.num_vectors / repeats)
     merging = (time.perf_counter() - start) / repeats

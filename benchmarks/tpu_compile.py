@@ -20,10 +20,8 @@ not compiled again. Delete the file after a change to the network.
 """
 
 import argparse
-import importlib
 import importlib.util
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -49,6 +47,9 @@ import optax
 from jax import numpy as jnp
 from jax.experimental import topologies
 
+from benchmarks import measure
+from benchmarks.measure import Row
+from benchmarks.train_step import get_config
 from llvq import configuration, sharding, train_state
 from llvq.errors import UserError, first_line
 from llvq.evaluate import Evaluator
@@ -58,8 +59,6 @@ from llvq.train_step import make_train_step
 DATASETS = ("fashion_mnist", "celeba", "ffhq1024")
 STEPS = ("train", "evaluate")
 TOPOLOGIES = ("v5e:2x4", "v5e:4x8", "v5e:16x16")
-
-Row = dict[str, Any]
 
 _LIMITS = ("memory", "arithmetic", "collective")
 _SETTING = ("dataset", "quantizer", "step", "topology", "batch_size", "compute_dtype", "compiler")
@@ -137,11 +136,6 @@ def get_devices(topology: str) -> Sequence[jax.Device]:
         raise UserError(f"--topologies: {topology}: {first_line(error)}") from error
 
 
-def get_config(dataset: str, quantizer: str) -> Any:
-    """The paper's recipe."""
-    return importlib.import_module(f"configs.{dataset}").get_config(quantizer)
-
-
 def lower(row: Row) -> jax.stages.Lowered:
     """The step of a row, ready to be compiled."""
     config = get_config(row["dataset"], row["quantizer"])
@@ -217,18 +211,13 @@ def compile_row(setting: Row) -> Row:
         size = float(used[1]) * 2 ** {"M": 20, "G": 30}[used[2]]
         return {**setting, "fits": False, "memory_bytes": size}
     seconds = time.monotonic() - start
-    memory: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis()
     program = compiled.as_text() or ""
     collectives = count_collectives(program)
     return {
         **setting,
         "fits": True,
-        "memory_bytes": memory.temp_size_in_bytes
-        + memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.generated_code_size_in_bytes,
+        "memory_bytes": measure.compiled_memory(compiled),
         "bytes_accessed": cost["bytes accessed"],
         "flops": cost["flops"],
         "cycles": count_cycles(program),
@@ -312,7 +301,7 @@ _COLUMNS = (
 def table(rows: Sequence[Row]) -> str:
     """All rows in Markdown; bytes, FLOPs and times are of one chip and one step."""
     by_key = {_key(row): row for row in rows}
-    lines = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
+    lines = []
     for row in sorted(rows, key=_position):
         chip, shape = parse_topology(row["topology"])
         images = row["batch_size"] / math.prod(shape)
@@ -338,8 +327,8 @@ def table(rows: Sequence[Row]) -> str:
             ]
         else:
             cells += [f"**{memory}: does not fit**", *[""] * 9]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return measure.table(_COLUMNS, lines)
 
 
 _HEADER = """# The steps on TPUs, by the TPU compiler's account
@@ -350,31 +339,9 @@ Compiled with {compilers}.
 """
 
 
-def _read(output: pathlib.Path) -> list[Row]:
-    """What an earlier run has kept, if anything.
-
-    Raises:
-      UserError: if a run could not keep anything there.
-    """
-    if not output.parent.is_dir():
-        raise UserError(f"--output={output}: there is no directory {output.parent}")
-    if not output.exists():
-        return []
-    try:
-        rows = json.loads(output.read_text())
-        table(rows)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"--output={output} exists and is not of this program") from error
-    return rows
-
-
-def _write(output: pathlib.Path, rows: Sequence[Row]) -> None:
-    """Keeps all rows, at no moment half of them."""
-    unfinished = output.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(rows, indent=1) + "\n")
-    unfinished.replace(output)
+def _report(rows: Sequence[Row]) -> str:
     compilers = "; ".join(sorted({row["compiler"] for row in rows}))
-    output.with_suffix(".md").write_text(_HEADER.format(compilers=compilers) + table(rows) + "\n")
+    return _HEADER.format(compilers=compilers) + table(rows) + "\n"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -401,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parse_topology(topology)
         if importlib.util.find_spec("libtpu") is None:
             raise UserError('the TPU compiler is not installed: pip install "jax[tpu]"')
-        rows = _read(options.output) if options.output else []
+        rows = measure.read_rows(options.output, _report) if options.output else []
         done = {_key(row) for row in rows}
         wanted = {_key(setting): setting for setting in settings(options)}
         for number, (key, setting) in enumerate(wanted.items(), start=1):
@@ -410,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{number}/{len(wanted)}", *key, file=sys.stderr, flush=True)
             rows.append(compile_row(setting))
             if options.output:
-                _write(options.output, rows)
+                measure.write_rows(options.output, rows, _report(rows))
     except UserError as error:
         sys.exit(f"tpu_compile.py: {error}")
     print(table([row for row in rows if _key(row) in wanted]))

@@ -1,80 +1,43 @@
-"""LL-VQ-VAE in PyTorch, with the layers' names as in the authors' files: an oracle for imports."""
-
-import itertools
+"""The benchmarks' PyTorch model as an oracle: for imports and for steps of training."""
 
 import numpy as np
 import torch
-from torch import nn
+
+from benchmarks import torch_model
+from llvq.quantizers import default_options
 
 
-class ResidualBlock(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.resblock = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 1, bias=False),
-        )
-
-    def forward(self, x):
-        return x + self.resblock(x)
-
-
-class Quantizer(nn.Module):
-    """Either a codebook, with EMA buffers or without, or the single row of a lattice basis."""
-
-    def __init__(self, name, codebook_size, latent_dim):
-        super().__init__()
-        if name == "vq_ema":
-            self.ema_w = nn.Parameter(torch.randn(codebook_size, latent_dim))
-            self.register_buffer("ema_cluster_size", torch.rand(codebook_size))
-        self.embedding = nn.Embedding(1 if "lattice" in name else codebook_size, latent_dim)
-        if name == "sparse_lattice":  # 1 in the mean, yet fine enough for codes other than 0
-            basis = torch.tensor([0.02, -0.03, 0.01, 0.05] + [9.1] * (latent_dim - 4))
-            self.embedding.weight.data = basis[None]
-        else:
-            self.embedding.weight.data *= 0.05
-
-    def forward(self, z):
-        weight = self.embedding.weight
-        if len(weight) == 1:
-            return torch.round(z / weight[0]) * weight[0]
-        distances = ((z[..., None, :] - weight) ** 2).sum(-1)
-        return weight[distances.argmin(-1)]
-
-
-class Model(nn.Module):
-    """Images and reconstructions are NumPy arrays, NHWC."""
+class Model(torch_model.VQVAE):
+    """With a quantizer that tells latents apart. Images are NumPy arrays, NHWC."""
 
     def __init__(self, quantizer, channels, hidden_dims, num_blocks=2, latent_dim=8, size=16):
-        super().__init__()
-
-        def layer(convolution):
-            return nn.Sequential(convolution, nn.LeakyReLU())
-
-        def middle():
-            return [*(ResidualBlock(width) for _ in range(num_blocks)), nn.LeakyReLU()]
-
-        widths, width = (channels, *hidden_dims), hidden_dims[-1]
-        pairs = list(itertools.pairwise(widths))
-        self._encoder = nn.Sequential(
-            *(layer(nn.Conv2d(a, b, 4, stride=2, padding=1)) for a, b in pairs),
-            layer(nn.Conv2d(width, width, 3, padding=1)),
-            *middle(),
-            layer(nn.Conv2d(width, latent_dim, 1)),
+        super().__init__(
+            torch_model.create_quantizer(quantizer, latent_dim, **options(quantizer, size)),
+            latent_dim,
+            image_channels=channels,
+            hidden_dims=hidden_dims,
+            num_residual_blocks=num_blocks,
         )
-        self._quantizer = Quantizer(quantizer, size, latent_dim)
-        self._decoder = nn.Sequential(
-            layer(nn.Conv2d(latent_dim, width, 3, padding=1)),
-            *middle(),
-            *(layer(nn.ConvTranspose2d(b, a, 4, 2, 1)) for a, b in reversed(pairs)),
-        )
+        weight = self._quantizer.embedding.weight
+        if quantizer == "sparse_lattice":  # 1 in the mean, yet fine enough for codes other than 0
+            basis = [0.02, -0.03, 0.01, 0.05] + [9.1] * (latent_dim - 4)
+            weight.data = torch.tensor(basis)[None]
+        else:
+            weight.data = 0.05 * torch.randn(weight.shape)
+        if quantizer == "vq_ema":
+            self._quantizer.ema_cluster_size.uniform_()
 
     @torch.no_grad()
     def reconstruct(self, images):
+        self.eval()
         x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-        quantized = self._quantizer(self._encoder(x).permute(0, 2, 3, 1))
-        return self._decoder(quantized.permute(0, 3, 1, 2)).numpy().transpose(0, 2, 3, 1)
+        return self(x)[0].numpy().transpose(0, 2, 3, 1)
+
+
+def options(quantizer, codebook_size):
+    """A quantizer's defaults, and another codebook size if it has one."""
+    defaults = default_options(quantizer)
+    return defaults | {"codebook_size": codebook_size} if "codebook_size" in defaults else defaults
 
 
 def lightning_file(model, step=7):

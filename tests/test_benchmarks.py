@@ -1,0 +1,298 @@
+"""Benchmarks against PyTorch: that both sides do the same, and what is told of it."""
+
+import argparse
+import itertools
+import json
+import math
+import re
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax import numpy as jnp
+
+torch = pytest.importorskip("torch", reason="the benchmarks compare with PyTorch")
+
+from benchmarks import measure, quantizer, torch_model, train_step
+from benchmarks.measure import Case, Contender
+from llvq import import_torch, quantizers, sharding, train_state
+from llvq.errors import UserError
+from llvq.train_step import make_train_step
+from tests import tiny
+from tests import torch_model as oracle
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors this small are not worth several, which would spin."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def llvq_state(model):
+    """(params, statistics) of a model in PyTorch."""
+    tensors = {name: x.detach().numpy().copy() for name, x in model.state_dict().items()}
+    return jax.tree.map(jnp.asarray, import_torch.parameters_from_state_dict(tensors))
+
+
+VALUE_RANGE, RATE = (-0.5, 0.5), 1e-3
+
+
+def both_sides(name):
+    """The same model twice: in PyTorch, and as llvq's (graphdef, params, statistics)."""
+    torch.manual_seed(0)
+    model = oracle.Model(name, channels=1, hidden_dims=(8,))
+    torch.nn.init.normal_(model._quantizer.embedding.weight, std=0.05)  # no code is 0 everywhere
+    model.to(memory_format=torch.channels_last)
+    options = {"name": name, **oracle.options(name, 16)}
+    graphdef, _, _ = train_state.abstract_model(tiny.config(name)["model"], options, "float32")
+    return model, (graphdef, *llvq_state(model))
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_both_sides_take_the_same_steps(name):
+    model, (graphdef, params, statistics) = both_sides(name)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, RATE, fused=True)
+    losses = torch_model.make_losses(model.train(), VALUE_RANGE, amp=False)
+    theirs = torch_model.make_train_step(losses, optimizer)
+    before = jax.tree.map(np.array, params)  # the state is donated
+    adam = optax.adam(RATE)
+    state = train_state.TrainState(jnp.int32(0), params, statistics, adam.init(params))
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    ours, _ = make_train_step(graphdef, adam, VALUE_RANGE, jnp.float32, mesh)
+    for seed in range(3):
+        images = tiny.images(16, seed)
+        state, metrics = ours(state, images)
+        # Rounding of a float32 sum; measured: 1e-6.
+        assert float(theirs(torch.from_numpy(images))) == pytest.approx(
+            float(metrics["loss"]), rel=1e-5
+        )
+    for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(before), strict=True):
+        assert np.abs(new - old).max() > RATE / 2  # all have moved
+    # Adam's first steps are as long as the rate, whatever a gradient's size: 1% of one. The EMA's
+    # sums and quotients are larger than 1. Measured: 2e-6.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-2 * RATE),
+        (state.params, state.statistics),
+        llvq_state(model),
+    )
+
+
+def test_both_sides_evaluate_alike_and_learn_nothing():
+    model, (graphdef, params, statistics) = both_sides("vq_ema")
+    state = train_state.TrainState(jnp.int32(0), params, statistics, ())
+    images = tiny.images(5)
+    losses = torch_model.make_losses(model.eval(), VALUE_RANGE, amp=False)
+    evaluate = torch_model.make_evaluate_step(losses)
+    theirs = [float(x) for x in evaluate(torch.from_numpy(images))]
+    ours = train_step.make_evaluate_step(graphdef, VALUE_RANGE, jnp.float32)(state, images)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)  # rounding of a float32 sum
+    jax.tree.map(np.testing.assert_array_equal, (params, statistics), llvq_state(model))
+
+
+@pytest.mark.parametrize("dataset", train_step.DATASETS)
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_both_sides_have_the_same_network(name, dataset):
+    config = train_step.get_config(dataset, name)
+    with torch.device("meta"):
+        model = torch_model.create(config.model, config.quantizer)
+    tensors = {name: np.empty(x.shape) for name, x in model.state_dict().items()}
+    _, *expected = train_state.abstract_model(config.model, config.quantizer, "float32")
+    shapes = [
+        jax.tree.map(np.shape, tree)
+        for tree in (expected, list(import_torch.parameters_from_state_dict(tensors)))
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def test_mixed_precision_leaves_the_quantizer_and_the_losses_in_float32():
+    torch.manual_seed(0)
+    model = oracle.Model("dense_lattice", channels=1, hidden_dims=(8,))
+    dtypes = []
+    model._encoder[0].register_forward_hook(lambda *x: dtypes.append(x[-1].dtype))
+    model._quantizer.register_forward_hook(lambda *x: dtypes.extend(y.dtype for y in x[-1]))
+    images = torch.from_numpy(tiny.images(2))
+    found = torch_model.make_losses(model, (-0.5, 0.5), amp=True)(images)
+    assert dtypes == [torch.bfloat16, *[torch.float32] * 3]
+    assert [x.dtype for x in found] == [torch.float32] * 2
+
+
+def test_times_are_taken_in_turns(monkeypatch):
+    now, order = 0.0, []
+
+    def taking(name, seconds):
+        def run(num_steps):
+            nonlocal now
+            order.append((name, num_steps))
+            now += num_steps * next(seconds)
+
+        return run
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    slow = itertools.chain([1.0], itertools.count(4.0))
+    runs = {"fast": taking("fast", itertools.repeat(0.25)), "slow": taking("slow", slow)}
+    times = measure.interleave(runs, 3, min_seconds=1.0)
+    assert times == {"fast": [0.25] * 3, "slow": [4.0, 5.0, 6.0]}
+    calibration, turns = order[:2], order[2:]
+    assert calibration == [("fast", 1), ("slow", 1)]
+    fast, slow = ("fast", 4), ("slow", 1)
+    assert turns == [fast, slow, slow, fast, fast, slow]
+
+
+def test_memory_is_what_a_step_takes():
+    x = torch.zeros(2**18)  # 1 MiB
+
+    def run(num_steps):
+        for _ in range(num_steps):
+            y = x + 1  # two of them at a time
+            del y
+            y = x + 1
+            y * 2
+
+    # The numbers 1 and 2 become tensors, too.
+    assert measure.torch_memory(run, [x]) == pytest.approx(3 * 2**20, abs=64)
+    compiled = jax.jit(lambda x: x + 1).lower(jnp.zeros(2**18)).compile()
+    assert 2 * 2**20 <= measure.compiled_memory(compiled) < 2.01 * 2**20
+
+
+def too_large_for_torch():
+    torch.empty(2**50).fill_(0)
+
+
+def too_large_for_jax():
+    jnp.zeros(2**40).block_until_ready()
+
+
+def nothing(num_steps):
+    pass
+
+
+@pytest.mark.parametrize("prepare", [too_large_for_torch, too_large_for_jax])
+def test_what_does_not_fit_is_said_and_the_others_run(prepare):
+    contenders = {"llvq": lambda: Contender(nothing, 1), "PyTorch": prepare}
+    seconds, memory = measure.compare(contenders, 2, 0.0)
+    assert seconds["PyTorch"] is None
+    assert len(seconds["llvq"]) == 2
+    row = {"setting": {"K": 64}, "unit": "vectors", "amount": 1}
+    row |= {"seconds": seconds, "memory_bytes": memory}
+    table = measure.comparison_table([row])
+    assert "| 64 | PyTorch | **does not fit** |" in table
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_a_ratio_is_the_median_of_the_pairs_ratios():
+    row = {"setting": {"K": 1024}, "unit": "images", "amount": 8}
+    row |= {"memory_bytes": {"llvq": 2_000_000, "PyTorch": None}}
+    # Ratios 2, 1 and 3; that of the medians is 1.
+    row["seconds"] = {"llvq": [1.0, 2.0, 10.0], "PyTorch": [2.0, 2.0, 30.0]}
+    header, _, ours, theirs = measure.comparison_table([row]).splitlines()
+    assert header.endswith("| program | ms | images/s | memory, MB | llvq is faster by |")
+    assert ours == "| 1,024 | llvq | 2e+03 | 4 | 2 |  |"
+    assert theirs == "| 1,024 | PyTorch | 2e+03 | 4 |  | 2.00 (1.00 … 3.00) |"
+
+
+def test_figures_are_kept_as_they_come_and_replaced_when_measured_again(
+    tmp_path, monkeypatch, capsys
+):
+    options = argparse.Namespace(repeats=1, min_seconds=0.0, output=tmp_path / "benchmarks.json")
+
+    monkeypatch.setattr(measure.os, "getloadavg", lambda: (7.25, 1.0, 1.0))
+
+    def record(program, *batches, prepare=lambda: Contender(nothing, 1)):
+        cases = [Case({"batch": n}, n, {"llvq": prepare}) for n in batches]
+        measure.record(program, ["jax"], cases, "images", options)
+        out, err = capsys.readouterr()
+        assert err.startswith("other programs keep 7.2 cores busy")
+        return out
+
+    def kept():
+        rows = json.loads(options.output.read_text())
+        return sorted((row["program"], row["setting"]["batch"]) for row in rows)
+
+    assert "| 2 | llvq |" in record("a.py", 1, 2)
+    assert "| 1 | llvq |" in record("b.py", 1)
+    record("a.py", 2, 3)
+    assert kept() == [("a.py", 1), ("a.py", 2), ("a.py", 3), ("b.py", 1)]
+    report = options.output.with_suffix(".md").read_text()
+    assert re.findall(r"^## (.*?):", report, re.M) == ["a.py", "b.py"]
+    assert f"jax {jax.__version__}; load average before: 7.2\n" in report
+
+    def fail():
+        raise RuntimeError("an error that has nothing to do with memory")
+
+    with pytest.raises(RuntimeError, match="nothing to do"):
+        record("a.py", 4, prepare=fail)
+    assert len(kept()) == 4
+    options.output = tmp_path / "missing" / "benchmarks.json"
+    with pytest.raises(UserError, match="there is no directory"):
+        record("a.py", 1)
+
+
+def test_the_commands_run(tmp_path, capsys):
+    output = f"--output={tmp_path / 'benchmarks.json'}"
+    arguments = ["--datasets", "fashion_mnist", "--quantizers", "sparse_lattice", output]
+    sizes = ["--batch-size", "2", "--image-size", "12", "--repeats", "1", "--min-seconds", "0"]
+    train_step.main([*arguments, *sizes])
+    table = capsys.readouterr().out
+    for step, program in itertools.product(("train", "evaluate"), ("llvq", "PyTorch")):
+        row = f"| fashion_mnist | {step} | sparse_lattice | 2 | 12×12 | {program} |"
+        assert row in table
+
+    pytest.importorskip("vector_quantize_pytorch", reason="the quantizers' benchmark compares it")
+    sizes = ["--codebook-sizes", "16", "--vectors", "32", "--repeats", "1", "--min-seconds", "0"]
+    quantizer.main(["--quantizers", "vq", "vq_ema", "sparse_lattice", *sizes, output])
+    table = capsys.readouterr().out
+    for name, program in (
+        *itertools.product(("vq", "vq_ema"), ("llvq", "PyTorch", "VectorQuantize")),
+        *itertools.product(("sparse_lattice",), ("llvq", "PyTorch", "FSQ", "LFQ")),
+    ):
+        assert f"| {name} | 16 | 32 | {program} |" in table
+    assert len(json.loads((tmp_path / "benchmarks.json").read_text())) == 5
+
+
+@pytest.mark.parametrize(
+    ("program", "missing", "arguments", "message"),
+    [
+        (train_step, "torch", [], 'train_step.py: PyTorch is not installed: pip install "torch'),
+        (quantizer, "torch", [], 'quantizer.py: PyTorch is not installed: pip install "torch'),
+        (quantizer, "vector_quantize_pytorch", [], "pip install vector-quantize-pytorch"),
+        (quantizer, "", ["--codebook-sizes", "100"], "100 must be a power of 2"),
+        (quantizer, "", ["--vectors", "0"], "--vectors: 0 must be at least 1"),
+        (train_step, "", ["--batch-size", "-1"], "--batch-size: -1 must be at least 1"),
+        (train_step, "", ["--image-size", "30"], "model.image_shape=[30, 30, 3]: must be a mul"),
+        (train_step, "", ["--output=pyproject.toml"], "exists and is not of this program"),
+    ],
+)
+def test_mistakes_end_in_one_line(program, missing, arguments, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for module in (train_step, quantizer):
+        monkeypatch.setattr(
+            module.importlib.util, "find_spec", lambda name: name != missing or None
+        )
+    with pytest.raises(SystemExit) as exit_info:
+        program.main(arguments)
+    assert message in exit_info.value.code
+    assert "\n" not in exit_info.value.code
+
+
+@pytest.mark.parametrize("bits", range(2, 25))
+def test_levels_multiply_to_the_codebook_size(bits):
+    levels = quantizer.fsq_levels(2**bits)
+    assert math.prod(levels) == 2**bits
+    assert all(4 <= level <= 8 for level in levels)  # FSQ has none of 2
+
+
+def test_the_quantizers_options_reach_both_sides():
+    for name in quantizers.QUANTIZERS:
+        options = quantizer._options(name, 32)
+        assert options.keys() == quantizers.default_options(name).keys()
+        torch_model.create_quantizer(name, 8, **options)
