@@ -8,9 +8,11 @@ The config argument names the quantizer; any field can be overridden, as in
 hosts of a Cloud TPU pod and under Slurm the same command on each host makes one run.
 """
 
+import contextlib
 import json
 import logging as python_logging
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -118,6 +120,15 @@ def _set_up_console() -> None:
     logging.set_verbosity(logging.INFO)
 
 
+def _keep_compiled_programs() -> None:
+    """In the user's cache, for the next run, unless JAX_COMPILATION_CACHE_DIR names a place."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        with contextlib.suppress(RuntimeError):  # a user without a home
+            directory = os.fspath(cache.expanduser() / "llvq")
+            jax.config.update("jax_compilation_cache_dir", directory)
+
+
 def _make_writer() -> Any:
     """Scalars to the console, everything to TensorBoard; only the first process writes."""
     from clu import metric_writers
@@ -139,6 +150,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     preemption.stop_at_once()
     _set_up_console()
+    _keep_compiled_programs()
     try:
         distributed.initialize(_COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         if jax.process_index() > 0:  # the first process tells what all of them do

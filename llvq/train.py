@@ -127,6 +127,7 @@ def train_and_evaluate(
       DivergenceError: if loss or gradient become NaN or infinite.
       Preempted: after SIGTERM; a SystemExit.
     """
+    started = time.monotonic()
     configuration.validate(config)
     configuration.check_image_shape(config, data.image_shape)
     config = scaling.scale(config, jax.device_count(), checkpointing.saved_batch_size(workdir))
@@ -228,7 +229,12 @@ def train_and_evaluate(
             images = sharding.to_devices(local_images, mesh)
             learning_rate = learning_rates[step - 1]
             run = train_step if learning_rate > 0 else statistics_step
+            called = time.monotonic()
             state, metrics = run(state, images)
+            if step == first_step + 1:
+                now = time.monotonic()
+                seconds = {"compile_seconds": now - called, "seconds_to_first_step": now - started}
+                writer.write_scalars(step, _prefixed("start", seconds))
             window.add(step, metrics)
             throughput.count_step()
             report(step)

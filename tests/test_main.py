@@ -95,6 +95,14 @@ def test_train_resume_extend_and_evaluate_on_the_real_data(tmp_path):
         assert "oneDNN" not in line
 
 
+def test_what_is_compiled_is_kept_for_the_next_run(tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    command = [sys.executable, "-m", "tests.run_main", str(tmp_path / "w"), "1", "0"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    assert any("train_step" in path.name for path in (tmp_path / "cache/llvq").iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

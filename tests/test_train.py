@@ -295,6 +295,34 @@ def test_kept_are_the_newest_and_the_best_by_reconstruction_loss(restarts, tmp_p
     assert kept == [2, 4, 6, 7, 8]
 
 
+STARTING = ("compile_seconds", "seconds_to_first_step")
+
+
+def test_nothing_is_compiled_after_the_first_evaluation(tmp_path):
+    data, seen = tiny.dataset(), []
+
+    class Watched:
+        num_images, image_shape = data.num_images, data.image_shape
+
+        def batches(self, split, index_batches):
+            for number, batch in enumerate(data.batches(split, index_batches)):
+                seen.append(number + 1 if split == "train" else split)
+                yield batch
+
+    def lowered(event, *_, **__):
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+            seen.append("lowered")
+
+    jax.monitoring.register_event_duration_secs_listener(lowered)
+    try:
+        train.train_and_evaluate(tiny.config("vq_ema"), tmp_path, Watched())
+    finally:
+        jax.monitoring.unregister_event_duration_listener(lowered)
+    # Evaluated and saved at 2, 4 and 6.
+    assert "lowered" in seen[: seen.index(3)]
+    assert "lowered" not in seen[seen.index(3) :]
+
+
 def test_what_a_run_writes(tmp_path):
     parts = {
         "vq": {"codebook_loss", "commitment_loss"},
@@ -318,6 +346,10 @@ def test_what_a_run_writes(tmp_path):
         assert {name for name in writer.scalars if name.startswith("validation/")} == {
             f"validation/{name}" for name in common | {"psnr", "ssim"}
         }
+        start = {name: writer.scalars.pop(f"start/{name}") for name in STARTING}
+        compiling, first_step = (values.pop(1) for values in start.values())
+        assert 0 < compiling < first_step
+        assert not any(start.values())  # told once
         for values in writer.scalars.values():
             assert list(values) == [2, 4, 6]
             assert all(np.isfinite(value) for value in values.values())
