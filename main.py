@@ -165,7 +165,7 @@ def main(argv: Sequence[str]) -> None:
     except Exception as error:
         if not distributed.is_loss(error):
             raise
-        distributed.leave(distributed.LOST)
+        distributed.leave(f"{distributed.LOST} ({first_line(error)})")
 
 
 def _run() -> None:
