@@ -124,9 +124,10 @@ def _keep_compiled_programs() -> None:
     """In the user's cache, for the next run, unless JAX_COMPILATION_CACHE_DIR names a place."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-        with contextlib.suppress(RuntimeError):  # a user without a home
-            directory = os.fspath(cache.expanduser() / "llvq")
-            jax.config.update("jax_compilation_cache_dir", directory)
+        with contextlib.suppress(RuntimeError, OSError):  # no home, or none to write to
+            directory = cache.expanduser() / "llvq"
+            directory.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", os.fspath(directory))
 
 
 def _make_writer() -> Any:

@@ -221,6 +221,8 @@ def read_rows(output: pathlib.Path, check: Callable[[list[Row]], Any]) -> list[R
       UserError: if a run could not keep anything there, or `check` raises what says that the rows
         are not of the kind expected.
     """
+    if output.suffix != ".json":
+        raise UserError(f"--output={output}: must end in .json; a table is written beside it")
     if not output.parent.is_dir():
         raise UserError(f"--output={output}: there is no directory {output.parent}")
     if not output.exists():
@@ -300,7 +302,7 @@ def record(
     kept = read_rows(options.output, report) if options.output else []
     source = (program, machine(), versions(*packages), " ".join(["python", *sys.argv]))
     load = os.getloadavg()[0]
-    if load > _QUIET:
+    if load > _QUIET and jax.default_backend() == "cpu":
         print(
             f"other programs keep {load:.1f} cores busy: on a CPU PyTorch's threads then wait for "
             "each other, and the ratios flatter llvq",

@@ -6,7 +6,8 @@ r"""The quantizers alone, forward and backward, next to vector-quantize-pytorch,
 
 Needs PyTorch and the package: pip install "torch>=2.6" vector-quantize-pytorch. A step takes random
 vectors of 64 numbers and the gradient of what becomes of them, and gives quantized vectors, codes,
-losses, the gradients of vectors and parameters, and what an EMA learns; all in float32 and eager.
+losses, the gradients of vectors and parameters, and what an EMA learns; all in float32, PyTorch's
+eagerly and llvq's compiled.
 
 Each quantizer is compared with the same in PyTorch (benchmarks/torch_model.py), and with the
 package's: VQ and VQ-EMA with its VectorQuantize, told to pass gradients straight through (its

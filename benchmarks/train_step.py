@@ -224,6 +224,8 @@ def check_options(options: argparse.Namespace, *names: str) -> None:
         for value in values if isinstance(values, list) else [values]:
             if value < 1:
                 raise UserError(f"--{name.replace('_', '-')}: {value} must be at least 1")
+    if not options.min_seconds >= 0:
+        raise UserError(f"--min-seconds: {options.min_seconds} must be 0 or more")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

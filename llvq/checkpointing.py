@@ -449,11 +449,16 @@ def _num_bytes(tree: Any) -> int:
     return sum(array.nbytes for array in jax.tree.leaves(tree))
 
 
+def _remove(directory: epath.Path) -> None:
+    """Deletes what a save that failed has written, as far as it can be."""
+    with contextlib.suppress(OSError):  # it may be gone, or still be written to
+        directory.rmtree()
+
+
 def _remove_leftovers(checkpoint: epath.Path) -> None:
-    """Deletes what a save that failed has written under a temporary name, as far as it can be."""
+    """Deletes what a save that failed has written under a temporary name."""
     for leftover in checkpoint.parent.glob(f"{checkpoint.name}.orbax-checkpoint-tmp*"):
-        with contextlib.suppress(OSError):  # of a workdir that is gone, or still written to
-            leftover.rmtree()
+        _remove(leftover)
 
 
 @contextlib.contextmanager
@@ -462,8 +467,7 @@ def _removing_leftovers(target: epath.Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if target.exists():
-            target.rmtree()
+        _remove(target)
         _remove_leftovers(target)
         raise
 

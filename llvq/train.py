@@ -232,8 +232,12 @@ def train_and_evaluate(
             called = time.monotonic()
             state, metrics = run(state, images)
             if step == first_step + 1:
-                now = time.monotonic()
-                seconds = {"compile_seconds": now - called, "seconds_to_first_step": now - started}
+                compiled = time.monotonic()
+                jax.block_until_ready(metrics)
+                seconds = {
+                    "compile_seconds": compiled - called,
+                    "seconds_to_first_step": time.monotonic() - started,
+                }
                 writer.write_scalars(step, _prefixed("start", seconds))
             window.add(step, metrics)
             throughput.count_step()

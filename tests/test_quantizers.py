@@ -91,6 +91,15 @@ class TestVectorQuantizer:
         assert_close(losses["quantizer_loss"], (1 + BETA) * distance)
         np.testing.assert_array_equal(quantizer.lookup(actual_codes), quantized)
 
+    def test_float64(self, spread_codebook):
+        with jax.enable_x64(True):
+            quantizer = make("vq", codebook_size=16, param_dtype=np.float64)
+            quantizer.codebook[...] = jnp.asarray(spread_codebook, np.float64)
+            latents = latents_near(spread_codebook).astype(np.float64)
+            _, codes, _ = quantizer(latents)
+        assert codes.dtype == np.int32
+        np.testing.assert_array_equal(codes, nearest_in_float64(latents, spread_codebook))
+
     def test_gradients(self, spread_codebook):
         quantizer = make("vq", codebook_size=16)
         quantizer.codebook[...] = jnp.asarray(spread_codebook)

@@ -12,7 +12,8 @@ from llvq.quantizers.base import Quantizer
 
 _PRECISION = jax.lax.Precision.HIGHEST
 
-# Codebook vectors at a time: a matrix of all latents by all vectors is never in memory.
+# Codebook vectors at a time: of a larger codebook than this no matrix of all latents by all vectors
+# is ever in memory.
 _BLOCK_SIZE = 1024
 
 
@@ -43,12 +44,13 @@ def nearest(
         first, vectors, norms = block
         products = jnp.einsum("...d,kd->...k", latents, vectors, precision=_PRECISION)
         distances = latent_norms + norms - 2.0 * products
-        distance, code = jnp.min(distances, axis=-1), first + jnp.argmin(distances, axis=-1)
+        distance = jnp.min(distances, axis=-1)
+        code = first + jax.lax.argmin(distances, distances.ndim - 1, jnp.int32)
         is_nearer = distance < best[0]
         return jax.tree.map(functools.partial(jnp.where, is_nearer), (distance, code), best), None
 
     blocks = (
-        jnp.arange(num_blocks) * block_size,
+        jnp.arange(num_blocks, dtype=jnp.int32) * block_size,
         codebook.reshape(num_blocks, block_size, -1),
         norms.reshape(num_blocks, block_size),
     )
@@ -64,7 +66,8 @@ def sums_by_code(
 ) -> Float[Array, "codes width"]:
     """The sum, for each index of the codebook, of the values at which it is the code.
 
-    By products with one-hot vectors, which add in the same order every time.
+    By products with one-hot vectors, which add in the same order every time. Several devices sum
+    theirs block by block.
     """
     num_blocks, block_size = _blocks(codebook_size)
 
