@@ -7,4 +7,4 @@ cd "$(dirname "$0")"
 .venv/bin/ruff check
 .venv/bin/ruff format --check
 .venv/bin/mypy
-.venv/bin/python -m pytest -n 2 "$@"
+.venv/bin/python -m pytest -n 2 --dist=worksteal "$@"

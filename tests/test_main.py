@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import fuzz_targets
 from tests.real_data import needs_files
 
 tf = pytest.importorskip("tensorflow", reason="main.py reads data with TensorFlow")
@@ -123,6 +124,23 @@ def test_what_is_compiled_is_kept_for_the_next_run(tmp_path):
         ([f"{FASHION}:vq", "--mode=play"], ["mode", "train|evaluate"]),
         ([f"{FASHION}:vq", "--modus=train"], ["modus"]),
         ([f"{FASHION}:vq", "train"], ["unexpected argument 'train'"]),
+    ],
+)
+def test_a_mistake_in_the_flags_is_one_line(arguments, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    outcome, line = fuzz_targets.parse([*arguments, "--workdir=/nowhere"])
+    assert outcome == "refused"
+    assert "\n" not in line
+    assert line.startswith("main.py: ")
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([f"{FASHION}:vq", "--config.nope=1"], ["no field 'nope'"]),
+        ([f"{FASHION}:vq", "--mode=play"], ["mode", "train|evaluate"]),
         ([f"{FASHION}:vq", "--config.dataset.name=mnist"], ["unknown data set 'mnist'"]),
         ([f"{FASHION}:vq", "--config.dataset.manual_dir=/nowhere"], ["manual_dir=/nowhere"]),
         ([f"{FASHION}:vq", "--mode=evaluate", "--checkpoint=/nowhere"], ["no checkpoint in"]),

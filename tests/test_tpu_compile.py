@@ -144,7 +144,8 @@ def test_the_table_says_what_does_not_fit():
         (["--topologies", "v5e:32x16"], "there is no 'v5e:32x16'"),
         (["--topologies", "v5p"], "there is no 'v5p'"),
         (["--output", "no/such/file.json"], "there is no directory no/such"),
-        (["--output", "pyproject.toml"], "--output=pyproject.toml exists and is not of this"),
+        (["--output", "pyproject.toml"], "--output=pyproject.toml: must end in .json"),
+        (["--output", "results/codebook_size.json"], "exists and is not of this program"),
         (["--batch-size", "9"], "v5e:2x4: batch_size=9 does not divide by the 8 devices"),
     ],
 )
