@@ -51,8 +51,8 @@ def choose_packing(platform: str, latent_shape: Sequence[int], features: int) ->
     Returns:
       How many pixels of those make a block each way; None if images are best not packed.
     """
-    # With half of the lanes in use (CelebA, FashionMNIST) packing halves a TPU's traffic but by the
-    # compiler's count of cycles costs more than it gains, in arithmetic and larger kernels.
+    # With half of the lanes in use packing costs more than it gains, by the compiler's count: of
+    # CelebA the traffic halves but the cycles grow, of FashionMNIST (larger kernels) both grow.
     if platform != "tpu" or 2 * features >= _TPU_LANES:
         return None
     packing = 1
