@@ -82,7 +82,8 @@ def _count_stream(
     for codes in stream:
         mask = np.arange(_STREAM_BATCH) < len(codes)
         padded = np.pad(codes, (0, _STREAM_BATCH - len(codes)))
-        current = step(padded, mask, usage.levels(mesh))
+        # Each code as an image of a single row.
+        current = step(padded[:, None], mask, usage.levels(mesh))
         if previous is not None:
             usage.add(previous)
         previous = current

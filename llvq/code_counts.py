@@ -45,7 +45,7 @@ class CodeCounts(NamedTuple):
 
 
 def count_codes(
-    codes: Int[Array, "batch ..."],
+    codes: Int[Array, "batch height ..."],
     mask: Bool[Array, "batch"],
     levels: Int32[Array, "devices"],
     *,

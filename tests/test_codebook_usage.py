@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import codebook_usage as benchmark
 from llvq import codebook_usage, sharding
 from llvq.codebook_usage import CodebookUsage
 from llvq.fingerprints import fingerprints, position_offsets
@@ -263,3 +264,12 @@ def test_two_processes_count_as_one():
     assert sampled["level"] == alone.level > 0
     assert sampled["num_distinct"] == alone.num_distinct
     assert sampled["entropy"] == pytest.approx(alone.entropy, abs=1e-12)
+
+
+def test_the_benchmark_counts_streams_of_known_cardinality(capsys):
+    benchmark.measure_accuracy(100_000)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:] if "|" in line]
+    assert rows
+    for _, distinct, counted, _, stated, *_ in rows:
+        assert counted == distinct
+        assert stated == "exact"
