@@ -8,16 +8,15 @@ last, and so are the kernels: each becomes one of 3 × 3 blocks (1 × 1 of 1 × 
 pixels of a block at once, with zeros where one does not depend on another. That multiplies the
 arithmetic, of which there is little, and divides memory and traffic, of which there is much.
 
-XLA on a CPU is far from what the machine can do where a convolution has few output channels, and in
-the gradient of every kernel (up to 100 times slower than here, for that of a transposed
-convolution). There each convolution is rearranged, exactly, into dense ones of stride 1 (stride 2
-by space-to-depth, a transposed one by depth-to-space), and those into one-dimensional ones along
-the height, whose channels also hold the taps of the kernel's width: matrix products wide enough to
-be fast.
+XLA on a CPU is far from what the machine can do, above all in the gradient of every kernel (up to
+100 times slower than here, for that of a transposed convolution), and up to five times slower on
+narrow images than on wide ones. There each convolution is rearranged, exactly, into dense ones of
+stride 1 (stride 2 by space-to-depth, a transposed one by depth-to-space) of all images of a batch
+side by side, and the gradient of a kernel into a one-dimensional one along the height, whose
+channels hold the columns: a matrix product large enough to be fast.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -32,10 +31,6 @@ _Function = Callable[[_Images, _Kernel], _Images]
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 _NHC = ("NHC", "HIO", "NHC")
-
-# A kernel from at least as many channels to at most as many is worth folding (measured: 64 to 12
-# channels are three times faster folded, 64 to 64 and 12 to 64 slower).
-_FOLDED_CHANNELS = 32
 
 _TPU_LANES = 128
 
@@ -241,21 +236,21 @@ def _depth_to_space(x: _Images, size: int) -> _Images:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _dense(x: _Images, kernel: _Kernel, padding: int) -> _Images:
     """A convolution of stride 1 by a square kernel."""
-    size, _, features_in, features_out = kernel.shape
-    convolve = functools.partial(
-        lax.conv_general_dilated, window_strides=(1, 1), dimension_numbers=_NHWC
+    size = kernel.shape[0]
+    if size == 1:
+        return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
+    # All images side by side in one, [height, batch·width, channels], zeros between them.
+    wide = jnp.pad(x, ((0, 0), (0, 0), (padding, padding), (0, 0))).transpose(1, 0, 2, 3)
+    height, batch, width, features = wide.shape
+    y = lax.conv_general_dilated(
+        wide.reshape(1, height, batch * width, features),
+        kernel,
+        window_strides=(1, 1),
+        padding=((padding, padding), (0, size - 1)),
+        dimension_numbers=_NHWC,
     )
-    if size == 1 or features_in < _FOLDED_CHANNELS or features_out > _FOLDED_CHANNELS:
-        return convolve(x, kernel, padding=((padding, padding),) * 2)
-    folded = kernel.transpose(0, 2, 1, 3).reshape(size, 1, features_in, size * features_out)
-    products = convolve(_pad(x, 0, padding), folded, padding=((padding, padding), (0, 0)))
-    # Without the barrier XLA would compute the products once for each tap.
-    products = lax.optimization_barrier(products)
-    products = products.reshape(*products.shape[:3], size, features_out)
-    width_out = products.shape[2] - size + 1
-    return functools.reduce(
-        jnp.add, (products[:, :, tap : tap + width_out, tap] for tap in range(size))
-    )
+    y = y.reshape(y.shape[1], batch, width, y.shape[3])
+    return y[:, :, : width - size + 1].transpose(1, 0, 2, 3)
 
 
 def _dense_forward(
@@ -278,32 +273,45 @@ _dense.defvjp(_dense_forward, _dense_backward)
 
 
 def _kernel_gradient(x: _Images, gradient: _Images, size: int, padding: int) -> _Kernel:
-    """Of `_dense`: a convolution of x along the height, its channels for a batch, by the gradient.
+    """Of `_dense`: a convolution along the height of the higher of the two by the other.
 
-    The taps of the width are folded into the channels of whichever has fewer: their shifted copies
-    take the least memory there.
+    The channels of the one are its batch, the columns of all images its channels; the other has a
+    copy for each tap of the width, shifted accordingly.
     """
-    (width_in, features_in), (width_out, features_out) = x.shape[2:], gradient.shape[2:]
-    folds_x = features_in < features_out
-    # To [height, batch, width, channels].
-    images, kernel = _pad(x, padding, 0).transpose(1, 0, 2, 3), gradient.transpose(1, 0, 2, 3)
-    if folds_x:
-        images = _shifted_copies(images, [padding - tap for tap in range(size)], width_out)
+    grows = gradient.shape[1] > x.shape[1]
+    if grows:  # then the taps come in reverse
+        higher, lower, padding = gradient, x, size - 1 - padding
     else:
-        kernel = _shifted_copies(kernel, [tap - padding for tap in range(size)], width_in)
-    # The barriers: XLA would gather the copies anew wherever they are read.
-    images = lax.optimization_barrier(images.transpose(3, 0, 1, 2))
-    kernel = lax.optimization_barrier(kernel)
+        higher, lower = x, gradient
+    # To [height, batch, width, channels].
+    higher, lower = higher.transpose(1, 0, 2, 3), lower.transpose(1, 0, 2, 3)
+    height, batch, width, features = higher.shape
+    columns = _transpose(higher.reshape(height * batch * width, features))
+    # The barrier: XLA would gather the copies anew wherever they are read.
+    copies = lax.optimization_barrier(
+        _shifted_copies(lower, [tap - padding for tap in range(size)], width)
+    )
     products = lax.conv_general_dilated(
-        images.reshape(*images.shape[:2], math.prod(images.shape[2:])),
-        kernel.reshape(kernel.shape[0], math.prod(kernel.shape[1:3]), kernel.shape[3]),
+        columns.reshape(features, height, batch * width),
+        copies.reshape(copies.shape[0], batch * width, copies.shape[3]),
         window_strides=(1,),
-        padding="VALID",
+        padding=((padding, padding),),
         dimension_numbers=_NHC,
     )
-    if folds_x:
-        return products.reshape(size, features_in, size, features_out).transpose(2, 0, 1, 3)
-    return products.reshape(features_in, size, size, features_out).transpose(1, 2, 0, 3)
+    products = products.reshape(features, size, size, lower.shape[3])
+    if grows:
+        return products[:, ::-1, ::-1].transpose(1, 2, 3, 0)
+    return products.transpose(1, 2, 0, 3)
+
+
+def _transpose(x: Float[Array, "rows columns"]) -> Float[Array, "columns rows"]:
+    """By a product with the identity, exactly.
+
+    A transposition XLA would fuse with all that makes x, element by element: five times slower.
+    """
+    identity = jnp.eye(x.shape[1], dtype=x.dtype)
+    # The barrier: it would be merged with the transposition of x's images otherwise.
+    return lax.dot_general(identity, lax.optimization_barrier(x), (((1,), (1,)), ((), ())))
 
 
 def _shifted_copies(

@@ -39,8 +39,7 @@ CASES = {
 }
 
 
-# Few and many channels, more of them on either side: each way of folding taps.
-@pytest.mark.parametrize("channels", [(1, 5), (5, 1), (3, 40), (40, 3), (40, 40), (32, 32)])
+@pytest.mark.parametrize("channels", [(1, 5), (5, 1), (3, 40), (40, 3), (40, 40)])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_plain_convolution(case, channels):
     ours, plain, size = CASES[case]
