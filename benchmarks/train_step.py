@@ -10,6 +10,7 @@ takes a step of Adam; llvq also returns the losses' parts and the gradient's nor
 step is the forward pass, the mean squared error and the quantizer's loss: metrics that PyTorch has
 no counterpart of (PSNR, SSIM, counting codes) are left out. PyTorch's model is in
 benchmarks/torch_model.py: channels-last, Adam fused, cuDNN told to search the fastest algorithm.
+"network alone" is llvq's step with nothing in the quantizer's place: what quantizing costs.
 
 On a CPU PyTorch runs eagerly, and the default sizes are what one can do: FashionMNIST's batch of
 64, CelebA's images by 8, and FFHQ's network on 256×256 by 8. On a GPU they are the configs', and
@@ -92,8 +93,21 @@ def make_evaluate_step(
     return evaluate_step
 
 
-def prepare_llvq(config: Any, step: str) -> Contender:
-    """The step of a config on the first device."""
+class _Nothing(nnx.Module):
+    """In a quantizer's place: latents pass as they are."""
+
+    def __init__(self, latent_dim: int) -> None:
+        self.latent_dim = latent_dim
+
+    def __call__(
+        self, latents: jax.Array, **_: Any
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        codes = jnp.zeros(latents.shape[:-1], jnp.int32)
+        return latents, codes, {"quantizer_loss": jnp.zeros((), latents.dtype)}
+
+
+def prepare_llvq(config: Any, step: str, *, quantizes: bool = True) -> Contender:
+    """The step of a config on the first device, or that of the network alone."""
     _, param_dtype = train_state.DTYPES[config.compute_dtype]
     value_range = config.model.value_range
     mesh = sharding.make_mesh(jax.devices()[:1])
@@ -101,6 +115,9 @@ def prepare_llvq(config: Any, step: str) -> Contender:
     model = train_state.create_model(
         config.model, config.quantizer, config.compute_dtype, config.seed
     )
+    if not quantizes:
+        nothing: Any = _Nothing(config.model.latent_dim)
+        model.quantizer = nothing
     graphdef, state = train_state.create_train_state(model, optimizer)
     state = sharding.replicate(state, mesh)
     images = sharding.to_devices(random_images(config), mesh)
@@ -203,6 +220,7 @@ def _case(dataset: str, quantizer: str, step: str, batch_size: int, image_size: 
         ours.compute_dtype = dtype
         name = "llvq" if dtype == "float32" else f"llvq {dtype}"
         contenders[name] = functools.partial(prepare_llvq, ours, step)
+    contenders["network alone"] = functools.partial(prepare_llvq, config, step, quantizes=False)
     for name, how in (_EAGER if is_cpu else _EAGER | _ON_GPU).items():
         contenders[name] = functools.partial(prepare_torch, config, step, **how)
     return Case(setting, config.batch_size, contenders)

@@ -243,7 +243,8 @@ def test_the_steps_command_runs(tmp_path, capsys):
     sizes = ["--batch-size", "2", "--image-size", "12", "--repeats", "1", "--min-seconds", "0"]
     train_step.main([*arguments, *sizes])
     table = capsys.readouterr().out
-    for step, program in itertools.product(("train", "evaluate"), ("llvq", "PyTorch")):
+    programs = ("llvq", "network alone", "PyTorch")
+    for step, program in itertools.product(("train", "evaluate"), programs):
         row = f"| fashion_mnist | {step} | sparse_lattice | 2 | 12×12 | {program} |"
         assert row in table
 
