@@ -26,7 +26,15 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from llvq import checkpointing, configuration, console, distributed, errors, preemption
+from llvq import (
+    checkpointing,
+    configuration,
+    console,
+    distributed,
+    errors,
+    host_memory,
+    preemption,
+)
 from llvq.errors import UserError, first_line
 from llvq.evaluate import evaluate
 from llvq.train import train_and_evaluate
@@ -152,6 +160,7 @@ def main(argv: Sequence[str]) -> None:
     preemption.stop_at_once()
     _set_up_console()
     _keep_compiled_programs()
+    host_memory.keep_freed_memory()
     try:
         distributed.initialize(_COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         if jax.process_index() > 0:  # the first process tells what all of them do

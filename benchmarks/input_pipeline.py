@@ -98,7 +98,7 @@ def _path(kind: Kind, directory: pathlib.Path, index: int) -> pathlib.Path:
     return directory / f"images1024x1024/{index - index % 1000:05d}/{index:05d}.png"
 
 
-def _write_files(kind: Kind, directory: pathlib.Path) -> float:
+def write_files(kind: Kind, directory: pathlib.Path) -> float:
     """Writes the training images and one for each other split; returns their mean size."""
     photos = []
     for seed in range(_NUM_PHOTOS):
@@ -120,7 +120,7 @@ def _pixels(kind: Kind) -> np.ndarray:
     return rng.integers(0, 256, (kind.num_images, *kind.stored_shape)).astype(np.uint8)
 
 
-def _open_pipeline(kind: Kind, directory: pathlib.Path) -> Any:
+def open_pipeline(kind: Kind, directory: pathlib.Path) -> Any:
     """The data set as main.py would open it; prepared the first time."""
     from input_pipeline import Arrays, celeba, ffhq1024
 
@@ -131,7 +131,8 @@ def _open_pipeline(kind: Kind, directory: pathlib.Path) -> Any:
         return celeba.load(data_dir, manual_dir, num_images=num_images | {"test": 1})
     if kind.module == "ffhq1024":
         return ffhq1024.load(data_dir, manual_dir, num_images=num_images)
-    return Arrays({"train": _pixels(kind)})
+    pixels = _pixels(kind)
+    return Arrays({"train": pixels, "validation": pixels[:1]})
 
 
 def _prepare(kind: Kind, directory: pathlib.Path) -> float:
@@ -139,7 +140,7 @@ def _prepare(kind: Kind, directory: pathlib.Path) -> float:
     import input_pipeline  # noqa: F401 (what takes time, but not an image's)
 
     start = time.process_time()
-    _open_pipeline(kind, directory)
+    open_pipeline(kind, directory)
     return (time.process_time() - start) / kind.num_images
 
 
@@ -154,7 +155,7 @@ def _read_one(kind: Kind, directory: pathlib.Path, index: int, flip: bool) -> np
 def _llvq(kind: Kind, directory: pathlib.Path, cores: int) -> Iterator[np.ndarray]:
     del cores  # TensorFlow takes all that it may use
     batches = order.training_batches(kind.num_images, kind.batch_size, seed=0)
-    for _, images in _open_pipeline(kind, directory).batches("train", batches):
+    for _, images in open_pipeline(kind, directory).batches("train", batches):
         yield images
 
 
@@ -269,7 +270,7 @@ def main() -> None:
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as temporary:
             directory = pathlib.Path(temporary)
-            size = _write_files(kind, directory) if kind.encoding else math.prod(kind.stored_shape)
+            size = write_files(kind, directory) if kind.encoding else math.prod(kind.stored_shape)
             preparing[kind.name] = _prepare(kind, directory)
             measured: dict[str, list[tuple[float, float]]] = {reader: [] for reader in readers}
             for _ in range(options.rounds):

@@ -46,7 +46,7 @@ from jax.typing import DTypeLike
 
 from benchmarks import measure
 from benchmarks.measure import Case, Contender
-from llvq import configuration, sharding, train_state
+from llvq import configuration, host_memory, sharding, train_state
 from llvq.errors import UserError
 from llvq.model import VQVAE
 from llvq.quantizers import QUANTIZERS
@@ -54,8 +54,8 @@ from llvq.train_state import TrainState
 from llvq.train_step import make_train_step, scale_images
 
 # (images a step, their height and width) on a CPU.
-_ON_CPU = {"fashion_mnist": (64, 28), "celeba": (8, 148), "ffhq1024": (8, 256)}
-DATASETS = tuple(_ON_CPU)
+ON_CPU = {"fashion_mnist": (64, 28), "celeba": (8, 148), "ffhq1024": (8, 256)}
+DATASETS = tuple(ON_CPU)
 STEPS = ("train", "evaluate")
 
 # Arguments of `prepare_torch`, by the contender's name.
@@ -206,7 +206,7 @@ def _case(dataset: str, quantizer: str, step: str, batch_size: int, image_size: 
     config = get_config(dataset, quantizer)
     is_cpu = jax.default_backend() == "cpu"
     default_batch_size, default_size = (
-        _ON_CPU[dataset] if is_cpu else (config.batch_size, config.model.image_shape[0])
+        ON_CPU[dataset] if is_cpu else (config.batch_size, config.model.image_shape[0])
     )
     config.batch_size = batch_size or default_batch_size
     size = image_size or default_size
@@ -261,6 +261,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
+    host_memory.keep_freed_memory()  # as main.py does
     options = _parse(arguments)
     try:
         require_torch()

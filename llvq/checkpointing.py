@@ -156,6 +156,7 @@ def describe_newest(manager: ocp.CheckpointManager) -> str:
     return f"the last good checkpoint is {manager.directory / str(newest)}"
 
 
+@jax.profiler.annotate_function
 def save(
     manager: ocp.CheckpointManager,
     step: int,

@@ -230,7 +230,8 @@ def train_and_evaluate(
             learning_rate = learning_rates[step - 1]
             run = train_step if learning_rate > 0 else statistics_step
             called = time.monotonic()
-            state, metrics = run(state, images)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = run(state, images)
             if step == first_step + 1:
                 compiled = time.monotonic()
                 jax.block_until_ready(metrics)

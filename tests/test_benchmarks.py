@@ -16,7 +16,7 @@ from jax import numpy as jnp
 
 torch = pytest.importorskip("torch", reason="the benchmarks compare with PyTorch")
 
-from benchmarks import measure, quantizer, torch_model, train_step
+from benchmarks import measure, quantizer, torch_model, train_loop, train_step
 from benchmarks.measure import Case, Contender
 from llvq import import_torch, quantizers, sharding, train_state
 from llvq.errors import UserError
@@ -263,9 +263,49 @@ def test_the_quantizers_command_runs(tmp_path, capsys):
     assert len(json.loads((tmp_path / "benchmarks.json").read_text())) == 3
 
 
+def test_the_loops_share_is_that_of_the_gaps_and_of_slower_steps():
+    steps, now = {}, 0.0
+    for number in range(5, 64):
+        after_save = 1 <= number % 20 <= 4
+        steps[number] = train_loop.Span(now, now + (0.013 if after_save else 0.010))
+        gap = 0.008 if number % 20 == 0 else 0.004 if number % 6 == 0 else 0.001
+        now = steps[number].end + gap
+    trace = train_loop.Trace(steps, [], {})
+    measured = train_loop.figures(trace, log_every=30, save_every=100)
+    # An ordinary gap each step, 3 ms more every 30, 7 ms more and 4 steps of 3 ms more every 100.
+    loop = 0.001 + 0.003 / 30 + (0.007 + 4 * 0.003) / 100
+    assert measured.pop("share") == pytest.approx(loop / (0.010 + loop))
+    assert measured == pytest.approx(
+        {
+            "step": 0.010,
+            "gap": 0.001,
+            "gap_after_log": 0.004,
+            "gap_after_checkpoint": 0.008,
+            "slower_steps_after_checkpoint": 0.012,
+        }
+    )
+
+
+def test_the_loops_command_runs(tmp_path, capsys):
+    output = tmp_path / "train_loop.json"
+    arguments = ["--datasets", "fashion_mnist", "--num-steps", "26"]
+    train_loop.main([*arguments, f"--output={output}"])
+    table = capsys.readouterr().out
+    (row,) = json.loads(output.read_text())
+    assert table.splitlines()[2].startswith(f"| fashion_mnist | 64 | {1e3 * row['step']:.2f} |")
+    # A step of this network takes far longer than what is around it, on any machine.
+    assert 0 < row["gap"] < row["step"]
+    assert row["gap"] < row["gap_after_checkpoint"]
+    assert 0 < row["share"] < 0.5
+    assert (tmp_path / "train_loop_fashion_mnist.png").stat().st_size > 5_000
+
+
 @pytest.mark.parametrize(
     ("program", "missing", "arguments", "message"),
     [
+        (train_loop, "", ["--num-steps=25"], "train_loop.py: --num-steps=25: must be at least 26"),
+        (train_loop, "", ["--output=pyproject.toml"], "must end in .json"),
+        (train_loop, "", ["--output=results/codebook_size.json"], "is not of this program"),
         (train_step, "torch", [], 'train_step.py: PyTorch is not installed: pip install "torch'),
         (quantizer, "torch", [], 'quantizer.py: PyTorch is not installed: pip install "torch'),
         (quantizer, "vector_quantize_pytorch", [], "pip install vector-quantize-pytorch"),
