@@ -1,5 +1,6 @@
 """Writes results/README.md and its plots from what results/collect.py has kept."""
 
+import functools
 import json
 import pathlib
 import statistics
@@ -94,10 +95,12 @@ def _curves(
     axes.legend()
 
 
-def _save_plot(path: pathlib.Path, draw: Callable[[Axes, Axes], None]) -> None:
-    """Two plots side by side."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    draw(left, right)
+def _save_plot(path: pathlib.Path, *draws: Callable[[Axes], None]) -> None:
+    """Plots side by side."""
+    size = 5 * len(draws), 4
+    figure, (row,) = plt.subplots(1, len(draws), figsize=size, layout="constrained", squeeze=False)
+    for draw, axes in zip(draws, row, strict=True):
+        draw(axes)
     figure.savefig(path, dpi=100, metadata={"Software": None})
     plt.close(figure)
 
@@ -112,11 +115,15 @@ def _section(
     directory = results / "runs" / dataset / recipe
     plot = directory / "training.png"
 
-    def draw(left: Axes, right: Axes) -> None:
-        _curves(left, runs, "train/reconstruction_loss", "reconstruction loss, training")
-        _curves(right, runs, "train/distinct_codes", "distinct codes in a batch, training")
-
-    _save_plot(plot, draw)
+    _save_plot(
+        plot,
+        lambda axes: _curves(
+            axes, runs, "train/reconstruction_loss", "reconstruction loss, training"
+        ),
+        lambda axes: _curves(
+            axes, runs, "train/distinct_codes", "distinct codes in a batch, training"
+        ),
+    )
     machines = sorted({run["machine"] for of_quantizer in runs.values() for run in of_quantizer})
     seeds = sorted({run["seed"] for of_quantizer in runs.values() for run in of_quantizer})
     options = f"--recipe={recipe} --seeds={','.join(map(str, seeds))}"
@@ -137,32 +144,39 @@ def _section(
     return "\n".join(lines)
 
 
-def _codebook_size_section(results: pathlib.Path) -> str:
-    """Time of a training step and number of parameters against the codebook size, if measured."""
-    source = results / "codebook_size.json"
+def _sweep_section(results: pathlib.Path) -> str:
+    """Time of a training step against what it depends on, if it has been measured."""
+    source = results / "sweep.json"
     if not source.exists():
         return ""
     measured = json.loads(source.read_text())
-    plot = results / "codebook_size.png"
+    plot = results / "sweep.png"
 
-    def draw(left: Axes, right: Axes) -> None:
-        for name, title, axes in (
-            ("milliseconds", "time of a training step, ms", left),
-            ("parameters", "parameters of the quantizer", right),
-        ):
-            for quantizer, values in measured[name].items():
-                axes.plot(measured["codebook_sizes"], values, marker="o", label=quantizer)
-            axes.set(title=title, xlabel="codebook size K", xscale="log", yscale="log")
-            axes.legend()
+    def draw(axes: Axes, name: str, what: str, title: str) -> None:
+        sweep = measured["sweeps"][name]
+        for quantizer, values in sweep[what].items():
+            axes.plot(sweep["values"], values, marker="o", label=quantizer)
+        axes.set(title=title, xlabel=name, xscale="log", yscale="log")
+        axes.set_xticks(sweep["values"], [f"{value:,}" for value in sweep["values"]], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.legend()
 
-    _save_plot(plot, draw)
+    title = "time of a training step, ms"
+    draws = [
+        functools.partial(draw, name=name, what="milliseconds", title=title)
+        for name in measured["sweeps"]
+    ]
+    first, *_ = measured["sweeps"]
+    title = "parameters of the quantizer"
+    _save_plot(plot, *draws, functools.partial(draw, name=first, what="parameters", title=title))
     return "\n".join(
         (
-            "## Cost against codebook size\n",
-            f"FashionMNIST's network, 64 images a step, on {measured['machine']}:\n",
+            "## Cost against codebook, batch and image size\n",
+            f"FashionMNIST's network on {measured['machine']}; what is not varied is 512, 64 (8 of "
+            "the larger images) and 28×28:\n",
             f"    {measured['command']}\n",
-            measured["table"],
-            f"\n![time of a step and number of parameters against K]({plot.name})",
+            "\n\n".join(sweep["table"] for sweep in measured["sweeps"].values()),
+            f"\n![time of a step and number of parameters]({plot.name})",
         )
     )
 
@@ -178,5 +192,5 @@ def write(results: pathlib.Path) -> None:
                 results, group, {name: runs[name] for name in order}, published.get(group[0], {})
             )
         )
-    sections.append(_codebook_size_section(results))
+    sections.append(_sweep_section(results))
     (results / "README.md").write_text("\n\n".join(filter(None, sections)).strip() + "\n")

@@ -305,7 +305,7 @@ def test_the_loops_command_runs(tmp_path, capsys):
     [
         (train_loop, "", ["--num-steps=25"], "train_loop.py: --num-steps=25: must be at least 26"),
         (train_loop, "", ["--output=pyproject.toml"], "must end in .json"),
-        (train_loop, "", ["--output=results/codebook_size.json"], "is not of this program"),
+        (train_loop, "", ["--output=results/published.json"], "is not of this program"),
         (train_step, "torch", [], 'train_step.py: PyTorch is not installed: pip install "torch'),
         (quantizer, "torch", [], 'quantizer.py: PyTorch is not installed: pip install "torch'),
         (quantizer, "vector_quantize_pytorch", [], "pip install vector-quantize-pytorch"),
@@ -316,7 +316,7 @@ def test_the_loops_command_runs(tmp_path, capsys):
         (train_step, "", ["--min-seconds=-1"], "--min-seconds: -1.0 must be 0 or more"),
         (train_step, "", ["--min-seconds=nan"], "--min-seconds: nan must be 0 or more"),
         (train_step, "", ["--output=pyproject.toml"], "must end in .json"),
-        (train_step, "", ["--output=results/codebook_size.json"], "is not of this program"),
+        (train_step, "", ["--output=results/published.json"], "is not of this program"),
     ],
 )
 def test_mistakes_end_in_one_line(program, missing, arguments, message, monkeypatch):

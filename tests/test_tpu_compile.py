@@ -145,7 +145,7 @@ def test_the_table_says_what_does_not_fit():
         (["--topologies", "v5p"], "there is no 'v5p'"),
         (["--output", "no/such/file.json"], "there is no directory no/such"),
         (["--output", "pyproject.toml"], "--output=pyproject.toml: must end in .json"),
-        (["--output", "results/codebook_size.json"], "exists and is not of this program"),
+        (["--output", "results/published.json"], "exists and is not of this program"),
         (["--batch-size", "9"], "v5e:2x4: batch_size=9 does not divide by the 8 devices"),
     ],
 )
