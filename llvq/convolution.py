@@ -17,12 +17,14 @@ channels hold the columns: a matrix product large enough to be fast.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Float, Shaped
 
 _Images = Float[Array, "batch height width channels"]
@@ -239,18 +241,23 @@ def _dense(x: _Images, kernel: _Kernel, padding: int) -> _Images:
     size = kernel.shape[0]
     if size == 1:
         return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
-    # All images side by side in one, [height, batch·width, channels], zeros between them.
-    wide = jnp.pad(x, ((0, 0), (0, 0), (padding, padding), (0, 0))).transpose(1, 0, 2, 3)
-    height, batch, width, features = wide.shape
+    # Side by side in one, [groups, height, images·width, channels], with zeros between them: all
+    # images that a device has of a batch. For fewer devices than there are this is just narrower.
+    batch, height, width, features = x.shape
+    groups = math.gcd(batch, jax.device_count())
+    width += 2 * padding
+    wide = jnp.pad(x, ((0, 0), (0, 0), (padding, padding), (0, 0)))
+    wide = wide.reshape(groups, batch // groups, height, width, features).swapaxes(1, 2)
     y = lax.conv_general_dilated(
-        wide.reshape(1, height, batch * width, features),
+        wide.reshape(groups, height, batch // groups * width, features),
         kernel,
         window_strides=(1, 1),
         padding=((padding, padding), (0, size - 1)),
         dimension_numbers=_NHWC,
     )
-    y = y.reshape(y.shape[1], batch, width, y.shape[3])
-    return y[:, :, : width - size + 1].transpose(1, 0, 2, 3)
+    _, height, _, features = y.shape
+    y = y.reshape(groups, height, batch // groups, width, features).swapaxes(1, 2)
+    return y.reshape(batch, height, width, features)[:, :, : width - size + 1]
 
 
 def _dense_forward(
@@ -286,13 +293,13 @@ def _kernel_gradient(x: _Images, gradient: _Images, size: int, padding: int) -> 
     # To [height, batch, width, channels].
     higher, lower = higher.transpose(1, 0, 2, 3), lower.transpose(1, 0, 2, 3)
     height, batch, width, features = higher.shape
-    columns = _transpose(higher.reshape(height * batch * width, features))
+    columns = _channels_first(higher.reshape(height, batch * width, features))
     # The barrier: XLA would gather the copies anew wherever they are read.
     copies = lax.optimization_barrier(
         _shifted_copies(lower, [tap - padding for tap in range(size)], width)
     )
     products = lax.conv_general_dilated(
-        columns.reshape(features, height, batch * width),
+        columns,
         copies.reshape(copies.shape[0], batch * width, copies.shape[3]),
         window_strides=(1,),
         padding=((padding, padding),),
@@ -304,14 +311,12 @@ def _kernel_gradient(x: _Images, gradient: _Images, size: int, padding: int) -> 
     return products.transpose(1, 2, 0, 3)
 
 
-def _transpose(x: Float[Array, "rows columns"]) -> Float[Array, "columns rows"]:
-    """By a product with the identity, exactly.
-
-    A transposition XLA would fuse with all that makes x, element by element: five times slower.
-    """
-    identity = jnp.eye(x.shape[1], dtype=x.dtype)
-    # The barrier: it would be merged with the transposition of x's images otherwise.
-    return lax.dot_general(identity, lax.optimization_barrier(x), (((1,), (1,)), ((), ())))
+def _channels_first(
+    x: Float[Array, "height width channels"],
+) -> Float[Array, "channels height width"]:
+    """In a function of its own: XLA would fuse it with all that makes x, five times slower."""
+    with set_xla_metadata(inlineable="false"):
+        return jax.jit(lambda x: x.transpose(2, 0, 1))(x)
 
 
 def _shifted_copies(

@@ -2,11 +2,15 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
+from jax import numpy as jnp
 
-from llvq import evaluate, sharding, train
+from benchmarks.tpu_compile import count_collectives
+from llvq import evaluate, sharding, train, train_state
 from llvq.data import ArrayDataset
 from llvq.errors import UserError
+from llvq.train_step import make_train_step
 from tests import tiny
 
 
@@ -96,3 +100,39 @@ def test_two_images_on_eight_devices_are_the_same_run_as_on_one(tmp_path, monkey
         assert eight[1][name] == (
             pytest.approx(value, rel=1e-9) if isinstance(value, float) else value
         ), name
+
+
+def crossing(step, *arguments):
+    """Bytes that cross between devices in a step, by the kind of collective."""
+    program = step.lower(*arguments).compile().as_text()
+    return {kind: counted["bytes"] for kind, counted in count_collectives(program).items()}
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_gradients_sums_and_nothing_else_cross_between_devices(name, num_devices):
+    config = tiny.config(name)
+    mesh = sharding.make_mesh(jax.devices()[:num_devices])
+    shared = config["model"]["value_range"], jnp.float32, mesh
+    optimizer = optax.adam(1e-3)
+    graphdef, *trees = train_state.abstract_model(config["model"], config["quantizer"], "float32")
+    opt_state = jax.eval_shape(optimizer.init, trees[0])
+    state = train_state.TrainState(jax.ShapeDtypeStruct((), jnp.int32), *trees, opt_state)
+    images, mask, count = (
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (((16, 12, 12, 1), np.uint8), ((16,), bool), ((mesh.size,), np.int32))
+    )
+    train_step, _ = make_train_step(graphdef, optimizer, *shared)
+    metrics_step = evaluate.Evaluator(graphdef, *shared).metrics_step
+    num_distances = 1 if name == "vq_ema" else 2  # among the quantizer's losses
+    num_sums = train_state.num_parameters(trees[0]) + 1 + num_distances
+    if name == "vq_ema":  # learns from the sum and the number of each code's vectors
+        num_sums += config["quantizer"]["codebook_size"] * (config["model"]["latent_dim"] + 1)
+    in_training = {"all-reduce": 4 * num_sums}
+    # Three metrics of the images, and of these and each distance over how many they are.
+    in_evaluation = {"all-reduce": 4 * (3 + 1 + 2 * num_distances)}
+    for step, arguments, expected in (
+        (train_step, (images,), in_training),
+        (metrics_step, (images, mask, count), in_evaluation),
+    ):
+        assert crossing(step, state, *arguments) == (expected if num_devices > 1 else {})
