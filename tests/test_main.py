@@ -152,18 +152,6 @@ def test_a_users_mistake_is_one_line(arguments, words, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@needs_files
-def test_another_runs_workdir_is_left_untouched(tmp_path):
-    few = ("--config.num_train_steps=1", "--config.batch_size=50", *SMALL)
-    assert main(f"{FASHION}:vq", f"--workdir={tmp_path}", *few).returncode == 0
-    before = sorted(tmp_path.rglob("*"))
-    refused = main(f"{FASHION}:sparse_lattice", f"--workdir={tmp_path}", *few)
-    assert_one_line(refused, str(tmp_path), "quantizer.name='vq', not 'sparse_lattice'")
-    finished = main(f"{FASHION}:vq", f"--workdir={tmp_path}", *few)
-    assert "Nothing to train" in finished.stderr
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 def test_missing_flags_are_named():
     assert_one_line(main(f"{FASHION}:vq"), "--workdir is missing")
     assert_one_line(main("--workdir=/tmp"), "--config is missing")
