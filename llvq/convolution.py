@@ -17,7 +17,6 @@ channels hold the columns: a matrix product large enough to be fast.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -26,6 +25,8 @@ from jax import lax
 from jax import numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Float, Shaped
+
+from llvq import sharding
 
 _Images = Float[Array, "batch height width channels"]
 _Kernel = Float[Array, "kernel_height kernel_width in out"]
@@ -241,22 +242,22 @@ def _dense(x: _Images, kernel: _Kernel, padding: int) -> _Images:
     size = kernel.shape[0]
     if size == 1:
         return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
-    # Side by side in one, [groups, height, images·width, channels], with zeros between them: all
-    # images that a device has of a batch. For fewer devices than there are this is just narrower.
+    # Side by side in one, [shares, height, images·width, channels], with zeros between them: all
+    # images of a batch that one device has.
     batch, height, width, features = x.shape
-    groups = math.gcd(batch, jax.device_count())
+    shares = sharding.num_shares(batch)
     width += 2 * padding
     wide = jnp.pad(x, ((0, 0), (0, 0), (padding, padding), (0, 0)))
-    wide = wide.reshape(groups, batch // groups, height, width, features).swapaxes(1, 2)
+    wide = wide.reshape(shares, batch // shares, height, width, features).swapaxes(1, 2)
     y = lax.conv_general_dilated(
-        wide.reshape(groups, height, batch // groups * width, features),
+        wide.reshape(shares, height, batch // shares * width, features),
         kernel,
         window_strides=(1, 1),
         padding=((padding, padding), (0, size - 1)),
         dimension_numbers=_NHWC,
     )
     _, height, _, features = y.shape
-    y = y.reshape(groups, height, batch // groups, width, features).swapaxes(1, 2)
+    y = y.reshape(shares, height, batch // shares, width, features).swapaxes(1, 2)
     return y.reshape(batch, height, width, features)[:, :, : width - size + 1]
 
 

@@ -8,6 +8,7 @@ from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llvq import sharding
 from llvq.quantizers.base import Quantizer
 
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -60,22 +61,25 @@ def nearest(
 
 
 def sums_by_code(
-    codes: Int[Array, "..."],
-    values: Float[Array, "... width"],
+    codes: Int[Array, "batch ..."],
+    values: Float[Array, "batch ... width"],
     codebook_size: int,
 ) -> Float[Array, "codes width"]:
     """The sum, for each index of the codebook, of the values at which it is the code.
 
-    By products with one-hot vectors, which add in the same order every time. Several devices sum
-    theirs block by block.
+    By products with one-hot vectors, which add in the same order every time; of several devices
+    each sums its own, then all of them once.
     """
     num_blocks, block_size = _blocks(codebook_size)
+    shares = sharding.num_shares(len(codes))
+    codes = codes.reshape(shares, codes.size // shares)
+    values = values.reshape(shares, codes.shape[1], values.shape[-1])
 
-    def of_block(first: Int[Array, ""]) -> Float[Array, "block width"]:
+    def of_block(first: Int[Array, ""]) -> Float[Array, "shares block width"]:
         one_hot = jax.nn.one_hot(codes - first, block_size, dtype=values.dtype)
-        return jnp.einsum("...k,...d->kd", one_hot, values, precision=_PRECISION)
+        return jnp.einsum("snk,snd->skd", one_hot, values, precision=_PRECISION)
 
-    sums = jax.lax.map(of_block, jnp.arange(num_blocks) * block_size)
+    sums = jax.lax.map(of_block, jnp.arange(num_blocks) * block_size).sum(1)
     return sums.reshape(num_blocks * block_size, -1)[:codebook_size]
 
 
