@@ -247,10 +247,9 @@ def _dense(x: _Images, kernel: _Kernel, padding: int) -> _Images:
     batch, height, width, features = x.shape
     shares = sharding.num_shares(batch)
     width += 2 * padding
-    wide = jnp.pad(x, ((0, 0), (0, 0), (padding, padding), (0, 0)))
-    wide = wide.reshape(shares, batch // shares, height, width, features).swapaxes(1, 2)
+    wide = _pad(x, 0, padding).reshape(shares, batch // shares, height, width, features)
     y = lax.conv_general_dilated(
-        wide.reshape(shares, height, batch // shares * width, features),
+        wide.swapaxes(1, 2).reshape(shares, height, batch // shares * width, features),
         kernel,
         window_strides=(1, 1),
         padding=((padding, padding), (0, size - 1)),
