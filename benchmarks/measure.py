@@ -44,7 +44,7 @@ class Case(NamedTuple):
     """Attributes:
     setting: what tells it from others, a column of the table each.
     amount: what a step handles, e.g. how many images.
-    contenders: by name; llvq's have "llvq" in theirs.
+    contenders: by name; with those that have "llvq" in theirs all others are compared.
     """
 
     setting: dict[str, Any]

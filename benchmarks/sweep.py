@@ -3,9 +3,9 @@
     python benchmarks/sweep.py [--repeats=5] [--output=results/sweep.json]
 
 Times whole training steps of FashionMNIST's network (Adam, random images): a codebook of 512, 64
-images of 28×28, and each of the three over a range. The two quantizers run in turns; printed are
-medians. A lattice's codebook size only sets how its basis is initialised. --output keeps the
-figures; results/README.md shows those of the file named above.
+images of 28×28, and each of the three over a range, with 8 images where their size varies. The two
+quantizers run in turns; printed are medians. A lattice's codebook size only sets how its basis is
+initialised. --output keeps the figures; results/README.md shows those of the file named above.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def table(name: str, sweep: dict[str, Any]) -> str:
     header, columns = [name], [[f"{value:,}" for value in sweep["values"]]]
     for quantizer in QUANTIZERS:
         header.append(f"{quantizer}, ms a step")
-        columns.append([f"{ms:,.1f}" for ms in sweep["milliseconds"][quantizer]])
+        columns.append([f"{float(f'{ms:.3g}'):,g}" for ms in sweep["milliseconds"][quantizer]])
         if name == "codebook size K":
             header.append("its parameters")
             columns.append([f"{n:,}" for n in sweep["parameters"][quantizer]])
@@ -82,6 +82,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="of every step")
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file to keep the figures in")
     options = parser.parse_args()
+    if options.repeats < 1:
+        parser.error(f"--repeats={options.repeats}: must be at least 1")
+    if options.output and not options.output.parent.is_dir():
+        parser.error(f"--output={options.output}: there is no directory {options.output.parent}")
     sweeps = {name: measure_sweep(name, options.repeats) for name in SWEEPS}
     for name, sweep in sweeps.items():
         sweep["table"] = table(name, sweep)

@@ -12,15 +12,18 @@ config's intervals. Validation is left out.
 
 What the host does during a log or a checkpoint while the device is at work costs nothing, but a
 checkpoint is written in the background: where cores are few, as on a CPU, the steps meanwhile take
-longer, which counts as well. On a CPU the sizes are train_step.py's.
+longer, which counts as well. Where a checkpoint takes longer to write than there are steps to the
+next one here, its share comes out too high. On a CPU, of which JAX must see one device, the batches
+are train_step.py's; traces of GPUs cannot be read yet.
 
 --output keeps the figures, a table beside it in Markdown, and for each data set a picture of the
-trace around a checkpoint. --trace-dir keeps the traces themselves, for https://ui.perfetto.dev
-(*.trace.json.gz) or TensorBoard.
+trace around a checkpoint; what it has of other data sets and machines stays. --trace-dir keeps the
+traces themselves, for https://ui.perfetto.dev (*.trace.json.gz) or TensorBoard.
 """
 
 import argparse
 import bisect
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -122,11 +125,19 @@ def record(kind: Kind, num_steps: int, directory: pathlib.Path, trace_dir: pathl
     if kind.encoding:
         write_files(kind, files)
     data = _Annotated(open_pipeline(kind, files))
-    train_and_evaluate(config, workdir, data, make_writer=make_writer, progress=make_progress)
+    try:
+        train_and_evaluate(config, workdir, data, make_writer=make_writer, progress=make_progress)
+    finally:
+        with contextlib.suppress(RuntimeError):  # it has been stopped
+            jax.profiler.stop_trace()
 
 
 def read(trace_dir: pathlib.Path) -> Trace:
-    """The newest trace that `record` left."""
+    """The newest trace that `record` left.
+
+    Raises:
+      UserError: if programs of the steps that it knows of are not in it.
+    """
     *_, path = sorted(trace_dir.glob("**/*.xplane.pb"))
     programs: list[tuple[Span, str]] = []
     host: dict[str, list[Span]] = {name: [] for name in _HOST}
@@ -136,15 +147,14 @@ def read(trace_dir: pathlib.Path) -> Trace:
         for line in plane.lines:
             for event in line.events:
                 span = Span(event.start_ns / 1e9, (event.start_ns + event.duration_ns) / 1e9)
-                name = event.name.rpartition(".")[2]
                 if plane.name.startswith("/device:"):
                     if line.name == "XLA Modules" and plane.name.endswith(":0"):
                         programs.append((span, event.name))
                 elif "PjRtCpuClient" in line.name and "wait for completion" in event.name:
                     programs.append((span, ""))
-                elif name in host:
-                    host[name].append(span)
-                    if name == "train":
+                elif event.name in host:
+                    host[event.name].append(span)
+                    if event.name == "train":
                         called.append((int(dict(event.stats)["step_num"]), span))
                 elif dict(event.stats).get("hlo_module") == "jit_train_step":
                     is_of_step.append(span.start)
@@ -164,11 +174,16 @@ def read(trace_dir: pathlib.Path) -> Trace:
         later = [run for run in runs if run.end > call.start and run not in steps.values()]
         if later:
             steps[number] = later[0]
+    if len(steps) < len(called) - 1:  # the last one may not have ended
+        raise UserError(f"{path}: of {len(called)} steps it has the programs of {len(steps)}")
     return Trace(steps, others, host)
 
 
 def figures(trace: Trace, log_every: int, save_every: int) -> dict[str, float]:
-    """Medians of a step and of the gaps after it, in seconds, and the loop's share of the time."""
+    """Of a step and of the gaps after it, in seconds, and the loop's share of the time.
+
+    Medians, but for the steps that a checkpoint slows down: all of them together, on average.
+    """
     steps = trace.steps
     seconds = {number: run.end - run.start for number, run in steps.items()}
     gaps = {
@@ -250,12 +265,20 @@ def table(rows: Sequence[Row]) -> str:
     return measure.table(header, lines)
 
 
+_HEADER = """# What the loop around the training steps costs
+
+Written by benchmarks/train_loop.py, which says what is measured; not to be edited by hand.
+"""
+
+
 def _report(rows: Sequence[Row]) -> str:
-    machine, versions, command = (rows[0][name] for name in ("machine", "versions", "command"))
-    return (
-        "# What the loop around the training steps costs\n\nWritten by benchmarks/train_loop.py, "
-        "which says what is measured; not to be edited by hand.\n\n"
-        f"    {command}\n\n{machine}; {versions}\n\n{table(rows)}\n"
+    by_source: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        source = row["command"], row["machine"], row["versions"]
+        by_source.setdefault(source, []).append(row)
+    return _HEADER + "".join(
+        f"\n    {command}\n\n{machine}; {versions}\n\n{table(part)}\n"
+        for (command, machine, versions), part in by_source.items()
     )
 
 
@@ -283,8 +306,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fewest = _SAVE_EVERY + _SLOWED + 2
         if options.num_steps < fewest:
             raise UserError(f"--num-steps={options.num_steps}: must be at least {fewest}")
-        if options.output:
-            measure.read_rows(options.output, _report)  # says if it cannot be written later
+        backend, num_devices = jax.default_backend(), jax.device_count()
+        if backend == "gpu" or (backend == "cpu" and num_devices > 1):
+            raise UserError(f"it cannot read traces of {num_devices} devices of kind {backend}")
+        kept = measure.read_rows(options.output, _report) if options.output else []
         rows: list[Row] = []
         for name in options.datasets:
             kind = next(kind for kind in KINDS if kind.module == name)
@@ -305,9 +330,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row |= {"machine": measure.machine(), "versions": measure.versions("jax", "flax")}
             rows.append({**row, "command": " ".join(["python", *sys.argv])})
             if options.output:
+                same = name, rows[-1]["machine"]
+                kept = [old for old in kept if (old["dataset"], old["machine"]) != same]
+                kept.append(rows[-1])
                 path = options.output.with_name(f"{options.output.stem}_{name}.png")
                 draw(trace, f"{name}, {measure.machine()}", path)
-                measure.write_rows(options.output, rows, _report(rows))
+                measure.write_rows(options.output, kept, _report(kept))
     except UserError as error:
         sys.exit(f"train_loop.py: {error}")
     print(table(rows))

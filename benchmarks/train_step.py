@@ -10,7 +10,8 @@ takes a step of Adam; llvq also returns the losses' parts and the gradient's nor
 step is the forward pass, the mean squared error and the quantizer's loss: metrics that PyTorch has
 no counterpart of (PSNR, SSIM, counting codes) are left out. PyTorch's model is in
 benchmarks/torch_model.py: channels-last, Adam fused, cuDNN told to search the fastest algorithm.
-"network alone" is llvq's step with nothing in the quantizer's place: what quantizing costs.
+"network alone" is llvq's step (float32) with nothing in the quantizer's place: what quantizing
+costs. All of them run with freed memory kept, as main.py does (llvq/host_memory.py).
 
 On a CPU PyTorch runs eagerly, and the default sizes are what one can do: FashionMNIST's batch of
 64, CelebA's images by 8, and FFHQ's network on 256×256 by 8. On a GPU they are the configs', and

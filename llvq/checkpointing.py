@@ -156,7 +156,6 @@ def describe_newest(manager: ocp.CheckpointManager) -> str:
     return f"the last good checkpoint is {manager.directory / str(newest)}"
 
 
-@jax.profiler.annotate_function
 def save(
     manager: ocp.CheckpointManager,
     step: int,

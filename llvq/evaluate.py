@@ -199,7 +199,6 @@ class Evaluator:
         means = {name: total / data.num_images[split] for name, total in totals.items()}
         return {"loss": means["reconstruction_loss"] + means["quantizer_loss"], **means}
 
-    @jax.profiler.annotate_function
     def measure_batch(
         self, state: TrainState, images: UInt8[Array, "batch height width channels"]
     ) -> tuple[float, CodebookUsage]:

@@ -117,7 +117,6 @@ def device_sharded(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "height")))
 
 
-@jax.profiler.annotate_function
 def to_devices(
     local: Shaped[np.ndarray, "local_batch ..."], mesh: Mesh
 ) -> Shaped[Array, "global_batch ..."]:

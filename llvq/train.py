@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from absl import logging
 from etils import epath
+from jax.profiler import StepTraceAnnotation, TraceAnnotation
 
 from llvq import (
     checkpointing,
@@ -226,11 +227,12 @@ def train_and_evaluate(
         for step, (_, local_images) in zip(
             range(first_step + 1, num_steps + 1), batches, strict=False
         ):
-            images = sharding.to_devices(local_images, mesh)
+            with TraceAnnotation("to_devices"):
+                images = sharding.to_devices(local_images, mesh)
             learning_rate = learning_rates[step - 1]
             run = train_step if learning_rate > 0 else statistics_step
             called = time.monotonic()
-            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            with StepTraceAnnotation("train", step_num=step):
                 state, metrics = run(state, images)
             if step == first_step + 1:
                 compiled = time.monotonic()
@@ -254,7 +256,8 @@ def train_and_evaluate(
             window.read()  # nothing that diverged is logged or saved
             rates = throughput.read()
             # The last update may have ruined the state.
-            loss, usage = evaluator.measure_batch(state, images)
+            with TraceAnnotation("measure_batch"):
+                loss, usage = evaluator.measure_batch(state, images)
             if not np.isfinite(loss):
                 raise DivergenceError(
                     f"the loss is {loss} after step {step}: stopped; {last_checkpoint()}"
@@ -273,11 +276,12 @@ def train_and_evaluate(
                 validation = validate(step)
                 is_stopping = validation is None
             if is_checkpoint or is_stopping:
-                checkpointing.save(
-                    *(checkpoints, step, state, config, validation),
-                    stop_on_failure=config["stop_on_failed_save"],
-                    is_last=is_stopping or step == num_steps,
-                )
+                with TraceAnnotation("save"):
+                    checkpointing.save(
+                        *(checkpoints, step, state, config, validation),
+                        stop_on_failure=config["stop_on_failed_save"],
+                        is_last=is_stopping or step == num_steps,
+                    )
             if is_stopping:
                 raise preemption.Preempted(_STOPPED.format(step))
             throughput.restart()

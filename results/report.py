@@ -172,8 +172,8 @@ def _sweep_section(results: pathlib.Path) -> str:
     return "\n".join(
         (
             "## Cost against codebook, batch and image size\n",
-            f"FashionMNIST's network on {measured['machine']}; what is not varied is 512, 64 (8 of "
-            "the larger images) and 28×28:\n",
+            f"FashionMNIST's network on {measured['machine']}; what is not varied is 512, 64 (8 "
+            "where the images vary) and 28×28:\n",
             f"    {measured['command']}\n",
             "\n\n".join(sweep["table"] for sweep in measured["sweeps"].values()),
             f"\n![time of a step and number of parameters]({plot.name})",
