@@ -22,31 +22,32 @@ from benchmarks import measure
 from benchmarks.train_step import get_config, prepare_llvq
 from llvq import host_memory, train_state
 
+_CODEBOOK_SIZE = "codebook size K"
 SWEEPS = {
-    "codebook size K": tuple(2**i for i in range(6, 17, 2)),
+    _CODEBOOK_SIZE: tuple(2**i for i in range(6, 17, 2)),
     "images a step": tuple(2**i for i in range(3, 10)),
     "height and width of the images": (28, 56, 84, 112, 168, 224),
 }
 QUANTIZERS = ("vq", "sparse_lattice")
 
-_BATCH_SIZE_OF_LARGE_IMAGES = 8
+_BATCH_SIZE_OF_IMAGE_SIZES = 8
 
 
 def make_config(quantizer: str, name: str, value: int) -> Any:
     """FashionMNIST's config with one value of a sweep."""
     config = get_config("fashion_mnist", quantizer)
-    if name == "codebook size K":
+    if name == _CODEBOOK_SIZE:
         config.quantizer.codebook_size = value
     elif name == "images a step":
         config.batch_size = value
     else:
-        config.batch_size = _BATCH_SIZE_OF_LARGE_IMAGES
+        config.batch_size = _BATCH_SIZE_OF_IMAGE_SIZES
         config.model.image_shape = (value, value, 1)
     return config
 
 
 def measure_sweep(name: str, repeats: int) -> dict[str, Any]:
-    """Figures of one sweep: milliseconds and the quantizer's parameters for each value."""
+    """Figures of one sweep: milliseconds for each value, of codebook sizes parameters as well."""
     milliseconds: dict[str, list[float]] = {quantizer: [] for quantizer in QUANTIZERS}
     parameters: dict[str, list[int]] = {quantizer: [] for quantizer in QUANTIZERS}
     for value in SWEEPS[name]:
@@ -60,7 +61,8 @@ def measure_sweep(name: str, repeats: int) -> dict[str, Any]:
             _, *trees = train_state.abstract_model(*sections)
             of_quantizer = [tree.get("quantizer", {}) for tree in trees]
             parameters[key].append(train_state.num_parameters(of_quantizer))
-    return {"values": SWEEPS[name], "milliseconds": milliseconds, "parameters": parameters}
+    measured = {"values": SWEEPS[name], "milliseconds": milliseconds}
+    return measured | {"parameters": parameters} if name == _CODEBOOK_SIZE else measured
 
 
 def table(name: str, sweep: dict[str, Any]) -> str:
@@ -69,7 +71,7 @@ def table(name: str, sweep: dict[str, Any]) -> str:
     for quantizer in QUANTIZERS:
         header.append(f"{quantizer}, ms a step")
         columns.append([f"{float(f'{ms:.3g}'):,g}" for ms in sweep["milliseconds"][quantizer]])
-        if name == "codebook size K":
+        if "parameters" in sweep:
             header.append("its parameters")
             columns.append([f"{n:,}" for n in sweep["parameters"][quantizer]])
     return measure.table(header, zip(*columns, strict=True))

@@ -19,11 +19,12 @@ from jax import numpy as jnp
 
 torch = pytest.importorskip("torch", reason="the benchmarks compare with PyTorch")
 
-from benchmarks import measure, quantizer, torch_model, train_loop, train_step
+from benchmarks import measure, quantizer, sweep, torch_model, train_loop, train_step
 from benchmarks.measure import Case, Contender
 from llvq import import_torch, quantizers, sharding, train_state
 from llvq.errors import UserError
 from llvq.train_step import make_train_step
+from results import report
 from tests import tiny
 from tests import torch_model as oracle
 
@@ -310,6 +311,23 @@ def test_the_loops_command_runs(tmp_path):
     assert row["gap"] < row["gap_after_checkpoint"]
     assert 0 < row["share"] < 0.5
     assert (tmp_path / "train_loop_fashion_mnist.png").stat().st_size > 5_000
+
+
+def test_the_sweep_runs_and_is_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sweep, "SWEEPS", {"codebook size K": (16,), "height and width of the images": (12,)}
+    )
+    output = tmp_path / "sweep.json"
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--repeats=1", f"--output={output}"])
+    sweep.main()
+    sizes, images = capsys.readouterr().out.strip().split("\n\n")
+    # Of FashionMNIST's network, with vectors of 64.
+    assert re.fullmatch(r"\| 16 \| [\d.,]+ \| 1,024 \| [\d.,]+ \| 64 \|", sizes.splitlines()[2])
+    assert re.fullmatch(r"\| 12 \| [\d.,]+ \| [\d.,]+ \|", images.splitlines()[2])
+    (tmp_path / "published.json").write_text('{"source": ""}')
+    report.write(tmp_path)
+    assert sizes in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "sweep.png").stat().st_size > 5_000
 
 
 @pytest.mark.parametrize(
