@@ -43,6 +43,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from benchmarks import measure
@@ -80,11 +81,14 @@ def random_images(config: Any) -> np.ndarray:
 
 
 def make_evaluate_step(
-    graphdef: nnx.GraphDef[VQVAE], value_range: tuple[float, float], param_dtype: DTypeLike
+    graphdef: nnx.GraphDef[VQVAE],
+    value_range: tuple[float, float],
+    param_dtype: DTypeLike,
+    mesh: Mesh,
 ) -> Callable[..., Any]:
     """The jitted reconstruction and quantizer loss of a state on images, uint8."""
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=sharding.compiler_options(mesh))
     def evaluate_step(state: TrainState, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, state.params, state.statistics)
         targets = scale_images(images, value_range, param_dtype)
@@ -127,7 +131,7 @@ def prepare_llvq(config: Any, step: str, *, quantizes: bool = True) -> Contender
     if is_training:
         take_step, _ = make_train_step(graphdef, optimizer, value_range, param_dtype, mesh)
     else:
-        take_step = make_evaluate_step(graphdef, value_range, param_dtype)
+        take_step = make_evaluate_step(graphdef, value_range, param_dtype, mesh)
     compiled = take_step.lower(state, images).compile()
     is_cpu = jax.default_backend() == "cpu"
 

@@ -1,19 +1,13 @@
 """Convolutions in the form that each backend runs fastest; images NHWC, kernels HWIO.
 
-On a GPU XLA's own convolutions are used as they are.
+XLA's own convolutions are used as they are, but for two on a CPU whose kernels' gradients are slow:
+those of 1 × 1 and the transposed ones. (XLA's options for a CPU are in `sharding`.)
 
 A TPU computes on 128 channels at once, and stores as many: of 3, 16 or 32 it wastes most. There
 images are packed, blocks of p × p pixels into the channels of one, from the first layer to the
 last, and so are the kernels: each becomes one of 3 × 3 blocks (1 × 1 of 1 × 1) that computes all
 pixels of a block at once, with zeros where one does not depend on another. That multiplies the
 arithmetic, of which there is little, and divides memory and traffic, of which there is much.
-
-XLA on a CPU is far from what the machine can do, above all in the gradient of every kernel (up to
-100 times slower than here, for that of a transposed convolution), and up to five times slower on
-narrow images than on wide ones. There each convolution is rearranged, exactly, into dense ones of
-stride 1 (stride 2 by space-to-depth, a transposed one by depth-to-space) of all images of a batch
-side by side, and the gradient of a kernel into a one-dimensional one along the height, whose
-channels hold the columns: a matrix product large enough to be fast.
 """
 
 import functools
@@ -23,17 +17,13 @@ import jax
 import numpy as np
 from jax import lax
 from jax import numpy as jnp
-from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array, Float, Shaped
-
-from llvq import sharding
 
 _Images = Float[Array, "batch height width channels"]
 _Kernel = Float[Array, "kernel_height kernel_width in out"]
 _Function = Callable[[_Images, _Kernel], _Images]
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
-_NHC = ("NHC", "HIO", "NHC")
 
 _TPU_LANES = 128
 
@@ -95,11 +85,11 @@ def conv(x: _Images, kernel: _Kernel, strides: int, packing: int | None = None) 
         return _conv_packed(
             x, kernel, strides * packing, packing, lambda out, tap: strides * out + tap - padding
         )
-    return _by_platform(
-        x,
-        kernel,
-        functools.partial(_conv_on_cpu, strides=strides),
-        functools.partial(_conv, strides=strides),
+    if kernel.shape[0] == 1:
+        return _by_platform(x, kernel, _pointwise_on_cpu, _pointwise)
+    padding = _padding(kernel, strides)
+    return lax.conv_general_dilated(
+        x, kernel, (strides,) * 2, ((padding,) * 2,) * 2, dimension_numbers=_NHWC
     )
 
 
@@ -147,27 +137,34 @@ def _padding(kernel: _Kernel, strides: int) -> int:
     return (kernel.shape[0] - strides) // 2
 
 
-def _conv(x: _Images, kernel: _Kernel, strides: int) -> _Images:
-    padding = _padding(kernel, strides)
-    return lax.conv_general_dilated(
-        x, kernel, (strides,) * 2, ((padding,) * 2,) * 2, dimension_numbers=_NHWC
-    )
+def _pointwise(x: _Images, kernel: _Kernel) -> _Images:
+    return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
+
+
+_pointwise_on_cpu = jax.custom_vjp(_pointwise)
+
+
+def _pointwise_forward(x: _Images, kernel: _Kernel) -> tuple[_Images, tuple[_Images, _Kernel]]:
+    return _pointwise(x, kernel), (x, kernel)
+
+
+def _pointwise_backward(
+    inputs: tuple[_Images, _Kernel], gradient: _Images
+) -> tuple[_Images, _Kernel]:
+    x, kernel = inputs
+    x_gradient = jnp.einsum("bhwo,io->bhwi", gradient, kernel[0, 0])
+    # One product over all pixels takes XLA's threads twice as long as one for each row, summed. The
+    # barrier: the transposition would be fused with what makes x.
+    columns = lax.optimization_barrier(x.swapaxes(2, 3))
+    kernel_gradient = jnp.einsum("bhiw,bhwo->bhio", columns, gradient).sum((0, 1))
+    return x_gradient, kernel_gradient[None, None]
+
+
+_pointwise_on_cpu.defvjp(_pointwise_forward, _pointwise_backward)
 
 
 def _conv_transpose(x: _Images, kernel: _Kernel) -> _Images:
     return lax.conv_transpose(x, kernel, (2, 2), "SAME", dimension_numbers=_NHWC)
-
-
-def _conv_on_cpu(x: _Images, kernel: _Kernel, strides: int) -> _Images:
-    padding = _padding(kernel, strides)
-    if strides == 1:
-        return _dense(x, kernel, padding)
-    size, _, features_in, features_out = kernel.shape
-    blocks = (size // strides, strides)
-    taps = kernel.reshape(*blocks, *blocks, features_in, features_out)
-    taps = taps.transpose(0, 2, 1, 3, 4, 5)
-    taps = taps.reshape(size // strides, size // strides, strides**2 * features_in, features_out)
-    return _dense(_space_to_depth(_pad(x, padding, padding), strides), taps, 0)
 
 
 def _conv_transpose_on_cpu(x: _Images, kernel: _Kernel) -> _Images:
@@ -176,7 +173,10 @@ def _conv_transpose_on_cpu(x: _Images, kernel: _Kernel) -> _Images:
     _, _, features_in, features_out = kernel.shape
     taps = kernel.reshape(2, 2, 2, 2, features_in, features_out)[:, ::-1, :, ::-1]
     taps = taps.transpose(0, 2, 4, 1, 3, 5).reshape(2, 2, features_in, 4 * features_out)
-    return _depth_to_space(_dense(x, taps, 1), 2)[:, 1:-1, 1:-1]
+    # Padded here, not by the convolution: its kernel's gradient would take ten times as long.
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    y = lax.conv_general_dilated(x, taps, (1, 1), "VALID", dimension_numbers=_NHWC)
+    return _depth_to_space(y, 2)[:, 1:-1, 1:-1]
 
 
 def _conv_packed(
@@ -218,10 +218,6 @@ def _conv_packed(
     )
 
 
-def _pad(x: _Images, height: int, width: int) -> _Images:
-    return jnp.pad(x, ((0, 0), (height, height), (width, width), (0, 0)))
-
-
 def _space_to_depth(x: _Images, size: int) -> _Images:
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // size, size, width // size, size, channels)
@@ -234,109 +230,3 @@ def _depth_to_space(x: _Images, size: int) -> _Images:
     channels //= size**2
     x = x.reshape(batch, height, width, size, size, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height * size, width * size, channels)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dense(x: _Images, kernel: _Kernel, padding: int) -> _Images:
-    """A convolution of stride 1 by a square kernel."""
-    size = kernel.shape[0]
-    if size == 1:
-        return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
-    # Side by side in one, [shares, height, images·width, channels], with zeros between them: all
-    # images of a batch that one device has.
-    batch, height, width, features = x.shape
-    shares = sharding.num_shares(batch)
-    width += 2 * padding
-    wide = _pad(x, 0, padding).reshape(shares, batch // shares, height, width, features)
-    y = lax.conv_general_dilated(
-        wide.swapaxes(1, 2).reshape(shares, height, batch // shares * width, features),
-        kernel,
-        window_strides=(1, 1),
-        padding=((padding, padding), (0, size - 1)),
-        dimension_numbers=_NHWC,
-    )
-    _, height, _, features = y.shape
-    y = y.reshape(shares, height, batch // shares, width, features).swapaxes(1, 2)
-    return y.reshape(batch, height, width, features)[:, :, : width - size + 1]
-
-
-def _dense_forward(
-    x: _Images, kernel: _Kernel, padding: int
-) -> tuple[_Images, tuple[_Images, _Kernel]]:
-    return _dense(x, kernel, padding), (x, kernel)
-
-
-def _dense_backward(
-    padding: int, inputs: tuple[_Images, _Kernel], gradient: _Images
-) -> tuple[_Images, _Kernel]:
-    x, kernel = inputs
-    size = kernel.shape[0]
-    transposed = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
-    x_gradient = _dense(gradient, transposed, size - 1 - padding)
-    return x_gradient, _kernel_gradient(x, gradient, size, padding)
-
-
-_dense.defvjp(_dense_forward, _dense_backward)
-
-
-def _kernel_gradient(x: _Images, gradient: _Images, size: int, padding: int) -> _Kernel:
-    """Of `_dense`: a convolution along the height of the higher of the two by the other.
-
-    The channels of the one are its batch, the columns of all images its channels; the other has a
-    copy for each tap of the width, shifted accordingly.
-    """
-    grows = gradient.shape[1] > x.shape[1]
-    if grows:  # then the taps come in reverse
-        higher, lower, padding = gradient, x, size - 1 - padding
-    else:
-        higher, lower = x, gradient
-    # To [height, batch, width, channels].
-    higher, lower = higher.transpose(1, 0, 2, 3), lower.transpose(1, 0, 2, 3)
-    height, batch, width, features = higher.shape
-    columns = _channels_first(higher.reshape(height, batch * width, features))
-    # The barrier: XLA would gather the copies anew wherever they are read.
-    copies = lax.optimization_barrier(
-        _shifted_copies(lower, [tap - padding for tap in range(size)], width)
-    )
-    products = lax.conv_general_dilated(
-        columns,
-        copies.reshape(copies.shape[0], batch * width, copies.shape[3]),
-        window_strides=(1,),
-        padding=((padding, padding),),
-        dimension_numbers=_NHC,
-    )
-    products = products.reshape(features, size, size, lower.shape[3])
-    if grows:
-        return products[:, ::-1, ::-1].transpose(1, 2, 3, 0)
-    return products.transpose(1, 2, 0, 3)
-
-
-def _channels_first(
-    x: Float[Array, "height width channels"],
-) -> Float[Array, "channels height width"]:
-    """In a function of its own: XLA would fuse it with all that makes x, five times slower."""
-    with set_xla_metadata(inlineable="false"):
-        return _transpose(x)
-
-
-@jax.jit
-def _transpose(
-    x: Float[Array, "height width channels"],
-) -> Float[Array, "channels height width"]:
-    return x.transpose(2, 0, 1)
-
-
-def _shifted_copies(
-    x: Float[Array, "height batch width_in channels"], shifts: Sequence[int], width: int
-) -> Float[Array, "height batch width copies_x_channels"]:
-    """Copies shifted to the right, filled up with zeros, and cut to a width."""
-    zero = jnp.zeros((), x.dtype)
-    return jnp.concatenate(
-        [
-            lax.pad(
-                x, zero, ((0, 0, 0), (0, 0, 0), (shift, width - x.shape[2] - shift, 0), (0, 0, 0))
-            )
-            for shift in shifts
-        ],
-        axis=-1,
-    )

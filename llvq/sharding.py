@@ -18,13 +18,21 @@ from jaxtyping import Array, Shaped
 
 from llvq.errors import UserError
 
+# Without what is named here XLA takes YNNPACK for convolutions, too, whose kernels' gradients are
+# three times slower than Eigen's. Known to jaxlib 0.10.2.
+_CPU = {
+    "xla_cpu_experimental_ynn_fusion_type": (
+        "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+    )
+}
 # Space-to-batch makes one batch of the strips of few images, and undoes it, around every layer: of
 # FFHQ's packed images (see `convolution`), four a chip, it triples the traffic, by the compiler's
 # count. Known to libtpu of jax 0.10.2 and 0.11.2.
-_TPU_OPTIONS = {
+_TPU = {
     "xla_tpu_run_space_to_batch": False,
     "xla_tpu_run_space_to_batch_on_new_platforms": False,
 }
+_COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"cpu": _CPU, "tpu": _TPU}
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, *, height: int = 1) -> Mesh:
@@ -86,9 +94,9 @@ def describe(mesh: Mesh) -> str:
     return f"{mesh.size} × {device.device_kind}"
 
 
-def compiler_options(mesh: Mesh) -> dict[str, bool]:
+def compiler_options(mesh: Mesh) -> dict[str, Any]:
     """What the compiler of a mesh's devices is to be told of steps on images."""
-    return _TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
+    return _COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -97,7 +97,9 @@ def test_both_sides_evaluate_alike_and_learn_nothing():
     losses = torch_model.make_losses(model.eval(), VALUE_RANGE, amp=False)
     evaluate = torch_model.make_evaluate_step(losses)
     theirs = [float(x) for x in evaluate(torch.from_numpy(images))]
-    ours = train_step.make_evaluate_step(graphdef, VALUE_RANGE, jnp.float32)(state, images)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    evaluate_step = train_step.make_evaluate_step(graphdef, VALUE_RANGE, jnp.float32, mesh)
+    ours = evaluate_step(state, images)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)  # rounding of a float32 sum
     jax.tree.map(np.testing.assert_array_equal, (params, statistics), llvq_state(model))
 

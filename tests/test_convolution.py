@@ -1,4 +1,4 @@
-"""The rearranged convolutions of a CPU against XLA's plain ones, forward and backward.
+"""The convolutions of a CPU against XLA's plain ones, forward and backward.
 
 The plain ones are themselves compared with PyTorch's layers in test_model.py.
 """
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from llvq import convolution
+from llvq import convolution, sharding
 
 _plain = functools.partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
@@ -74,13 +74,25 @@ def assert_close(function, arguments, expected):
 
 
 def test_accelerators_get_the_plain_convolutions():
-    """What is lowered for a GPU holds convolutions of the given kernels, none rearranged."""
+    """What is lowered for a GPU holds a convolution of the given kernel, none rearranged."""
     x, kernel = np.ones((2, 8, 8, 3), np.float32), np.ones((4, 4, 3, 5), np.float32)
-    run = jax.jit(lambda x, kernel: convolution.conv(x, kernel, 2))
-    text = run.trace(x, kernel).lower(lowering_platforms=("cuda",)).as_text()
+    text = jax.jit(convolution.conv_transpose).trace(x, kernel).lower(lowering_platforms=("cuda",))
+    text = text.as_text()
     assert text.count("stablehlo.convolution") == 1
-    assert "tensor<4x4x3x5xf32>) -> tensor<2x4x4x5xf32>" in text
-    assert "transpose" not in text
+    assert "tensor<4x4x3x5xf32>) -> tensor<2x16x16x5xf32>" in text
+    assert "stablehlo.transpose" not in text
+    assert "stablehlo.reshape" not in text
+
+
+def test_steps_on_a_cpu_leave_convolutions_to_eigen():
+    """By default XLA makes fusions for YNNPACK of them, with far slower gradients of kernels."""
+    options = sharding.compiler_options(sharding.make_mesh())
+    run = jax.jit(functools.partial(convolution.conv, strides=1), compiler_options=options)
+    shapes = (8, 74, 74, 64), (3, 3, 64, 64)  # CelebA's; small ones it leaves alone
+    x, kernel = (jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes)
+    text = run.lower(x, kernel).compile().as_text()
+    assert " convolution(" in text
+    assert "fusion(" not in text
 
 
 @pytest.mark.parametrize("case", CASES)
