@@ -25,7 +25,7 @@ from llvq import sharding
 from llvq.errors import UserError, first_line
 
 Run = Callable[[int], None]
-"""Takes so many steps, and returns when the last one is done."""
+"""Makes so many calls, of a step each as a rule, and returns when the last one is done."""
 
 Row = dict[str, Any]
 
@@ -33,11 +33,13 @@ Row = dict[str, Any]
 class Contender(NamedTuple):
     """Attributes:
     run: see `Run`; what compiles or tunes itself has done so.
-    memory_bytes: of a step, parameters, optimizer and inputs included; None if unknown.
+    memory_bytes: of a call, parameters, optimizer and inputs included; None if unknown.
+    steps_per_call: how many steps a call takes.
     """
 
     run: Run
     memory_bytes: int | None
+    steps_per_call: int = 1
 
 
 class Case(NamedTuple):
@@ -64,28 +66,28 @@ _QUIET = 0.5
 def interleave(
     runs: Mapping[str, Run], repeats: int, min_seconds: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds that a step of each takes, `repeats` times in turns.
+    """Seconds that a call of each takes, `repeats` times in turns.
 
     Args:
       runs: what has run before, by name.
       repeats: how often each is timed.
-      min_seconds: a timed run has as many steps as fill that time.
+      min_seconds: a timed run has as many calls as fill that time.
     """
 
-    def seconds(run: Run, num_steps: int) -> float:
+    def seconds(run: Run, num_calls: int) -> float:
         time.sleep(_PAUSE_SECONDS)
         start = time.perf_counter()
-        run(num_steps)
-        return (time.perf_counter() - start) / num_steps
+        run(num_calls)
+        return (time.perf_counter() - start) / num_calls
 
-    num_steps = dict.fromkeys(runs, 1)
+    num_calls = dict.fromkeys(runs, 1)
     if min_seconds:
-        num_steps = {name: math.ceil(min_seconds / seconds(run, 1)) for name, run in runs.items()}
+        num_calls = {name: math.ceil(min_seconds / seconds(run, 1)) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats):
         # Nobody always comes after the same one.
         for name in list(runs)[:: -1 if repeat % 2 else 1]:
-            times[name].append(seconds(runs[name], num_steps[name]))
+            times[name].append(seconds(runs[name], num_calls[name]))
     return times
 
 
@@ -102,7 +104,10 @@ def compare(
                 raise
         gc.collect()  # what a failed attempt has left
     runs = {name: contender.run for name, contender in prepared.items()}
-    times = interleave(runs, repeats, min_seconds)
+    times = {
+        name: [seconds / prepared[name].steps_per_call for seconds in of_calls]
+        for name, of_calls in interleave(runs, repeats, min_seconds).items()
+    }
     memory = {name: contender.memory_bytes for name, contender in prepared.items()}
     return {name: times.get(name) for name in contenders}, memory
 

@@ -92,6 +92,9 @@ class _Annotated:
                 return
             yield item
 
+    def resident(self, split: str) -> Images | None:
+        return self._data.resident(split)
+
 
 def record(kind: Kind, num_steps: int, directory: pathlib.Path, trace_dir: pathlib.Path) -> None:
     """Trains in a directory, and leaves the trace in another."""

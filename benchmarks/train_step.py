@@ -6,7 +6,8 @@ r"""The whole steps of training and evaluation, here and in PyTorch, in turns.
 
 Needs PyTorch: pip install "torch>=2.6". Both sides get the same random images, uint8 and on the
 device already. A training step scales them, runs network and quantizer forward and backward, and
-takes a step of Adam; llvq also returns the losses' parts and the gradient's norm. An evaluation
+takes a step of Adam; llvq also returns the losses' parts and the gradient's norm. On a GPU llvq
+also takes as many steps a call as the config says. An evaluation
 step is the forward pass, the mean squared error and the quantizer's loss: metrics that PyTorch has
 no counterpart of (PSNR, SSIM, counting codes) are left out. PyTorch's model is in
 benchmarks/torch_model.py: channels-last, Adam fused, cuDNN told to search the fastest algorithm.
@@ -111,8 +112,13 @@ class _Nothing(nnx.Module):
         return latents, codes, {"quantizer_loss": jnp.zeros((), latents.dtype)}
 
 
-def prepare_llvq(config: Any, step: str, *, quantizes: bool = True) -> Contender:
-    """The step of a config on the first device, or that of the network alone."""
+def prepare_llvq(
+    config: Any, step: str, *, quantizes: bool = True, steps_per_call: int = 1
+) -> Contender:
+    """The step of a config on the first device, or that of the network alone.
+
+    Only of training can a call take several steps.
+    """
     _, param_dtype = train_state.DTYPES[config.compute_dtype]
     value_range = config.model.value_range
     mesh = sharding.make_mesh(jax.devices()[:1])
@@ -126,19 +132,25 @@ def prepare_llvq(config: Any, step: str, *, quantizes: bool = True) -> Contender
     graphdef, state = train_state.create_train_state(model, optimizer)
     state = sharding.replicate(state, mesh)
     images = sharding.to_devices(random_images(config), mesh)
-    is_training = step == "train"
+    inputs: tuple[jax.Array, ...] = (images,)
+    is_training, several = step == "train", steps_per_call > 1
     take_step: Any
     if is_training:
-        take_step, _ = make_train_step(graphdef, optimizer, value_range, param_dtype, mesh)
+        take_step, _ = make_train_step(
+            graphdef, optimizer, value_range, param_dtype, mesh, several=several
+        )
+        if several:
+            index = np.tile(np.arange(len(images), dtype=np.int32), (steps_per_call, 1))
+            inputs += (jax.device_put(index, sharding.steps_sharded(mesh)),)
     else:
         take_step = make_evaluate_step(graphdef, value_range, param_dtype, mesh)
-    compiled = take_step.lower(state, images).compile()
+    compiled = take_step.lower(state, *inputs).compile()
     is_cpu = jax.default_backend() == "cpu"
 
-    def run(num_steps: int) -> None:
+    def run(num_calls: int) -> None:
         nonlocal state
-        for _ in range(num_steps):
-            results = compiled(state, images)
+        for _ in range(num_calls):
+            results = compiled(state, *inputs)
             if is_training:
                 state, results = results
             if is_cpu:  # it might take several steps at once
@@ -146,7 +158,7 @@ def prepare_llvq(config: Any, step: str, *, quantizes: bool = True) -> Contender
         jax.block_until_ready((state, results))
 
     run(1)
-    return Contender(run, measure.compiled_memory(compiled))
+    return Contender(run, measure.compiled_memory(compiled), steps_per_call)
 
 
 def prepare_torch(config: Any, step: str, *, amp: bool, compiled: bool) -> Contender:
@@ -225,6 +237,10 @@ def _case(dataset: str, quantizer: str, step: str, batch_size: int, image_size: 
         ours.compute_dtype = dtype
         name = "llvq" if dtype == "float32" else f"llvq {dtype}"
         contenders[name] = functools.partial(prepare_llvq, ours, step)
+        if config.steps_per_call > 1 and step == "train" and not is_cpu:  # see llvq/feeding.py
+            contenders[f"{name}, {config.steps_per_call} steps a call"] = functools.partial(
+                prepare_llvq, ours, step, steps_per_call=config.steps_per_call
+            )
     contenders["network alone"] = functools.partial(prepare_llvq, config, step, quantizes=False)
     for name, how in (_EAGER if is_cpu else _EAGER | _ON_GPU).items():
         contenders[name] = functools.partial(prepare_torch, config, step, **how)

@@ -39,3 +39,7 @@ class Arrays:
         """
         for batch in index_batches:
             yield batch, self._splits[split][batch.index]
+
+    def resident(self, split: str) -> Images:
+        """All images of a split."""
+        return self._splits[split]

@@ -17,6 +17,8 @@ from llvq.train_state import DTYPES
 
 Config = Mapping[str, Any]
 
+# In steps: how often something follows one.
+INTERVALS = ("log_every_steps", "eval_every_steps", "checkpoint_every_steps")
 
 # The integers of a config with the smallest and the largest value of each. What is too large for
 # a machine runs out of its memory and says so; the upper bounds, far above any use, keep sizes
@@ -28,10 +30,9 @@ _INTEGERS = {
     "images_per_device": (0, 2**20),
     "num_epochs": (1, _LARGEST),
     "num_train_steps": (0, _LARGEST),
+    "steps_per_call": (1, 2**20),
     "keep_checkpoints": (1, _LARGEST),
-    "log_every_steps": (1, _LARGEST),
-    "eval_every_steps": (1, _LARGEST),
-    "checkpoint_every_steps": (1, _LARGEST),
+    **dict.fromkeys(INTERVALS, (1, _LARGEST)),
     "model.num_residual_blocks": (0, 100),
     "model.latent_dim": (1, 2**16),
 }

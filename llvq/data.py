@@ -30,6 +30,10 @@ class Dataset(Protocol):
         """Reads the images of each index batch: uint8 [n, height, width, channels]."""
         ...
 
+    def resident(self, split: str) -> Images | None:
+        """All images of a split, if they are in memory and never mirrored."""
+        ...
+
 
 class ArrayDataset:
     """A data set held in memory, for training from plain NumPy arrays.
@@ -67,3 +71,6 @@ class ArrayDataset:
             if self._flip:
                 images = np.where(batch.flip[:, None, None, None], images[:, :, ::-1], images)
             yield batch, images
+
+    def resident(self, split: str) -> Images | None:
+        return None if self._flip else self._splits[split]

@@ -13,9 +13,7 @@ and so 1/k of the steps (num_train_steps, if it is given, stays as it is):
 
 import math
 
-from llvq.configuration import Config, to_plain
-
-_INTERVALS = ("log_every_steps", "eval_every_steps", "checkpoint_every_steps")
+from llvq.configuration import INTERVALS, Config, to_plain
 
 
 def global_batch_size(config: Config, num_devices: int) -> int:
@@ -42,6 +40,6 @@ def scale(config: Config, num_devices: int, saved_batch_size: int | None) -> Con
     scaled["learning_rate"] *= math.sqrt(factor)
     if "decay" in scaled["quantizer"]:
         scaled["quantizer"]["decay"] **= factor
-    for name in _INTERVALS:
+    for name in INTERVALS:
         scaled[name] = max(1, round(scaled[name] / factor))
     return scaled

@@ -120,6 +120,11 @@ def images_sharded(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data", "height"))
 
 
+def steps_sharded(mesh: Mesh) -> NamedSharding:
+    """Of batches, one after another in the leading axis, the second axis split like a batch's."""
+    return NamedSharding(mesh, PartitionSpec(None, "data"))
+
+
 def device_sharded(mesh: Mesh) -> NamedSharding:
     """The leading axis split over the devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "height")))

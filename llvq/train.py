@@ -17,6 +17,7 @@ from llvq import (
     checkpointing,
     configuration,
     console,
+    feeding,
     order,
     preemption,
     scaling,
@@ -36,7 +37,7 @@ _STOPPED = "stopped by SIGTERM, saved at step {}; the same command goes on from 
 
 
 class _MetricsWindow:
-    """Means of the train metrics since the last log, read one step behind the device."""
+    """Means of the train metrics since the last log, read one call behind the device."""
 
     def __init__(self, describe_last_checkpoint: Callable[[], str]) -> None:
         self._describe_last_checkpoint = describe_last_checkpoint
@@ -44,22 +45,28 @@ class _MetricsWindow:
         self._values: dict[str, list[float]] = {}
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of a step; raises DivergenceError if the step before it diverged."""
+        """Takes the metrics of a call of one step or several, up to the step of that number.
+
+        Raises DivergenceError if a step of the call before it diverged.
+        """
         self.read()
         self._waiting = step, metrics
 
     def read(self) -> None:
-        """Waits for the last step; raises DivergenceError if its loss or gradient is not finite."""
+        """Waits for the last call; raises DivergenceError if loss or gradient are not finite."""
         if self._waiting is None:
             return
-        step, metrics = self._waiting
+        last_step, metrics = self._waiting
         self._waiting = None
-        for name, value in jax.device_get(metrics).items():
-            if not np.isfinite(value):
-                raise DivergenceError(
-                    f"{name} is {value} at step {step}: stopped; {self._describe_last_checkpoint()}"
-                )
-            self._values.setdefault(name, []).append(float(value))
+        steps = list(zip(*map(np.atleast_1d, jax.device_get(metrics).values()), strict=True))
+        for step, values in enumerate(steps, last_step - len(steps) + 1):
+            for name, value in zip(metrics, values, strict=True):
+                if not np.isfinite(value):
+                    raise DivergenceError(
+                        f"{name} is {value} at step {step}: stopped; "
+                        f"{self._describe_last_checkpoint()}"
+                    )
+                self._values.setdefault(name, []).append(float(value))
 
     def means(self) -> dict[str, float]:
         """The mean of each metric over the steps that had it; the window starts anew."""
@@ -76,12 +83,12 @@ class _Throughput:
         self._start: float | None = None
         self._steps = 0
 
-    def count_step(self) -> None:
-        """Call after each step; the first one only starts the clock, it compiles."""
+    def count_steps(self, num_steps: int) -> None:
+        """Call after so many steps; the first ones only start the clock, they compile."""
         if self._start is None:
             self._start = time.monotonic()
         else:
-            self._steps += 1
+            self._steps += num_steps
 
     def read(self) -> dict[str, float]:
         """The rates since the last reading, if there were steps."""
@@ -152,7 +159,11 @@ def train_and_evaluate(
     graphdef, state = train_state.create_train_state(model, optimizer)
     state = sharding.replicate(state, mesh)
     shared = (config["model"]["value_range"], train_state.DTYPES[config["compute_dtype"]][1], mesh)
-    train_step, statistics_step = make_train_step(graphdef, optimizer, *shared)
+    per_call = feeding.steps_per_call(config, mesh)
+    resident = data.resident("train") if per_call > 1 else None
+    train_step, statistics_step = make_train_step(
+        graphdef, optimizer, *shared, several=resident is not None
+    )
     evaluator = Evaluator(graphdef, *shared)
 
     state = checkpointing.restore_newest(workdir, state, config, mesh)
@@ -208,33 +219,43 @@ def train_and_evaluate(
             return means
 
         # Preemption does not wait for a validation that is due: it is made up for.
-        is_due = first_step > 0 and first_step % config["eval_every_steps"] == 0
-        if is_due and checkpoints.metrics(first_step) is None and validate(first_step) is None:
+        is_missing = first_step > 0 and first_step % config["eval_every_steps"] == 0
+        if is_missing and checkpoints.metrics(first_step) is None and validate(first_step) is None:
             raise preemption.Preempted(_STOPPED.format(first_step))
         window, throughput = _MetricsWindow(last_checkpoint), _Throughput(batch_size)
         report = progress(num_steps)
-        batches = data.batches(
-            "train",
-            order.training_batches(
-                num_images,
-                batch_size,
-                seed=config["seed"],
-                first_step=first_step,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            ),
+        index_batches = order.training_batches(
+            num_images,
+            batch_size,
+            seed=config["seed"],
+            first_step=first_step,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
-        for step, (_, local_images) in zip(
-            range(first_step + 1, num_steps + 1), batches, strict=False
-        ):
-            with TraceAnnotation("to_devices"):
-                images = sharding.to_devices(local_images, mesh)
+
+        def is_due(interval: str, step: int) -> bool:
+            return step % config[interval] == 0 or step == num_steps
+
+        def is_event(step: int) -> bool:
+            """Whether what comes after a step keeps it and the next one out of one call."""
+            if any(is_due(interval, step) for interval in configuration.INTERVALS):
+                return True
+            return bool((learning_rates[step - 1] > 0) != (learning_rates[step] > 0))
+
+        steps = index_batches, first_step, num_steps, mesh
+        calls = (
+            feeding.one_by_one(data, *steps)
+            if resident is None
+            else feeding.several(resident, *steps, per_call=per_call, is_event=is_event)
+        )
+        previous_step = first_step
+        for step, inputs, last_images in calls:
             learning_rate = learning_rates[step - 1]
             run = train_step if learning_rate > 0 else statistics_step
             called = time.monotonic()
             with StepTraceAnnotation("train", step_num=step):
-                state, metrics = run(state, images)
-            if step == first_step + 1:
+                state, metrics = run(state, *inputs)
+            if previous_step == first_step:
                 compiled = time.monotonic()
                 jax.block_until_ready(metrics)
                 seconds = {
@@ -243,13 +264,13 @@ def train_and_evaluate(
                 }
                 writer.write_scalars(step, _prefixed("start", seconds))
             window.add(step, metrics)
-            throughput.count_step()
+            throughput.count_steps(step - previous_step)
+            previous_step = step
             report(step)
 
             is_stopping = is_time_to_stop()
             is_log, is_evaluation, is_checkpoint = (
-                step % config[interval] == 0 or step == num_steps
-                for interval in ("log_every_steps", "eval_every_steps", "checkpoint_every_steps")
+                is_due(interval, step) for interval in configuration.INTERVALS
             )
             if not (is_log or is_evaluation or is_checkpoint or is_stopping):
                 continue
@@ -257,7 +278,7 @@ def train_and_evaluate(
             rates = throughput.read()
             # The last update may have ruined the state.
             with TraceAnnotation("measure_batch"):
-                loss, usage = evaluator.measure_batch(state, images)
+                loss, usage = evaluator.measure_batch(state, last_images())
             if not np.isfinite(loss):
                 raise DivergenceError(
                     f"the loss is {loss} after step {step}: stopped; {last_checkpoint()}"

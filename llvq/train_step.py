@@ -5,19 +5,18 @@ from collections.abc import Callable
 import jax
 import optax
 from flax import nnx
+from jax import lax
 from jax import numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from llvq import sharding
 from llvq.model import VQVAE
 from llvq.train_state import TrainState, Tree
 
 Metrics = dict[str, Float[Array, ""]]
-Step = Callable[
-    [TrainState, UInt8[Array, "batch height width channels"]], tuple[TrainState, Metrics]
-]
+Step = Callable[..., tuple[TrainState, Metrics]]
 
 
 def scale_images(
@@ -36,6 +35,8 @@ def make_train_step(
     value_range: tuple[float, float],
     param_dtype: DTypeLike,
     mesh: Mesh,
+    *,
+    several: bool = False,
 ) -> tuple[Step, Step]:
     """The jitted steps of a run: (train_step, statistics_step).
 
@@ -43,6 +44,10 @@ def make_train_step(
     state replicated and donated. `train_step` minimises reconstruction loss + quantizer loss;
     `statistics_step` is what is left of it where the learning rate is 0: no backward pass, only
     the quantizer's statistics move.
+
+    With `several` both take several steps in one call, and map (state, all images, index) to
+    (new state, metrics [steps]): index [steps, batch], split over the mesh, says which of all
+    images, replicated, are a step's.
     """
 
     def loss_fn(
@@ -70,12 +75,23 @@ def make_train_step(
         _, (metrics, statistics) = loss_fn(state.params, state.statistics, images)
         return state.replace(step=state.step + 1, statistics=statistics), metrics
 
+    replicated, images_sharded = sharding.replicated(mesh), sharding.images_sharded(mesh)
+    inputs = (replicated, sharding.steps_sharded(mesh)) if several else (images_sharded,)
+
     def jit(step: Step) -> Step:
+        def steps(
+            state: TrainState, images: Array, index: Int[Array, "steps batch"]
+        ) -> tuple[TrainState, Metrics]:
+            def next_step(state: TrainState, index: Array) -> tuple[TrainState, Metrics]:
+                return step(state, lax.with_sharding_constraint(images[index], images_sharded))
+
+            return lax.scan(next_step, state, index)
+
         return jax.jit(
-            step,
+            steps if several else step,
             donate_argnums=0,
-            in_shardings=(sharding.replicated(mesh), sharding.images_sharded(mesh)),
-            out_shardings=sharding.replicated(mesh),
+            in_shardings=(replicated, *inputs),
+            out_shardings=replicated,
             compiler_options=sharding.compiler_options(mesh),
         )
 

@@ -154,6 +154,25 @@ def test_times_are_taken_in_turns(monkeypatch):
     assert turns == [fast, slow, slow, fast, fast, slow]
 
 
+def test_a_call_of_several_steps_counts_as_several(monkeypatch):
+    monkeypatch.setattr(measure, "interleave", lambda runs, *_: {name: [6, 9] for name in runs})
+    contenders = {"one": lambda: Contender(nothing, 1), "three": lambda: Contender(nothing, 1, 3)}
+    assert measure.compare(contenders, 2, 0.0)[0] == {"one": [6, 9], "three": [2, 3]}
+
+
+def test_on_a_gpu_fashion_mnist_is_trained_in_calls_of_several_steps(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    case = train_step._case("fashion_mnist", "vq", "train", 2, 12)
+    assert "llvq bfloat16, 5 steps a call" in case.contenders
+    prepare = case.contenders["llvq, 5 steps a call"]
+    assert prepare.keywords == {"steps_per_call": 5}
+    config, _ = prepare.args
+    config.model.hidden_dims, config.model.num_residual_blocks = (4,), 0
+    contender = prepare()
+    contender.run(1)
+    assert contender.steps_per_call == 5
+
+
 def test_memory_is_what_a_step_takes():
     x = torch.zeros(2**18)  # 1 MiB
 

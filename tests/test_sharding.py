@@ -134,8 +134,13 @@ def test_gradients_sums_and_nothing_else_cross_between_devices(name, num_devices
     in_training = {"all-reduce": 4 * num_sums}
     # Three metrics of the images, and of these and each distance over how many they are.
     in_evaluation = {"all-reduce": 4 * (3 + 1 + 2 * num_distances)}
-    for step, arguments, expected in (
+    cases = [
         (train_step, (images,), in_training),
         (metrics_step, (images, mask, count), in_evaluation),
-    ):
+    ]
+    if name == "vq_ema":
+        several, _ = make_train_step(graphdef, optimizer, *shared, several=True)
+        index = jax.ShapeDtypeStruct((3, 16), np.int32)
+        cases.append((several, (images, index), in_training))  # written once, for every step
+    for step, arguments, expected in cases:
         assert crossing(step, state, *arguments) == (expected if num_devices > 1 else {})

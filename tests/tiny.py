@@ -18,6 +18,7 @@ def config(quantizer: str, **overrides: Any) -> dict[str, Any]:
         "images_per_device": 0,
         "num_epochs": 1,
         "num_train_steps": 6,
+        "steps_per_call": 1,
         "learning_rate": 1e-3,
         "compute_dtype": "float32",
         "schedule": "constant",
