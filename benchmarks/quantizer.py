@@ -5,9 +5,9 @@ r"""The quantizers alone, forward and backward, next to vector-quantize-pytorch,
         [--output=results/benchmarks.json]
 
 Needs PyTorch and the package: pip install "torch>=2.6" vector-quantize-pytorch. A step takes random
-vectors of 64 numbers and the gradient of what becomes of them, and gives quantized vectors, codes,
-losses, the gradients of vectors and parameters, and what an EMA learns; all in float32, PyTorch's
-eagerly and llvq's compiled.
+vectors of 64 numbers, as of 64 images, and the gradient of what becomes of them, and gives
+quantized vectors, codes, losses, the gradients of vectors and parameters, and what an EMA learns;
+all in float32, PyTorch's eagerly and llvq's compiled.
 
 Each quantizer is compared with the same in PyTorch (benchmarks/torch_model.py), and with the
 package's: VQ and VQ-EMA with its VectorQuantize, told to pass gradients straight through (its
@@ -40,11 +40,12 @@ from jax import numpy as jnp
 from benchmarks import measure
 from benchmarks.measure import Case, Contender
 from benchmarks.train_step import add_options, check_options, require_torch
-from llvq import quantizers
+from llvq import host_memory, quantizers
 from llvq.errors import UserError
 from llvq.quantizers import QUANTIZERS
 
 LATENT_DIM = 64
+_NUM_IMAGES = 64  # at most; of one image's vectors XLA's sums on a CPU are three times slower
 
 # The package's classes that each is compared with.
 _PACKAGE = {
@@ -61,8 +62,10 @@ def _options(quantizer: str, codebook_size: int) -> dict[str, Any]:
 
 
 def _random(num_vectors: int) -> np.ndarray:
-    """Vectors, and the gradient of what becomes of them: [2, 1, num_vectors, LATENT_DIM]."""
-    return np.random.default_rng(0).normal(size=(2, 1, num_vectors, LATENT_DIM)).astype(np.float32)
+    """Vectors, and the gradient of what becomes of them: [2, images, of each, LATENT_DIM]."""
+    num_images = math.gcd(num_vectors, _NUM_IMAGES)
+    shape = 2, num_images, num_vectors // num_images, LATENT_DIM
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
 def prepare_llvq(quantizer: str, codebook_size: int, num_vectors: int) -> Contender:
@@ -200,6 +203,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
+    host_memory.keep_freed_memory()  # as main.py does
     options = _parse(arguments)
     try:
         require_torch()
