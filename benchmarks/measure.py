@@ -119,7 +119,7 @@ def _lacks_memory(error: BaseException) -> bool:
 
 
 def compiled_memory(compiled: jax.stages.Compiled) -> int:
-    """Bytes that XLA has planned for a step: arguments, results and temporaries."""
+    """Bytes that XLA has planned for a call: arguments, results and temporaries."""
     memory: Any = compiled.memory_analysis()
     return (
         memory.temp_size_in_bytes

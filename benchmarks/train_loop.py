@@ -103,6 +103,7 @@ def record(kind: Kind, num_steps: int, directory: pathlib.Path, trace_dir: pathl
     config = get_config(kind.module, "sparse_lattice")
     config.batch_size = kind.batch_size
     config.num_train_steps = num_steps
+    config.steps_per_call = 1  # steps are what is looked for in the trace
     config.log_every_steps, config.checkpoint_every_steps = _LOG_EVERY, _SAVE_EVERY
     config.eval_every_steps = num_steps
     workdir = directory / "workdir"

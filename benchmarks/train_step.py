@@ -6,10 +6,10 @@ r"""The whole steps of training and evaluation, here and in PyTorch, in turns.
 
 Needs PyTorch: pip install "torch>=2.6". Both sides get the same random images, uint8 and on the
 device already. A training step scales them, runs network and quantizer forward and backward, and
-takes a step of Adam; llvq also returns the losses' parts and the gradient's norm. On a GPU llvq
-also takes as many steps a call as the config says. An evaluation
-step is the forward pass, the mean squared error and the quantizer's loss: metrics that PyTorch has
-no counterpart of (PSNR, SSIM, counting codes) are left out. PyTorch's model is in
+takes a step of Adam; llvq also returns the losses' parts and the gradient's norm. On a GPU it is
+timed besides with as many steps a call as the config says, of one batch that the GPU holds. An
+evaluation step is the forward pass, the mean squared error and the quantizer's loss: metrics that
+PyTorch has no counterpart of (PSNR, SSIM, counting codes) are left out. PyTorch's model is in
 benchmarks/torch_model.py: channels-last, Adam fused, cuDNN told to search the fastest algorithm.
 "network alone" is llvq's step (float32) with nothing in the quantizer's place: what quantizing
 costs. All of them run with freed memory kept, as main.py does (llvq/host_memory.py).
@@ -251,7 +251,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What all comparisons can be told."""
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each")
     parser.add_argument(
-        "--min-seconds", type=float, default=0.2, help="a run has as many steps as fill this time"
+        "--min-seconds", type=float, default=0.2, help="a run has as many calls as fill this time"
     )
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file to keep the figures in")
 

@@ -55,8 +55,9 @@ def get_config(argument: str) -> ConfigDict:
     # what learning rate, EMA decay and intervals are meant for: see llvq/scaling.py.
     config.images_per_device = 0
     config.num_train_steps = 0  # if above 0, wins over num_epochs
-    # Steps in one call of the compiled program, where that pays: on accelerators, if the images are
-    # in memory; not across a log, an evaluation or a checkpoint.
+    # Steps in one call of the compiled program, if the data set is in memory: each device then has
+    # all of it. Of these the largest divisor that fits the intervals below; 1 on a CPU. See
+    # llvq/feeding.py.
     config.steps_per_call = 1
     config.learning_rate = 1e-3  # Adam's
     # Of the convolutions' arithmetic: float32, bfloat16 or float64. Parameters, losses and the

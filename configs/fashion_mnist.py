@@ -22,7 +22,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.dataset.name = "fashion_mnist"
     config.model.image_shape = (28, 28, 1)
     config.model.value_range = (-0.5, 0.5)
-    config.steps_per_call = 5  # divides the other intervals
+    config.steps_per_call = 5
     config.eval_every_steps = 215
     config.checkpoint_every_steps = 215
     return config

@@ -114,9 +114,8 @@ class Pipeline:
                 return
             yield under_way.popleft(), images
 
-    def resident(self, split: str) -> None:  # noqa: ARG002
+    def resident(self, split: str) -> None:
         """None: images are read as they are needed."""
-        return
 
     def _explain(self, split: str, batch: Int[np.ndarray, "n"], error: Exception) -> DataError:
         """Finds the damaged image of a batch, one by one, for an error that names it."""

@@ -51,7 +51,7 @@ class Progress:
         self._last_time = 0.0
 
     def __call__(self, step: int) -> None:
-        """To be called after every step, with the number of steps done."""
+        """To be called after every step or few, with the number of steps done."""
         now = time.monotonic()
         if self._first is None:
             self._first, self._last_time = (step, now), now

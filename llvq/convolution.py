@@ -1,7 +1,9 @@
 """Convolutions in the form that each backend runs fastest; images NHWC, kernels HWIO.
 
-XLA's own convolutions are used as they are, but for two on a CPU whose kernels' gradients are slow:
-those of 1 × 1 and the transposed ones. (XLA's options for a CPU are in `sharding`.)
+On a GPU XLA's own convolutions are used as they are. On a CPU some are slow, above all in the
+gradients of their kernels: those of 1 × 1 are products of matrices there, and the others become
+dense ones, of stride 1, by space-to-depth (stride 2) and depth-to-space (transposed). (What XLA is
+told of convolutions on a CPU is in `sharding`.)
 
 A TPU computes on 128 channels at once, and stores as many: of 3, 16 or 32 it wastes most. There
 images are packed, blocks of p × p pixels into the channels of one, from the first layer to the
@@ -85,12 +87,14 @@ def conv(x: _Images, kernel: _Kernel, strides: int, packing: int | None = None) 
         return _conv_packed(
             x, kernel, strides * packing, packing, lambda out, tap: strides * out + tap - padding
         )
+    plain = functools.partial(_conv, strides=strides)
     if kernel.shape[0] == 1:
-        return _by_platform(x, kernel, _pointwise_on_cpu, _pointwise)
-    padding = _padding(kernel, strides)
-    return lax.conv_general_dilated(
-        x, kernel, (strides,) * 2, ((padding,) * 2,) * 2, dimension_numbers=_NHWC
-    )
+        return _by_platform(x, kernel, _pointwise_on_cpu, plain)
+    if strides > 1:
+        return _by_platform(
+            x, kernel, functools.partial(_conv_strided_on_cpu, strides=strides), plain
+        )
+    return plain(x, kernel)
 
 
 def conv_transpose(x: _Images, kernel: _Kernel, packing: int | None = None) -> _Images:
@@ -137,15 +141,37 @@ def _padding(kernel: _Kernel, strides: int) -> int:
     return (kernel.shape[0] - strides) // 2
 
 
-def _pointwise(x: _Images, kernel: _Kernel) -> _Images:
+def _conv(x: _Images, kernel: _Kernel, strides: int) -> _Images:
+    padding = _padding(kernel, strides)
+    return lax.conv_general_dilated(
+        x, kernel, (strides,) * 2, ((padding,) * 2,) * 2, dimension_numbers=_NHWC
+    )
+
+
+def _conv_valid(x: _Images, kernel: _Kernel) -> _Images:
+    return lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=_NHWC)
+
+
+def _pad(x: _Images, padding: int) -> _Images:
+    return jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+
+
+def _conv_strided_on_cpu(x: _Images, kernel: _Kernel, strides: int) -> _Images:
+    size, _, features_in, features_out = kernel.shape
+    blocks = size // strides
+    taps = kernel.reshape(blocks, strides, blocks, strides, features_in, features_out)
+    taps = taps.transpose(0, 2, 1, 3, 4, 5)
+    taps = taps.reshape(blocks, blocks, strides**2 * features_in, features_out)
+    return _conv_valid(_space_to_depth(_pad(x, _padding(kernel, strides)), strides), taps)
+
+
+@jax.custom_vjp
+def _pointwise_on_cpu(x: _Images, kernel: _Kernel) -> _Images:
     return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
 
 
-_pointwise_on_cpu = jax.custom_vjp(_pointwise)
-
-
 def _pointwise_forward(x: _Images, kernel: _Kernel) -> tuple[_Images, tuple[_Images, _Kernel]]:
-    return _pointwise(x, kernel), (x, kernel)
+    return _pointwise_on_cpu(x, kernel), (x, kernel)
 
 
 def _pointwise_backward(
@@ -156,8 +182,9 @@ def _pointwise_backward(
     # One product over all pixels takes XLA's threads twice as long as one for each row, summed. The
     # barrier: the transposition would be fused with what makes x.
     columns = lax.optimization_barrier(x.swapaxes(2, 3))
-    kernel_gradient = jnp.einsum("bhiw,bhwo->bhio", columns, gradient).sum((0, 1))
-    return x_gradient, kernel_gradient[None, None]
+    dtype = jnp.promote_types(x.dtype, jnp.float32)  # of the sums
+    products = jnp.einsum("bhiw,bhwo->bhio", columns, gradient, preferred_element_type=dtype)
+    return x_gradient, products.sum((0, 1)).astype(kernel.dtype)[None, None]
 
 
 _pointwise_on_cpu.defvjp(_pointwise_forward, _pointwise_backward)
@@ -174,9 +201,7 @@ def _conv_transpose_on_cpu(x: _Images, kernel: _Kernel) -> _Images:
     taps = kernel.reshape(2, 2, 2, 2, features_in, features_out)[:, ::-1, :, ::-1]
     taps = taps.transpose(0, 2, 4, 1, 3, 5).reshape(2, 2, features_in, 4 * features_out)
     # Padded here, not by the convolution: its kernel's gradient would take ten times as long.
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    y = lax.conv_general_dilated(x, taps, (1, 1), "VALID", dimension_numbers=_NHWC)
-    return _depth_to_space(y, 2)[:, 1:-1, 1:-1]
+    return _depth_to_space(_conv_valid(_pad(x, 1), taps), 2)[:, 1:-1, 1:-1]
 
 
 def _conv_packed(

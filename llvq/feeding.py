@@ -5,7 +5,8 @@ on images that the devices hold.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -15,9 +16,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
 from llvq import sharding
-from llvq.configuration import Config
+from llvq.configuration import INTERVALS, Config
 from llvq.data import Dataset, Images
 from llvq.order import IndexBatch
+
+# In a loop XLA's convolutions on a CPU do without Eigen, and are about 100 times slower.
+_ONE_STEP_A_CALL = ("cpu",)
 
 
 class Call(NamedTuple):
@@ -33,12 +37,17 @@ class Call(NamedTuple):
     last_images: Callable[[], UInt8[Array, "batch height width channels"]]
 
 
-def steps_per_call(config: Config, mesh: Mesh) -> int:
-    """How many steps a call takes: the config's `steps_per_call`, 1 on a CPU.
+def steps_per_call(config: Config, steps: Iterable[int], mesh: Mesh) -> int:
+    """How many steps each call takes, for nothing to follow any of them but its last.
 
-    In a loop XLA runs a CPU's convolutions on one thread, without Eigen: 90 times slower.
+    Args:
+      config: of whose `steps_per_call` it is the largest divisor that fits; on a CPU it is 1.
+      steps: those after which something follows, besides what the config's intervals say.
+      mesh: the devices.
     """
-    return 1 if mesh.devices.flat[0].platform == "cpu" else config["steps_per_call"]
+    if mesh.devices.flat[0].platform in _ONE_STEP_A_CALL:
+        return 1
+    return math.gcd(config["steps_per_call"], *(config[name] for name in INTERVALS), *steps)
 
 
 def one_by_one(
@@ -63,29 +72,22 @@ def several(
     first_step: int,
     num_steps: int,
     mesh: Mesh,
-    *,
     per_call: int,
-    is_event: Callable[[int], bool],
 ) -> Iterator[Call]:
-    """Calls of `per_call` steps, or of one where an event comes before the last of so many.
-
-    Which steps make a call depends on the step it begins with, not on where a run was resumed.
+    """A call for each `per_call` steps after `first_step`, up to `num_steps`.
 
     Args:
       images: the training split, not mirrored; every device gets all of it.
       index_batches: of the steps after `first_step`.
       first_step: how many steps are done.
-      num_steps: how many there are to be.
+      num_steps: how many there are to be: a multiple of `per_call` more.
       mesh: the devices.
       per_call: how many steps a call takes.
-      is_event: whether something has to be done after a step, by its number; so after the last.
     """
-    resident = sharding.replicate(images, mesh)
-    step = first_step
-    while step < num_steps:
-        has_event = any(map(is_event, range(step + 1, step + per_call)))
-        batches = list(itertools.islice(index_batches, 1 if has_event else per_call))
-        step += len(batches)
+    # Not `replicate`: that would gather what each process has to see that it is the same.
+    resident = jax.make_array_from_process_local_data(sharding.replicated(mesh), images)
+    for step in range(first_step + per_call, num_steps + 1, per_call):
+        batches = itertools.islice(index_batches, per_call)
         index = np.stack([batch.index for batch in batches]).astype(np.int32)
         with TraceAnnotation("to_devices"):
             rows = jax.make_array_from_process_local_data(sharding.steps_sharded(mesh), index)

@@ -46,7 +46,7 @@ def stop_at_once() -> None:
 
 @contextlib.contextmanager
 def stop_at_a_step(mesh: Mesh) -> Iterator[Callable[[], bool]]:
-    """In this context SIGTERM is only noted, for a loop that asks after each step.
+    """In this context SIGTERM is only noted, for a loop that asks after each step, or few.
 
     JAX's own `multihost_utils.reached_preemption_sync_point` is for several processes only, and
     takes the signal for itself while they do something else than training, too.

@@ -58,9 +58,11 @@ class _MetricsWindow:
             return
         last_step, metrics = self._waiting
         self._waiting = None
-        steps = list(zip(*map(np.atleast_1d, jax.device_get(metrics).values()), strict=True))
-        for step, values in enumerate(steps, last_step - len(steps) + 1):
-            for name, value in zip(metrics, values, strict=True):
+        of_steps = {name: np.atleast_1d(values) for name, values in jax.device_get(metrics).items()}
+        num_steps = len(of_steps["loss"])
+        for i, step in enumerate(range(last_step - num_steps + 1, last_step + 1)):
+            for name, values in of_steps.items():
+                value = values[i]
                 if not np.isfinite(value):
                     raise DivergenceError(
                         f"{name} is {value} at step {step}: stopped; "
@@ -115,7 +117,8 @@ def train_and_evaluate(
 
     Validates and saves as often as the config says, and at the end. The result depends on the
     config and the data alone, not on how often the run was stopped and resumed. On SIGTERM it
-    saves after the present step, or one of the next two if there are several processes, and raises
+    saves after the present step, or one of the next two if there are several processes (or call of
+    several steps, see `feeding`), and raises
     Preempted.
 
     Args:
@@ -159,15 +162,16 @@ def train_and_evaluate(
     graphdef, state = train_state.create_train_state(model, optimizer)
     state = sharding.replicate(state, mesh)
     shared = (config["model"]["value_range"], train_state.DTYPES[config["compute_dtype"]][1], mesh)
-    per_call = feeding.steps_per_call(config, mesh)
-    resident = data.resident("train") if per_call > 1 else None
-    train_step, statistics_step = make_train_step(
-        graphdef, optimizer, *shared, several=resident is not None
-    )
     evaluator = Evaluator(graphdef, *shared)
 
     state = checkpointing.restore_newest(workdir, state, config, mesh)
     first_step = int(state.step)
+    stops = np.flatnonzero(np.diff(learning_rates > 0)) + 1  # another kind of step comes next
+    per_call = feeding.steps_per_call(config, (first_step, num_steps, *stops.tolist()), mesh)
+    images = data.resident("train") if per_call > 1 else None
+    train_step, statistics_step = make_train_step(
+        graphdef, optimizer, *shared, several=images is not None
+    )
     with (
         preemption.stop_at_a_step(mesh) as is_time_to_stop,
         checkpointing.open_manager(workdir, config["keep_checkpoints"]) as checkpoints,
@@ -219,8 +223,8 @@ def train_and_evaluate(
             return means
 
         # Preemption does not wait for a validation that is due: it is made up for.
-        is_missing = first_step > 0 and first_step % config["eval_every_steps"] == 0
-        if is_missing and checkpoints.metrics(first_step) is None and validate(first_step) is None:
+        is_due = first_step > 0 and first_step % config["eval_every_steps"] == 0
+        if is_due and checkpoints.metrics(first_step) is None and validate(first_step) is None:
             raise preemption.Preempted(_STOPPED.format(first_step))
         window, throughput = _MetricsWindow(last_checkpoint), _Throughput(batch_size)
         report = progress(num_steps)
@@ -232,21 +236,11 @@ def train_and_evaluate(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-
-        def is_due(interval: str, step: int) -> bool:
-            return step % config[interval] == 0 or step == num_steps
-
-        def is_event(step: int) -> bool:
-            """Whether what comes after a step keeps it and the next one out of one call."""
-            if any(is_due(interval, step) for interval in configuration.INTERVALS):
-                return True
-            return bool((learning_rates[step - 1] > 0) != (learning_rates[step] > 0))
-
-        steps = index_batches, first_step, num_steps, mesh
+        what = index_batches, first_step, num_steps, mesh
         calls = (
-            feeding.one_by_one(data, *steps)
-            if resident is None
-            else feeding.several(resident, *steps, per_call=per_call, is_event=is_event)
+            feeding.one_by_one(data, *what)
+            if images is None
+            else feeding.several(images, *what, per_call)
         )
         previous_step = first_step
         for step, inputs, last_images in calls:
@@ -270,7 +264,8 @@ def train_and_evaluate(
 
             is_stopping = is_time_to_stop()
             is_log, is_evaluation, is_checkpoint = (
-                is_due(interval, step) for interval in configuration.INTERVALS
+                step % config[interval] == 0 or step == num_steps
+                for interval in configuration.INTERVALS
             )
             if not (is_log or is_evaluation or is_checkpoint or is_stopping):
                 continue

@@ -15,7 +15,8 @@ from llvq import sharding
 from llvq.model import VQVAE
 from llvq.train_state import TrainState, Tree
 
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Float[Array, "*steps"]]
+# Of (state, images), or (state, all images, index) if it takes several steps: see make_train_step.
 Step = Callable[..., tuple[TrainState, Metrics]]
 
 
@@ -87,6 +88,7 @@ def make_train_step(
 
             return lax.scan(next_step, state, index)
 
+        steps.__name__ = step.__name__  # of the program, in a profile
         return jax.jit(
             steps if several else step,
             donate_argnums=0,

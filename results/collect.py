@@ -32,8 +32,8 @@ Run = dict[str, Any]
 # What may differ between runs of one recipe.
 _FREE = {
     *("seed", "dataset.data_dir", "dataset.manual_dir", "keep_checkpoints"),
-    *(f"{what}_every_steps" for what in ("log", "eval", "checkpoint")),
-    *("stop_on_failed_save", "images_per_device"),
+    *configuration.INTERVALS,
+    *("stop_on_failed_save", "images_per_device", "steps_per_call"),
 }
 _CURVES = {"train/reconstruction_loss", "train/distinct_codes"}
 _RATE = "train/images_per_second"

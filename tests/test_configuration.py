@@ -44,6 +44,7 @@ def test_no_argument_is_the_sparse_lattice():
 BAD = [
     *((field, value) for value in (0, -1, 2.5, True) for field in ("batch_size", "num_epochs")),
     ("keep_checkpoints", 0),
+    ("steps_per_call", 0),
     ("log_every_steps", 0),
     ("eval_every_steps", -5),
     ("checkpoint_every_steps", 0),

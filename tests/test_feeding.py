@@ -1,12 +1,13 @@
 """Several steps in one call: the same run as one by one, whatever comes in between."""
 
+import contextlib
 import types
 
 import jax
 import numpy as np
 import pytest
 
-from llvq import configuration, feeding, order, sharding, train
+from llvq import configuration, feeding, order, preemption, sharding, train
 from llvq.data import ArrayDataset
 from llvq.errors import DivergenceError
 from tests import tiny
@@ -15,9 +16,20 @@ from tests.test_train import Recorder, assert_identical
 SMALL = {"compute_dtype": "float64", "model.num_residual_blocks": 0}
 
 
-def several(monkeypatch, per_call):
-    """From here on as on an accelerator, with so many steps a call."""
-    monkeypatch.setattr(feeding, "steps_per_call", lambda *_: per_call)
+@pytest.fixture
+def _accelerator(monkeypatch):
+    """CPUs take as many steps a call as an accelerator does."""
+    monkeypatch.setattr(feeding, "_ONE_STEP_A_CALL", ())
+
+
+def config(quantizer, num_train_steps, steps_per_call, intervals, **fields):
+    return tiny.config(
+        quantizer,
+        num_train_steps=num_train_steps,
+        steps_per_call=steps_per_call,
+        **dict(zip(configuration.INTERVALS, intervals, strict=True)),
+        **SMALL | fields,
+    )
 
 
 def run(workdir, config, data=None):
@@ -36,86 +48,81 @@ def run(workdir, config, data=None):
     return state, writer.scalars, ends
 
 
-# An epoch of 70 images in batches of 16 is 5 steps; of 4, two devices share an image.
+# An epoch of 70 images in batches of 16 is 5 steps; of 4, two of the 8 devices share an image.
 @pytest.mark.parametrize(
-    ("quantizer", "batch_size", "schedule", "ends"),
+    ("batch_size", "several", "ends"),
     [
-        # Other steps follow the fifth: those without a gradient.
-        ("vq_ema", 16, "first_epoch", [3, 4, 5, 8, 9, 10, 11]),
-        ("sparse_lattice", 4, "cosine", [3, 4, 7, 8, 9, 10, 11]),
+        # After an epoch the steps are others: those without a gradient.
+        (16, config("vq_ema", 15, 10, (10, 15, 5), schedule="first_epoch"), [5, 10, 15]),
+        (4, config("sparse_lattice", 12, 3, (3, 6, 12), schedule="cosine"), [3, 6, 9, 12]),
     ],
 )
-def test_several_steps_in_one_call_are_the_same_run(
-    quantizer, batch_size, schedule, ends, tmp_path, monkeypatch
-):
-    config = tiny.config(
-        quantizer,
-        **SMALL,
-        batch_size=batch_size,
-        schedule=schedule,
-        num_train_steps=11,
-        log_every_steps=4,
-        eval_every_steps=10,
-        checkpoint_every_steps=9,
-    )
-    expected_state, expected, one_by_one = run(tmp_path / "plain", config)
-    assert one_by_one == list(range(1, 12))
-    several(monkeypatch, 3)
-    state, written, calls = run(tmp_path / "several", config)
+@pytest.mark.usefixtures("_accelerator")
+def test_several_steps_in_one_call_are_the_same_run(batch_size, several, ends, tmp_path):
+    several["batch_size"] = batch_size
+    plain = {**several, "steps_per_call": 1}
+    expected_state, expected, calls = run(tmp_path / "plain", plain)
+    assert calls == list(range(1, several["num_train_steps"] + 1))
+    state, written, calls = run(tmp_path / "several", several)
     assert calls == ends
     for path, value in jax.tree.leaves_with_path(expected_state):
         found = np.asarray(dict(jax.tree.leaves_with_path(state))[path])
-        # Float64: the same sums, perhaps in another order, over 11 steps.
+        # Float64: the same sums, perhaps in another order, over some steps.
         assert np.linalg.norm(found - value) <= 1e-9 * np.linalg.norm(value), path
+    starting = "start/compile_seconds", "start/seconds_to_first_step"
+    for scalars in (written, expected):
+        assert all(scalars.pop(name) for name in starting)
     assert written.keys() == expected.keys()
-    for name in expected.keys() - {"start/compile_seconds", "start/seconds_to_first_step"}:
+    for name, values in expected.items():
         if "_per_second" not in name:
-            assert written[name] == pytest.approx(expected[name], rel=1e-9), name
+            assert written[name] == pytest.approx(values, rel=1e-9), name
 
 
-def test_a_resumed_run_is_bit_identical(tmp_path, monkeypatch):
-    several(monkeypatch, 3)
-    config = tiny.config("vq", **SMALL, num_train_steps=8, eval_every_steps=4)
-    config |= {"log_every_steps": 4, "checkpoint_every_steps": 4}
-    whole, _, calls = run(tmp_path / "whole", config)
-    assert calls == [3, 4, 7, 8]
-    run(tmp_path / "parts", {**config, "num_train_steps": 4})
-    resumed, _, calls = run(tmp_path / "parts", config)
-    assert calls == [7, 8]
+@pytest.mark.usefixtures("_accelerator")
+def test_stopped_between_any_two_calls_it_goes_on_bit_identical(tmp_path, monkeypatch):
+    settings = config("vq", 8, 2, (8, 8, 8))
+    whole, _, calls = run(tmp_path / "whole", settings)
+    assert calls == [2, 4, 6, 8]
+    asked = iter([False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            preemption,
+            "stop_at_a_step",
+            lambda mesh: contextlib.nullcontext(lambda: next(asked)),
+        )
+        with pytest.raises(preemption.Preempted) as stopped:
+            run(tmp_path / "parts", settings)
+    assert "saved at step 4" in stopped.value.message
+    resumed, _, calls = run(tmp_path / "parts", settings)
+    assert calls == [6, 8]
     assert_identical(resumed, whole)
 
 
-def test_a_step_that_diverges_within_a_call_is_named(tmp_path, monkeypatch):
-    config = tiny.config("vq", learning_rate=1e30, num_train_steps=50)
-    config |= dict.fromkeys(configuration.INTERVALS, 100)
-    with pytest.raises(DivergenceError) as plain:
-        train.train_and_evaluate(config, tmp_path / "plain", tiny.dataset())
-    several(monkeypatch, 8)
-    with pytest.raises(DivergenceError) as found:
-        train.train_and_evaluate(config, tmp_path / "several", tiny.dataset())
-    assert " at step 2: " in str(plain.value)
-    assert str(found.value) == str(plain.value)
+@pytest.mark.usefixtures("_accelerator")
+def test_a_step_that_diverges_within_a_call_is_named(tmp_path):
+    messages = []
+    for per_call in (1, 8):
+        diverging = config("vq", 48, per_call, (96, 96, 96), learning_rate=1e30)
+        with pytest.raises(DivergenceError) as found:
+            run(tmp_path / str(per_call), diverging)
+        messages.append(str(found.value))
+    assert " at step " in messages[0]
+    assert " at step 8: " not in messages[0]  # the last of the call
+    assert messages[0] == messages[1]
 
 
-def test_mirrored_images_are_fed_one_by_one(tmp_path, monkeypatch):
-    several(monkeypatch, 3)
+@pytest.mark.usefixtures("_accelerator")
+def test_mirrored_images_are_fed_one_by_one(tmp_path):
     data = ArrayDataset(train=tiny.images(70), validation=tiny.images(16, 1), flip=True)
-    config = tiny.config("vq", **SMALL, num_train_steps=3, log_every_steps=3)
-    assert run(tmp_path, config, data)[2] == [1, 2, 3]
+    assert run(tmp_path, config("vq", 3, 3, (3, 3, 3)), data)[2] == [1, 2, 3]
 
 
 def test_the_last_images_are_those_of_the_last_step():
     images, mesh = tiny.images(70), sharding.make_mesh()
     batches = list(zip(range(6), order.training_batches(70, 16, seed=3), strict=False))
-    calls = feeding.several(
-        images,
-        order.training_batches(70, 16, seed=3),
-        *(0, 6, mesh),
-        per_call=4,
-        is_event=lambda step: step == 6,
-    )
+    calls = feeding.several(images, order.training_batches(70, 16, seed=3), 0, 6, mesh, 3)
     for (last_step, (resident, index), last_images), steps in zip(
-        calls, ([0, 1, 2, 3], [4], [5]), strict=True
+        calls, ([0, 1, 2], [3, 4, 5]), strict=True
     ):
         assert last_step == steps[-1] + 1
         np.testing.assert_array_equal(resident, images)
@@ -123,8 +130,18 @@ def test_the_last_images_are_those_of_the_last_step():
         np.testing.assert_array_equal(last_images(), images[batches[steps[-1]][1].index])
 
 
-@pytest.mark.parametrize(("platform", "expected"), [("cpu", 1), ("gpu", 5), ("tpu", 5)])
-def test_only_accelerators_take_several_steps(platform, expected):
-    device = types.SimpleNamespace(platform=platform)
-    mesh = types.SimpleNamespace(devices=np.array([device]))
-    assert feeding.steps_per_call({"steps_per_call": 5}, mesh) == expected
+@pytest.mark.parametrize(
+    ("platform", "steps", "expected"),
+    [
+        ("cpu", (0, 860), 1),
+        ("gpu", (0, 860), 5),
+        ("tpu", (215, 4_300, 860), 5),
+        ("tpu", (0, 861), 1),
+        ("gpu", (217, 860), 1),
+    ],
+)
+def test_calls_have_as_many_steps_as_fit_what_follows_them(platform, steps, expected):
+    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
+    fashion_mnist = config("vq", 860, 5, (50, 215, 215))
+    assert feeding.steps_per_call(fashion_mnist, steps, mesh) == expected
+    assert feeding.steps_per_call({**fashion_mnist, "log_every_steps": 7}, steps, mesh) == 1

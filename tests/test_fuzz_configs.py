@@ -170,6 +170,7 @@ def possible(draw, sizes, batch_sizes, image_shapes):
         "schedule": st.sampled_from(["constant", "first_epoch"]),
         "compute_dtype": st.sampled_from(["float32", "float32", "bfloat16", "float64"]),
         "keep_checkpoints": st.sampled_from([1, 2, 2**31 - 1]),
+        "steps_per_call": st.sampled_from([1, 2, 2**20]),
         "log_every_steps": st.sampled_from([1, 2, 2**31 - 1]),
         "eval_every_steps": st.sampled_from([1, 2, 2**31 - 1]),
         "checkpoint_every_steps": st.sampled_from([1, 2, 2**31 - 1]),
