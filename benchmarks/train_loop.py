@@ -3,12 +3,12 @@
     python benchmarks/train_loop.py [--datasets fashion_mnist celeba] [--num-steps=64] \
         [--output=results/train_loop.json] [--trace-dir=/tmp/train_loop]
 
-Trains as main.py does, from files in the official layouts (see input_pipeline.py) to checkpoints
-and TensorBoard, and traces the steps after the first ones. A gap is the time from the end of one
-step's program to the start of the next one's; while it lasts the device has no step to take:
-waiting for input, copying images, logging and saving all end up in it. Logs and checkpoints come
-more often here than in the config, so that there are several; the loop's cost is reckoned with the
-config's intervals. Validation is left out.
+Trains as main.py does on a CPU, a call for each step, from files in the official layouts (see
+input_pipeline.py) to checkpoints and TensorBoard, and traces the steps after the first ones. A gap
+is the time from the end of one step's program to the start of the next one's; while it lasts the
+device has no step to take: waiting for input, copying images, logging and saving all end up in it.
+Logs and checkpoints come more often here than in the config, so that there are several; the loop's
+cost is reckoned with the config's intervals. Validation is left out.
 
 What the host does during a log or a checkpoint while the device is at work costs nothing, but a
 checkpoint is written in the background: where cores are few, as on a CPU, the steps meanwhile take

@@ -56,8 +56,8 @@ def get_config(argument: str) -> ConfigDict:
     config.images_per_device = 0
     config.num_train_steps = 0  # if above 0, wins over num_epochs
     # Steps in one call of the compiled program, if the data set is in memory: each device then has
-    # all of it. Of these the largest divisor that fits the intervals below; 1 on a CPU. See
-    # llvq/feeding.py.
+    # all of it. Their largest divisor is taken that fits intervals and length of the run, and the
+    # step that it goes on from; 1 on a CPU. See llvq/feeding.py.
     config.steps_per_call = 1
     config.learning_rate = 1e-3  # Adam's
     # Of the convolutions' arithmetic: float32, bfloat16 or float64. Parameters, losses and the

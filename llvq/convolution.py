@@ -75,7 +75,7 @@ def conv(x: _Images, kernel: _Kernel, strides: int, packing: int | None = None) 
     Args:
       x: [batch, height, width, in], height and width multiples of `strides`; or that packed by
         strides·packing.
-      kernel: [size, size, in, out]; size - strides must be even.
+      kernel: [size, size, in, out]; size must be a multiple of strides, size - strides even.
       strides: of the output's pixels in the input.
       packing: of the result, None for images that are not packed.
 
@@ -88,7 +88,7 @@ def conv(x: _Images, kernel: _Kernel, strides: int, packing: int | None = None) 
             x, kernel, strides * packing, packing, lambda out, tap: strides * out + tap - padding
         )
     plain = functools.partial(_conv, strides=strides)
-    if kernel.shape[0] == 1:
+    if kernel.shape[0] == 1:  # strides can only be 1
         return _by_platform(x, kernel, _pointwise_on_cpu, plain)
     if strides > 1:
         return _by_platform(

@@ -117,9 +117,8 @@ def train_and_evaluate(
 
     Validates and saves as often as the config says, and at the end. The result depends on the
     config and the data alone, not on how often the run was stopped and resumed. On SIGTERM it
-    saves after the present step, or one of the next two if there are several processes (or call of
-    several steps, see `feeding`), and raises
-    Preempted.
+    saves after the present step, or one of the next two if there are several processes, and raises
+    Preempted; calls, where they take several steps (see `feeding`).
 
     Args:
       config: the run's config.
@@ -181,11 +180,13 @@ def train_and_evaluate(
             logging.info("Nothing to train: %s is at step %d already", workdir, first_step)
             return state
         logging.info(
-            "%s at step %d of %d: %d parameters (%d of them the quantizer's), %d device(s)",
+            "%s at step %d of %d: %d parameters (%d of them the quantizer's), %d device(s), "
+            "%d step(s) a call",
             *("Resuming" if first_step else "Starting", first_step, num_steps),
             train_state.num_parameters((state.params, state.statistics)),
             train_state.num_quantizer_parameters(state),
             mesh.size,
+            1 if images is None else per_call,
         )
         writer = stack.enter_context(contextlib.closing(make_writer()))
         writer.write_hparams(

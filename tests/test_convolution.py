@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from jax import lax
+from jax import numpy as jnp
 
 from llvq import convolution, sharding
 
@@ -72,15 +73,36 @@ def assert_close(function, arguments, expected):
             assert error <= tolerance * np.linalg.norm(wanted)
 
 
-def test_accelerators_get_the_plain_convolutions():
+def lowered(function, platform, *arguments):
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_accelerators_get_the_plain_convolutions(case):
     """What is lowered for a GPU holds a convolution of the given kernel, none rearranged."""
-    x, kernel = np.ones((2, 8, 8, 3), np.float32), np.ones((4, 4, 3, 5), np.float32)
-    text = jax.jit(convolution.conv_transpose).trace(x, kernel).lower(lowering_platforms=("cuda",))
-    text = text.as_text()
+    ours, _, size = CASES[case]
+    x, kernel = np.ones((2, 8, 8, 3), np.float32), np.ones((size, size, 3, 5), np.float32)
+    text = lowered(ours, "cuda", x, kernel)
     assert text.count("stablehlo.convolution") == 1
-    assert "tensor<4x4x3x5xf32>) -> tensor<2x16x16x5xf32>" in text
-    assert "stablehlo.transpose" not in text
-    assert "stablehlo.reshape" not in text
+    assert f"tensor<{size}x{size}x3x5xf32>) -> tensor<2x" in text
+    both = lowered(lambda *inputs: jax.vjp(ours, *inputs)[1](ours(*inputs)), "cuda", x, kernel)
+    for rearranging in ("stablehlo.reshape", "stablehlo.dot_general", "stablehlo.pad"):
+        assert rearranging not in text + both
+    on_cpu = lowered(ours, "cpu", x, kernel)
+    is_plain = "stablehlo.convolution" in on_cpu and "stablehlo.reshape" not in on_cpu
+    assert is_plain == (case == "3x3")
+
+
+def test_in_bfloat16_pixels_are_summed_in_float32():
+    rng = np.random.default_rng(0)
+    x, gradient = rng.normal(size=(2, 64, 14, 14, 8)).astype(jnp.bfloat16)
+    kernel = jnp.zeros((1, 1, 8, 8), jnp.bfloat16)
+    pull_back = jax.vjp(functools.partial(convolution.conv, strides=1), x, kernel)[1]
+    _, found = pull_back(jnp.asarray(gradient))
+    assert found.dtype == jnp.bfloat16
+    expected = np.einsum("bhwi,bhwo->io", *np.asarray((x, gradient), np.float64))
+    # Rounded once, at the end: by 2 ** -9 at most. With rows rounded it is twice as much.
+    assert np.linalg.norm(found[0, 0] - expected) < 2**-9 * np.linalg.norm(expected)
 
 
 def test_steps_on_a_cpu_leave_convolutions_to_eigen():

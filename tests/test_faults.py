@@ -22,7 +22,7 @@ def run(*arguments):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_survives(case):
-    ended = run(case, "--kills=10", "--flips=2")
+    ended = run(case, "--kills=6", "--flips=2")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     rows = ended.stdout.splitlines()[2:]
     assert rows
