@@ -45,7 +45,7 @@ from llvq.errors import UserError
 from llvq.quantizers import QUANTIZERS
 
 LATENT_DIM = 64
-_NUM_IMAGES = 64  # at most; of one image's vectors XLA's sums on a CPU are three times slower
+_NUM_IMAGES = 64  # at most; of one image's vectors XLA's sums are slow on a CPU
 
 # The package's classes that each is compared with.
 _PACKAGE = {

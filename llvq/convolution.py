@@ -179,7 +179,7 @@ def _pointwise_backward(
 ) -> tuple[_Images, _Kernel]:
     x, kernel = inputs
     x_gradient = jnp.einsum("bhwo,io->bhwi", gradient, kernel[0, 0])
-    # One product over all pixels takes XLA's threads twice as long as one for each row, summed. The
+    # One product over all pixels takes XLA's threads longer than one for each row, summed. The
     # barrier: the transposition would be fused with what makes x.
     columns = lax.optimization_barrier(x.swapaxes(2, 3))
     dtype = jnp.promote_types(x.dtype, jnp.float32)  # of the sums
@@ -200,7 +200,7 @@ def _conv_transpose_on_cpu(x: _Images, kernel: _Kernel) -> _Images:
     _, _, features_in, features_out = kernel.shape
     taps = kernel.reshape(2, 2, 2, 2, features_in, features_out)[:, ::-1, :, ::-1]
     taps = taps.transpose(0, 2, 4, 1, 3, 5).reshape(2, 2, features_in, 4 * features_out)
-    # Padded here, not by the convolution: its kernel's gradient would take ten times as long.
+    # Padded here, not by the convolution: its kernel's gradient would take far longer.
     return _depth_to_space(_conv_valid(_pad(x, 1), taps), 2)[:, 1:-1, 1:-1]
 
 

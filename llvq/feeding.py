@@ -20,7 +20,7 @@ from llvq.configuration import INTERVALS, Config
 from llvq.data import Dataset, Images
 from llvq.order import IndexBatch
 
-# In a loop XLA's convolutions on a CPU do without Eigen, and are about 100 times slower.
+# In a loop XLA's convolutions on a CPU do without Eigen, and are slower by far.
 _ONE_STEP_A_CALL = ("cpu",)
 
 

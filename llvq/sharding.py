@@ -19,7 +19,7 @@ from jaxtyping import Array, Shaped
 from llvq.errors import UserError
 
 # What XLA may leave to YNNPACK: products and sums, but not convolutions, as it does by default: the
-# gradients of their kernels take three times as long as Eigen's. Known to jaxlib 0.10.2 and 0.11.2.
+# gradients of their kernels take far longer than Eigen's. Known to jaxlib 0.10.2 and 0.11.2.
 _CPU = {
     "xla_cpu_experimental_ynn_fusion_type": (
         "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"

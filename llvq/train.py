@@ -117,8 +117,8 @@ def train_and_evaluate(
 
     Validates and saves as often as the config says, and at the end. The result depends on the
     config and the data alone, not on how often the run was stopped and resumed. On SIGTERM it
-    saves after the present step, or one of the next two if there are several processes, and raises
-    Preempted; calls, where they take several steps (see `feeding`).
+    saves after the present call of one step or several (see `feeding`), or one of the next two if
+    there are several processes, and raises Preempted.
 
     Args:
       config: the run's config.
@@ -126,7 +126,7 @@ def train_and_evaluate(
       data: the data set; needs the splits "train" and "validation".
       make_writer: makes what takes scalars, images, histograms and texts, a clu MetricWriter or
         the like, once it is sure that there is something to train; a ConsoleWriter by default.
-      progress: makes, for a number of steps, what is called with the number done after each.
+      progress: makes, for a number of steps, what is called with the number done after each call.
 
     Returns:
       The final state.
