@@ -2,13 +2,14 @@
 
     python main.py --config=configs/fashion_mnist.py:sparse_lattice --workdir=runs/sparse_lattice
 
-Expected with seed 0; times on 2 CPU cores that were doing other work besides (README has more):
+Measured with seed 0 on 2 CPU cores that were doing other work besides; rounding alone, on another
+machine, gives other figures (README has their spread):
 
   quantizer       steps   train    evaluate   test MSE   effective codebook size
-  vq                860    9 min    4 min      0.00983             28
-  vq_ema          4,300   29 min    4 min      0.05194             16
-  sparse_lattice    860    7 min    2 min      0.00963            158
-  dense_lattice     860   10 min    4 min      0.00682     11,456,731
+  vq                860    4 min    1 min      0.00963             51
+  vq_ema          4,300    8 min    1 min      0.03662             60
+  sparse_lattice    860    2 min    1 min      0.00880            160
+  dense_lattice     860    3 min    1 min      0.00667     11,474,539
 """
 
 from ml_collections import ConfigDict
