@@ -26,17 +26,11 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from llvq import (
-    checkpointing,
-    configuration,
-    console,
-    distributed,
-    errors,
-    host_memory,
-    preemption,
-)
+from llvq import checkpointing, errors
+from llvq import config as configuration
 from llvq.errors import UserError, first_line
 from llvq.evaluate import evaluate
+from llvq.runtime import console, distributed, host_memory, preemption
 from llvq.train import train_and_evaluate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. …:vq.")

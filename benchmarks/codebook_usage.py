@@ -34,11 +34,12 @@ from jaxtyping import Array, Int32
 sys.path.insert(0, os.fspath(pathlib.Path(__file__).parents[1]))
 
 from benchmarks import measure
-from llvq import VQVAE, LatticeQuantizer, sharding
-from llvq.code_counts import CodeCounts, count_codes
-from llvq.codebook_usage import CodebookUsage
+from llvq import VQVAE, LatticeQuantizer
 from llvq.evaluate import measure_images
-from llvq.train_step import scale_images
+from llvq.runtime import sharding
+from llvq.training.train_step import scale_images
+from llvq.usage.counting import CodeCounts, count_codes
+from llvq.usage.table import CodebookUsage
 
 _STREAM_BATCH = 2**21
 _LATENT_DIM = 64

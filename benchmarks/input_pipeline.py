@@ -32,7 +32,7 @@ from PIL import Image
 
 sys.path.insert(0, os.fspath(pathlib.Path(__file__).parents[1]))
 
-from llvq import order
+from llvq.data import order
 
 STEPS_PER_SECOND = (1, 5, 20)  # of the table of cores that feed them
 _NUM_PHOTOS = 8  # different ones; files repeat them

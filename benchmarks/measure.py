@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from llvq import sharding
 from llvq.errors import UserError, first_line
+from llvq.runtime import sharding
 
 Run = Callable[[int], None]
 """Makes so many calls, of a step each as a rule, and returns when the last one is done."""

@@ -40,9 +40,10 @@ from jax import numpy as jnp
 from benchmarks import measure
 from benchmarks.measure import Case, Contender
 from benchmarks.train_step import add_options, check_options, require_torch
-from llvq import host_memory, quantizers
+from llvq import quantizers
 from llvq.errors import UserError
 from llvq.quantizers import QUANTIZERS
+from llvq.runtime import host_memory
 
 LATENT_DIM = 64
 _NUM_IMAGES = 64  # at most; of one image's vectors XLA's sums are slow on a CPU

@@ -20,7 +20,8 @@ sys.path.insert(0, os.fspath(pathlib.Path(__file__).parents[1]))
 
 from benchmarks import measure
 from benchmarks.train_step import get_config, prepare_llvq
-from llvq import host_memory, train_state
+from llvq.runtime import host_memory
+from llvq.training import train_state
 
 _CODEBOOK_SIZE = "codebook size K"
 SWEEPS = {

@@ -50,11 +50,13 @@ from jax.experimental import topologies
 from benchmarks import measure
 from benchmarks.measure import Row
 from benchmarks.train_step import get_config
-from llvq import configuration, sharding, train_state
+from llvq import config as configuration
 from llvq.errors import UserError, first_line
 from llvq.evaluate import Evaluator
 from llvq.quantizers import QUANTIZERS
-from llvq.train_step import make_train_step
+from llvq.runtime import sharding
+from llvq.training import train_state
+from llvq.training.train_step import make_train_step
 
 DATASETS = ("fashion_mnist", "celeba", "ffhq1024")
 STEPS = ("train", "evaluate")

@@ -42,10 +42,10 @@ from benchmarks import measure
 from benchmarks.input_pipeline import KINDS, Kind, open_pipeline, write_files
 from benchmarks.measure import Row
 from benchmarks.train_step import DATASETS, ON_CPU, get_config
-from llvq import console, host_memory
 from llvq.data import Dataset, Images
+from llvq.data.order import IndexBatch
 from llvq.errors import UserError
-from llvq.order import IndexBatch
+from llvq.runtime import console, host_memory
 from llvq.train import train_and_evaluate
 
 _FIRST_TRACED = 4  # what compiles and what fills buffers is over by then

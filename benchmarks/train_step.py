@@ -49,12 +49,14 @@ from jax.typing import DTypeLike
 
 from benchmarks import measure
 from benchmarks.measure import Case, Contender
-from llvq import configuration, host_memory, sharding, train_state
+from llvq import config as configuration
 from llvq.errors import UserError
-from llvq.model import VQVAE
+from llvq.models.vqvae import VQVAE
 from llvq.quantizers import QUANTIZERS
-from llvq.train_state import TrainState
-from llvq.train_step import make_train_step, scale_images
+from llvq.runtime import host_memory, sharding
+from llvq.training import train_state
+from llvq.training.train_state import TrainState
+from llvq.training.train_step import make_train_step, scale_images
 
 # (images a step, their height and width) on a CPU.
 ON_CPU = {"fashion_mnist": (64, 28), "celeba": (8, 148), "ffhq1024": (8, 256)}

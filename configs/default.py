@@ -12,7 +12,7 @@ The config argument names the quantizer and the recipe: `configs/fashion_mnist.p
 from ml_collections import ConfigDict
 
 from llvq.errors import UserError
-from llvq.model import NUM_RESIDUAL_BLOCKS
+from llvq.models.vqvae import NUM_RESIDUAL_BLOCKS
 from llvq.quantizers import default_options
 
 

@@ -1,6 +1,6 @@
 """LL-VQ-VAE: vector-quantized autoencoders with a learnable lattice, in JAX."""
 
-from llvq.model import VQVAE
+from llvq.models.vqvae import VQVAE
 from llvq.pretrained import load_pretrained, pretrained_index
 from llvq.quantizers import (
     DenseLatticeQuantizer,

@@ -1,7 +1,8 @@
-"""What a user did that cannot work: main.py prints these as one line."""
+"""Users' mistakes. Every command prints one of these as one line, without a traceback."""
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -25,6 +26,15 @@ def first_line(error: BaseException) -> str:
     line = re.split(r" \[\w+=", lines[0])[0] if lines else type(error).__name__
     # What went wrong comes last, after the nested names of what was being done.
     return line if len(line) <= 200 else f"{line[:80]} … {line[-100:]}"
+
+
+@contextlib.contextmanager
+def one_line_exit(program: str) -> Iterator[None]:
+    """Ends the program with the message of a UserError, on one line, and exit code 1."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"{program}: {error}")
 
 
 @contextlib.contextmanager

@@ -17,25 +17,19 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt8
 
-from llvq import (
-    checkpointing,
-    configuration,
-    console,
-    metrics,
-    order,
-    scaling,
-    sharding,
-    train_state,
-    visualize,
-)
-from llvq.code_counts import CodeCounts, count_codes
-from llvq.codebook_usage import CodebookUsage
-from llvq.configuration import Config
-from llvq.data import Dataset
+from llvq import checkpointing, scaling
+from llvq import config as configuration
+from llvq.config import Config
+from llvq.data import Dataset, order
 from llvq.errors import UserError
-from llvq.model import VQVAE
-from llvq.train_state import DTYPES, TrainState
-from llvq.train_step import scale_images
+from llvq.evaluation import metrics, pictures
+from llvq.models.vqvae import VQVAE
+from llvq.runtime import console, sharding
+from llvq.training import train_state
+from llvq.training.train_state import DTYPES, TrainState
+from llvq.training.train_step import scale_images
+from llvq.usage.counting import CodeCounts, count_codes
+from llvq.usage.table import CodebookUsage
 
 ProgressFactory = Callable[[int], Callable[[int], Any]]
 
@@ -244,7 +238,7 @@ class Evaluator:
         originals, reconstructions, histograms = jax.device_get(
             self.preview_step(state, on_devices)
         )
-        return visualize.comparison(originals, reconstructions), histograms
+        return pictures.comparison(originals, reconstructions), histograms
 
 
 def evaluate(
@@ -328,7 +322,7 @@ def evaluate(
         results["num_train_steps"] = configuration.num_train_steps(saved, data.num_images["train"])
     if jax.process_index() == 0:
         with _replacing(epath.Path(workdir) / "reconstructions.png") as file:
-            visualize.write_png(file, picture)
+            pictures.write_png(file, picture)
         with _replacing(epath.Path(workdir) / _REPORT) as file:
             file.write_text(json.dumps(results, indent=2) + "\n")
     return results

@@ -30,11 +30,13 @@ from etils import epath
 from jax import numpy as jnp
 from jaxtyping import Float
 
-from llvq import checkpointing, configuration, train_state
-from llvq.configuration import Config
+from llvq import checkpointing
+from llvq import config as configuration
+from llvq.config import Config
 from llvq.errors import UserError, first_line
 from llvq.quantizers import default_options
-from llvq.train_state import TrainState, Tree
+from llvq.training import train_state
+from llvq.training.train_state import TrainState, Tree
 
 _SMALLEST_SPARSE_BASIS = 1.0  # in the mean of |b|; see above
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from llvq import checkpointing
 from llvq.errors import UserError
-from llvq.model import VQVAE
+from llvq.models.vqvae import VQVAE
 
 _PACKAGE = pathlib.Path(__file__).parent
 

@@ -13,7 +13,7 @@ and so 1/k of the steps (num_train_steps, if it is given, stays as it is):
 
 import math
 
-from llvq.configuration import INTERVALS, Config, to_plain
+from llvq.config import INTERVALS, Config, to_plain
 
 
 def global_batch_size(config: Config, num_devices: int) -> int:

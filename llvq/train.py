@@ -13,25 +13,17 @@ from absl import logging
 from etils import epath
 from jax.profiler import StepTraceAnnotation, TraceAnnotation
 
-from llvq import (
-    checkpointing,
-    configuration,
-    console,
-    feeding,
-    order,
-    preemption,
-    scaling,
-    schedules,
-    sharding,
-    train_state,
-)
-from llvq.codebook_usage import CodebookUsage
-from llvq.configuration import Config
-from llvq.data import Dataset
+from llvq import checkpointing, scaling
+from llvq import config as configuration
+from llvq.config import Config
+from llvq.data import Dataset, order
 from llvq.errors import DivergenceError
 from llvq.evaluate import Evaluator, ProgressFactory
-from llvq.train_state import TrainState
-from llvq.train_step import Metrics, make_train_step
+from llvq.runtime import console, preemption, sharding
+from llvq.training import feeding, schedules, train_state
+from llvq.training.train_state import TrainState
+from llvq.training.train_step import Metrics, make_train_step
+from llvq.usage.table import CodebookUsage
 
 _STOPPED = "stopped by SIGTERM, saved at step {}; the same command goes on from there"
 

@@ -22,9 +22,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 from configs import default
-from llvq import checkpointing, configuration, scaling, train_state
+from llvq import checkpointing, scaling
+from llvq import config as configuration
 from llvq.errors import UserError
 from llvq.evaluate import read_evaluation
+from llvq.training import train_state
 from results import report
 
 Run = dict[str, Any]

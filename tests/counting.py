@@ -5,9 +5,9 @@ import functools
 import jax
 import numpy as np
 
-from llvq import sharding
-from llvq.code_counts import count_codes
-from llvq.codebook_usage import BUDGET, CodebookUsage
+from llvq.runtime import sharding
+from llvq.usage.counting import count_codes
+from llvq.usage.table import BUDGET, CodebookUsage
 
 
 @functools.cache

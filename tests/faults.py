@@ -38,8 +38,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from llvq import checkpointing, evaluate, sharding, train
+from llvq import checkpointing, evaluate, train
 from llvq.errors import UserError
+from llvq.runtime import sharding
 from tests import tiny
 
 TIMEOUT = 300.0  # seconds for a single run: some 5 on a quiet machine

@@ -18,18 +18,13 @@ from absl import flags
 from etils import epath
 
 import main
-from llvq import (
-    checkpointing,
-    configuration,
-    evaluate,
-    schedules,
-    sharding,
-    train,
-    train_state,
-)
+from llvq import checkpointing, evaluate, train
+from llvq import config as configuration
 from llvq.data import ArrayDataset
 from llvq.errors import UserError
-from llvq.train_step import make_train_step
+from llvq.runtime import sharding
+from llvq.training import schedules, train_state
+from llvq.training.train_step import make_train_step
 from tests import image_data, tiny
 
 NOWHERE = "http://127.0.0.1:9/"  # nothing listens there: no case waits for the web

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llvq import order
+from llvq.data import order
 
 PIXELS = 16  # the size of the small FFHQ's images
 

@@ -6,7 +6,7 @@ import sys
 import jax
 import numpy as np
 
-from llvq import codebook_usage
+from llvq.usage import table
 from tests.counting import count
 
 
@@ -21,12 +21,12 @@ def stream():
 if __name__ == "__main__":
     address, process_id = sys.argv[1:]
     # Small enough for tables to be merged in mid-stream and gathered in many slices.
-    codebook_usage._PENDING = 2000
+    table._PENDING = 2000
     jax.distributed.initialize(
         address, 2, int(process_id), initialization_timeout=15, heartbeat_timeout_seconds=10
     )
     share = np.array_split(stream(), 2)[int(process_id)]
-    for budget in (codebook_usage.BUDGET, 1000):
+    for budget in (table.BUDGET, 1000):
         usage = count(share, 1024, devices=jax.devices(), budget=budget)
         figures = {
             "level": usage.level,

@@ -17,8 +17,9 @@ import optax
 
 from configs import ffhq1024 as ffhq1024_config
 from input_pipeline import ffhq1024
-from llvq import checkpointing, train_state
+from llvq import checkpointing
 from llvq.evaluate import evaluate
+from llvq.training import train_state
 
 NUM_IMAGES = {"train": 2, "validation": 3}
 

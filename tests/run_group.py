@@ -12,8 +12,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from llvq import distributed, train
+from llvq import train
 from llvq.evaluate import evaluate
+from llvq.runtime import distributed
 from tests import tiny
 from tests.test_train import Recorder, leaves, run_steps
 

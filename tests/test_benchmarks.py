@@ -21,9 +21,11 @@ torch = pytest.importorskip("torch", reason="the benchmarks compare with PyTorch
 
 from benchmarks import measure, quantizer, sweep, torch_model, train_loop, train_step
 from benchmarks.measure import Case, Contender
-from llvq import import_torch, quantizers, sharding, train_state
+from llvq import import_torch, quantizers
 from llvq.errors import UserError
-from llvq.train_step import make_train_step
+from llvq.runtime import sharding
+from llvq.training import train_state
+from llvq.training.train_step import make_train_step
 from results import report
 from tests import tiny
 from tests import torch_model as oracle

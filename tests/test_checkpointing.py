@@ -10,8 +10,9 @@ import optax
 import pytest
 from jax.experimental import multihost_utils
 
-from llvq import checkpointing, evaluate, train, train_state
+from llvq import checkpointing, evaluate, train
 from llvq.errors import UserError
+from llvq.training import train_state
 from tests import tiny
 
 

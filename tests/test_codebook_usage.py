@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from benchmarks import codebook_usage as benchmark
-from llvq import codebook_usage, sharding
-from llvq.codebook_usage import CodebookUsage
-from llvq.fingerprints import fingerprints, position_offsets
+from llvq.runtime import sharding
+from llvq.usage.fingerprints import fingerprints, position_offsets
+from llvq.usage.table import CodebookUsage
 from tests.counting import count, counting_step
 from tests.run_counting import stream
 

@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default, fashion_mnist
-from llvq import configuration
+from llvq import config as configuration
 from llvq.errors import UserError
 from llvq.quantizers import QUANTIZERS
 from tests import tiny

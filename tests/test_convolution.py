@@ -11,7 +11,8 @@ import pytest
 from jax import lax
 from jax import numpy as jnp
 
-from llvq import convolution, sharding
+from llvq.models import convolution
+from llvq.runtime import sharding
 
 _plain = functools.partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 

@@ -6,8 +6,8 @@ import sys
 import jax
 import pytest
 
-from llvq import distributed
 from llvq.errors import UserError
+from llvq.runtime import distributed
 from tests import groups, real_data
 from tests.groups import finish, group
 from tests.test_main import FASHION, SMALL, events

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from llvq import checkpointing, evaluate, sharding, train
-from llvq.codebook_usage import CodebookUsage
+from llvq import checkpointing, evaluate, train
 from llvq.data import ArrayDataset
 from llvq.errors import UserError
 from llvq.evaluate import Evaluator
-from llvq.train_state import split
+from llvq.runtime import sharding
+from llvq.training.train_state import split
+from llvq.usage.table import CodebookUsage
 from tests import tiny
 
 

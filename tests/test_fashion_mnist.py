@@ -15,7 +15,7 @@ from etils import epath
 import input_pipeline
 from input_pipeline import DataError, fashion_mnist
 from input_pipeline.arrays import Arrays
-from llvq import order
+from llvq.data import order
 from tests import image_data, real_data
 from tests.real_data import needs_files
 

@@ -7,9 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from llvq import configuration, feeding, order, preemption, sharding, train
-from llvq.data import ArrayDataset
+from llvq import config as configuration
+from llvq import train
+from llvq.data import ArrayDataset, order
 from llvq.errors import DivergenceError
+from llvq.runtime import preemption, sharding
+from llvq.training import feeding
 from tests import tiny
 from tests.test_train import Recorder, assert_identical
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 pytest.importorskip("ml_collections", reason="main.py parses configs with ml_collections")
 
 from configs import default, fashion_mnist
-from llvq import configuration
+from llvq import config as configuration
 from llvq.quantizers import default_options
 from tests import fuzz_targets, fuzzing, tiny
 

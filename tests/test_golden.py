@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 
-from llvq import VQVAE, import_torch, quantizers, train_state
+from llvq import VQVAE, import_torch, quantizers
+from llvq.training import train_state
 from tests import reference
 from tests.counting import count
 

@@ -8,14 +8,14 @@ import sys
 
 import pytest
 
-from llvq import host_memory
+from llvq.runtime import host_memory
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 _COUNT_FAULTS = """
 import resource
 from benchmarks.train_step import get_config, prepare_llvq
-from llvq import host_memory
+from llvq.runtime import host_memory
 if {keeps}:
     host_memory.keep_freed_memory()
 config = get_config("fashion_mnist", "sparse_lattice")

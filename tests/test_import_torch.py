@@ -11,12 +11,13 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="imports are from PyTorch")
 
-from llvq import checkpointing, evaluate, import_torch, sharding
-from llvq.codebook_usage import CodebookUsage
-from llvq.configuration import flatten
+from llvq import checkpointing, evaluate, import_torch
+from llvq.config import flatten
 from llvq.errors import UserError
 from llvq.evaluate import Evaluator
-from llvq.train_state import split
+from llvq.runtime import sharding
+from llvq.training.train_state import split
+from llvq.usage.table import CodebookUsage
 from tests import reference, tiny, torch_model
 from tests.real_data import needs_files
 

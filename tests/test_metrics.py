@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from llvq import metrics
+from llvq.evaluation import metrics
 
 tf = pytest.importorskip("tensorflow", reason="TensorFlow is the oracle")
 

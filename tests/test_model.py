@@ -6,8 +6,10 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 
-from llvq import VQVAE, import_torch, layers, quantizers, train_state
+from llvq import VQVAE, import_torch, quantizers
 from llvq.errors import UserError
+from llvq.models import layers
+from llvq.training import train_state
 
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 

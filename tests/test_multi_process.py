@@ -10,7 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from llvq import checkpointing, order, sharding, train_state
+from llvq import checkpointing
+from llvq.data import order
+from llvq.runtime import sharding
+from llvq.training import train_state
 from tests import groups, run_group, tiny
 from tests.run_group import CHECKED_FURTHER, HALFWAY, NUM_STEPS
 

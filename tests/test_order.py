@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from llvq import order
+from llvq.data import order
 
 
 def take(count, **kwargs):

@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from llvq import convolution, evaluate, train
+from llvq import evaluate, train
 from llvq.data import ArrayDataset
+from llvq.models import convolution
 from tests import tiny
 from tests.test_convolution import CASES, assert_close
 

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from llvq import checkpointing, preemption, train
+from llvq import checkpointing, train
+from llvq.runtime import preemption
 from tests import groups, tiny
 from tests.groups import finish, group, last_lines, wait_for
 from tests.test_train import assert_identical, newest

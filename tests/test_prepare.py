@@ -20,7 +20,7 @@ from etils import epath
 
 from input_pipeline import DataError, prepare
 from input_pipeline.pipeline import Pipeline
-from llvq import order
+from llvq.data import order
 from tests import image_data
 
 SHAPE = (6, 5, 3)

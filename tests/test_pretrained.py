@@ -14,8 +14,10 @@ import pytest
 from flax import nnx
 
 import llvq
-from llvq import checkpointing, evaluate, export, order, pretrained, train_state
+from llvq import checkpointing, evaluate, export, pretrained
+from llvq.data import order
 from llvq.errors import UserError
+from llvq.training import train_state
 from tests import tiny
 from tests.real_data import needs_files
 

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from configs import celeba, default, fashion_mnist, ffhq1024
-from llvq import checkpointing, configuration, evaluate, scaling, sharding, train
+from llvq import checkpointing, evaluate, scaling, train
+from llvq import config as configuration
 from llvq.errors import UserError
+from llvq.runtime import sharding
 from results import collect
 from tests import tiny
 

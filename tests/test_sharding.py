@@ -7,10 +7,12 @@ import pytest
 from jax import numpy as jnp
 
 from benchmarks.tpu_compile import count_collectives
-from llvq import evaluate, sharding, train, train_state
+from llvq import evaluate, train
 from llvq.data import ArrayDataset
 from llvq.errors import UserError
-from llvq.train_step import make_train_step
+from llvq.runtime import sharding
+from llvq.training import train_state
+from llvq.training.train_step import make_train_step
 from tests import tiny
 
 

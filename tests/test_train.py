@@ -9,10 +9,12 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 
-from llvq import checkpointing, order, schedules, sharding, train, train_state
-from llvq.data import ArrayDataset
+from llvq import checkpointing, train
+from llvq.data import ArrayDataset, order
 from llvq.errors import DivergenceError, UserError
-from llvq.train_step import make_train_step
+from llvq.runtime import sharding
+from llvq.training import schedules, train_state
+from llvq.training.train_step import make_train_step
 from tests import tiny
 
 

@@ -8,8 +8,8 @@ from flax import nnx
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llvq import sharding
 from llvq.quantizers.base import Quantizer
+from llvq.runtime import sharding
 
 _PRECISION = jax.lax.Precision.HIGHEST
 

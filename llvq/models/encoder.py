@@ -7,7 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from llvq import layers
+from llvq.models import layers
 
 
 class Encoder(nnx.Module):

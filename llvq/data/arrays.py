@@ -1,44 +1,21 @@
-"""What training and evaluation ask of a data set, and a data set made of NumPy arrays."""
+"""A data set of NumPy arrays."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-from jaxtyping import UInt8
 
-from llvq.order import IndexBatch
-
-Images = UInt8[np.ndarray, "n height width channels"]
-
-
-class Dataset(Protocol):
-    """Images by split ("train", "validation" and, if there is one, "test") and index."""
-
-    @property
-    def num_images(self) -> Mapping[str, int]:
-        """The number of images in each split."""
-        ...
-
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        """Of every image: (height, width, channels)."""
-        ...
-
-    def batches(
-        self, split: str, index_batches: Iterable[IndexBatch]
-    ) -> Iterator[tuple[IndexBatch, Images]]:
-        """Reads the images of each index batch: uint8 [n, height, width, channels]."""
-        ...
-
-    def resident(self, split: str) -> Images | None:
-        """All images of a split, if they are in memory and never mirrored."""
-        ...
+from llvq.data.dataset import Images
+from llvq.data.order import IndexBatch
 
 
 class ArrayDataset:
     """A data set held in memory, for training from plain NumPy arrays.
 
-    data = ArrayDataset(train=images, validation=held_out)
+        data = ArrayDataset(train=images, validation=held_out)
+
+    Attributes:
+      num_images: the number of images in each split.
+      image_shape: the shape of every image, (height, width, channels).
     """
 
     def __init__(self, *, flip: bool = False, **splits: Images) -> None:
@@ -66,6 +43,7 @@ class ArrayDataset:
     def batches(
         self, split: str, index_batches: Iterable[IndexBatch]
     ) -> Iterator[tuple[IndexBatch, Images]]:
+        """Each index batch with its images, in order; `index_batches` may be endless."""
         for batch in index_batches:
             images = self._splits[split][batch.index]
             if self._flip:
@@ -73,4 +51,5 @@ class ArrayDataset:
             yield batch, images
 
     def resident(self, split: str) -> Images | None:
+        """All images of a split, or None if training mirrors some of them."""
         return None if self._flip else self._splits[split]

@@ -10,7 +10,7 @@ from jax import numpy as jnp
 from jaxtyping import Array, Int
 
 from llvq import quantizers
-from llvq.model import VQVAE
+from llvq.models.vqvae import VQVAE
 
 Tree = dict[str, Any]
 

@@ -15,10 +15,10 @@ from jax.profiler import TraceAnnotation
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
-from llvq import sharding
-from llvq.configuration import INTERVALS, Config
+from llvq.config import INTERVALS, Config
 from llvq.data import Dataset, Images
-from llvq.order import IndexBatch
+from llvq.data.order import IndexBatch
+from llvq.runtime import sharding
 
 # In a loop XLA's convolutions on a CPU do without Eigen, and are slower by far.
 _ONE_STEP_A_CALL = ("cpu",)

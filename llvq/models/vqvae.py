@@ -8,9 +8,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from llvq import convolution
-from llvq.decoder import Decoder
-from llvq.encoder import Encoder
+from llvq.models import convolution
+from llvq.models.decoder import Decoder
+from llvq.models.encoder import Encoder
 from llvq.quantizers.base import Losses, Quantizer
 
 NUM_RESIDUAL_BLOCKS = 2

@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
-from llvq import sharding
-from llvq.model import VQVAE
-from llvq.train_state import TrainState, Tree
+from llvq.models.vqvae import VQVAE
+from llvq.runtime import sharding
+from llvq.training.train_state import TrainState, Tree
 
 Metrics = dict[str, Float[Array, "*steps"]]
 # Of (state, images), or (state, all images, index) if it takes several steps: see make_train_step.

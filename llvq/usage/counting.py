@@ -12,8 +12,8 @@ from jax import numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, Int32, UInt32, UInt64
 
-from llvq import sharding
-from llvq.fingerprints import fingerprints
+from llvq.runtime import sharding
+from llvq.usage.fingerprints import fingerprints
 
 _HEAD = 4096
 

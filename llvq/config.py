@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 
+from llvq.data.order import steps_per_epoch
 from llvq.errors import UserError
-from llvq.order import steps_per_epoch
 from llvq.quantizers import default_options
-from llvq.schedules import SCHEDULES
-from llvq.train_state import DTYPES
+from llvq.training.schedules import SCHEDULES
+from llvq.training.train_state import DTYPES
 
 Config = Mapping[str, Any]
 

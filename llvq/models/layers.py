@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from llvq import convolution
+from llvq.models import convolution
 
 
 def _uniform(fan_in: int) -> nnx.Initializer:

@@ -35,8 +35,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float64, Int32, Int64, Shaped, UInt64
 
-from llvq import sharding
-from llvq.code_counts import CodeCounts
+from llvq.runtime import sharding
+from llvq.usage.counting import CodeCounts
 
 BUDGET = 2**24
 _PENDING = 2**22

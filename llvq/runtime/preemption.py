@@ -17,7 +17,7 @@ import numpy as np
 from jax import numpy as jnp
 from jax.sharding import Mesh
 
-from llvq import sharding
+from llvq.runtime import sharding
 
 EXIT_CODE = os.EX_TEMPFAIL  # 75: the same command, given again, goes on
 

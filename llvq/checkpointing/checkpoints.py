@@ -26,11 +26,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax import checkpoint as ocp
 
-from llvq import sharding, train_state
-from llvq.configuration import Config, check_resumable, check_saved, to_plain
+from llvq.config import Config, check_resumable, check_saved, to_plain
 from llvq.errors import UserError, first_line
-from llvq.model import VQVAE
-from llvq.train_state import TrainState, Tree
+from llvq.models.vqvae import VQVAE
+from llvq.runtime import sharding
+from llvq.training import train_state
+from llvq.training.train_state import TrainState, Tree
 
 _NUM_BEST = 2
 _NUM_BYTES_OF_METADATA = 2**18  # more than Orbax writes besides the arrays

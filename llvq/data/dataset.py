@@ -1,0 +1,35 @@
+"""What training and evaluation ask of a data set."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import UInt8
+
+from llvq.data.order import IndexBatch
+
+Images = UInt8[np.ndarray, "n height width channels"]
+
+
+class Dataset(Protocol):
+    """Images by split ("train", "validation" and, if there is one, "test") and index."""
+
+    @property
+    def num_images(self) -> Mapping[str, int]:
+        """The number of images in each split."""
+        ...
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """The shape of every image: (height, width, channels)."""
+        ...
+
+    def batches(
+        self, split: str, index_batches: Iterable[IndexBatch]
+    ) -> Iterator[tuple[IndexBatch, Images]]:
+        """Reads the images of each index batch: uint8 [n, height, width, channels]."""
+        ...
+
+    def resident(self, split: str) -> Images | None:
+        """All images of a split, if they fit in memory and are never mirrored; else None."""
+        ...
