@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from llvq.evaluation import metrics
 from llvq.quantizers import QUANTIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,12 +52,22 @@ def joined(text):
 
 
 @pytest.fixture
-def registry():
-    """The registry of quantizers, as it was once the test is over."""
-    before = dict(QUANTIZERS)
-    yield QUANTIZERS
-    QUANTIZERS.clear()
-    QUANTIZERS.update(before)
+def _registries():
+    """Takes back what a page registers."""
+    registries = QUANTIZERS, metrics.METRICS
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
+@pytest.fixture
+def _quick_compilation():
+    """Compiles in less than half of the time what then runs for a step or two."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def prelude():
@@ -82,7 +94,8 @@ def run_snippets(page, *, until=None):
 
 
 @each(pages_with("python"))
-def test_snippets_run(page, tmp_path, monkeypatch, registry):
+@pytest.mark.usefixtures("_registries", "_quick_compilation")
+def test_snippets_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_snippets(page)
 
@@ -93,7 +106,8 @@ def test_shortened_runs_are_those_of_the_pages():
 
 
 @each([*PAGES, *SCRIPTS])
-def test_main_accepts_every_command_line_shown(page, tmp_path, monkeypatch, registry):
+@pytest.mark.usefixtures("_registries")
+def test_main_accepts_every_command_line_shown(page, tmp_path, monkeypatch):
     text = joined(page.read_text())
     commands = re.findall(r"python main\.py((?: --[\w.]+(?:=[^\s'\"`]+)?)*)(.?.?)", text)
     assert len(commands) == text.count("python main.py")
