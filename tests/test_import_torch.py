@@ -288,6 +288,7 @@ def real_config(quantizer):
     return fashion_mnist.get_config(quantizer)
 
 
+@pytest.mark.slow
 @reference.needs_reference
 @needs_files
 def test_the_authors_lattice_on_the_real_test_images(tmp_path):
@@ -311,7 +312,7 @@ def test_the_authors_lattice_on_the_real_test_images(tmp_path):
     assert means["reconstruction_loss"] == pytest.approx(expected["test_mse"], abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @reference.needs_reference
 @needs_files
 @pytest.mark.parametrize("quantizer", tiny.NAMES)

@@ -110,7 +110,7 @@ def test_training_is_adam_on_the_sum_of_losses(tmp_path):
             )
             return jnp.mean((model.decoder(quantized) - targets) ** 2) + losses["quantizer_loss"]
 
-        updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state)
+        updates, opt_state = optimizer.update(jax.jit(jax.grad(loss))(params), opt_state)
         params = optax.apply_updates(params, updates)
     for name, value in leaves(params).items():
         ours = leaves(state.params)[name]
@@ -132,7 +132,7 @@ def test_where_the_learning_rate_is_zero_only_statistics_move(tmp_path):
     model = nnx.merge(graphdef, first.params, first.statistics)
     batches = data.batches("train", order.training_batches(70, 32, seed=3, first_step=3))
     for _, (_, images) in zip(range(3), batches, strict=False):
-        model(images / np.float32(255) - np.float32(0.5), train=True)
+        nnx.jit(lambda model, x: model(x, train=True))(model, images)
     for name, value in leaves(train_state.split(model)[2]).items():
         ours = leaves(both.statistics)[name]
         assert np.linalg.norm(ours - value) <= 1e-4 * np.linalg.norm(value), name
@@ -334,6 +334,7 @@ def test_flips_reach_the_model_only_in_training(tmp_path):
     np.testing.assert_array_equal(evaluated, images)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_batch_on_other_devices(tmp_path, monkeypatch):
     """As the run with the plain config that the rule leads to; and it can be evaluated."""
     config = tiny.config("vq_ema", images_per_device=4, batch_size=8)  # 4 times 8 devices

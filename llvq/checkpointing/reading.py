@@ -25,8 +25,8 @@ from llvq.models import VQVAE
 from llvq.training import train_state
 from llvq.training.train_state import TrainState, Tree
 
-# Of the digests that are written today. In checkpoints without a number, opt_state is that of
-# optax.adam, which keeps a second count of the steps besides Adam's moments.
+# The format of the checkpoints that are written today, kept beside their digests. In those without
+# a format, opt_state is that of optax.adam, which counts the steps once more beside Adam's moments.
 FORMAT = 2
 
 SavedConfig = Mapping[str, Any]
@@ -50,9 +50,9 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 
 def rank(metrics: Mapping[str, float]) -> float:
-    """By which checkpoints are ranked, the lowest first.
+    """The value that ranks checkpoints; lower is better.
 
-    It is not the total loss, which for a lattice holds −γ·Σ|b|.
+    It is not the total loss, which contains −γ·Σ|b| for a lattice.
     """
     return metrics["reconstruction_loss"]
 
@@ -225,8 +225,8 @@ def _read(
 
     Args:
       checkpoint: the directory.
-      make_like: makes of the config the structure, shapes and dtypes of the part of the state that
-        is wanted.
+      make_like: maps the config to the structure, shapes and dtypes of the wanted part of the
+        state.
 
     Returns:
       The config, and the part of the state in NumPy arrays.
@@ -247,7 +247,7 @@ def _read(
             checkpoint / "state",
             args=ocp.args.PyTreeRestore(
                 like,
-                # In the dtype that was saved.
+                # Arrays keep the dtype that was saved.
                 restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like),
                 partial_restore=True,
             ),
