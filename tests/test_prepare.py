@@ -18,9 +18,10 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from input_pipeline import DataError, prepare
+from input_pipeline import prepare
 from input_pipeline.pipeline import Pipeline
 from llvq.data import order
+from llvq.errors import UserError
 from tests import image_data
 
 SHAPE = (6, 5, 3)
@@ -106,16 +107,14 @@ def test_disk_and_time_are_stated_before_it_starts(tmp_path, caplog, monkeypatch
 
 
 def test_too_small_a_disk_is_one_line_at_once(tmp_path):
-    with pytest.raises(
-        DataError, match=r"needs 1000000\.0 GB of disk, of which .* are free.*data_"
-    ):
+    with pytest.raises(UserError, match=r"needs 1000000\.0 GB of disk and .* are free.*data_"):
         run(tmp_path, num_bytes=10**15)
     assert not shards(tmp_path)
 
 
 def test_an_unwritable_directory_is_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match=r"^[^\n]*file/x cannot be written [^\n]*data_dir$"):
+    with pytest.raises(UserError, match=r"^[^\n]*file/x cannot be written [^\n]*data_dir$"):
         run(tmp_path / "file/x")
 
 
@@ -179,7 +178,7 @@ def test_without_metadata_it_is_not_used_but_completed(lost, tmp_path):
 def test_a_torn_metadata_file_is_one_line(tmp_path):
     run(tmp_path)
     (tmp_path / "dataset_info.json").write_text("")
-    with pytest.raises(DataError, match=r"dataset_info\.json cannot be read: delete it"):
+    with pytest.raises(UserError, match=r"dataset_info\.json cannot be read: delete it"):
         prepare.open_prepared(epath.Path(tmp_path), NUM_IMAGES)
 
 
@@ -195,7 +194,7 @@ def test_a_missing_or_incomplete_shard_is_named_and_can_be_rebuilt(damage, tmp_p
         shard.write_bytes(b"")
     else:
         shard.write_bytes((tmp_path / "small-validation.array_record-00000-of-00001").read_bytes())
-    with pytest.raises(DataError, match=rf"^{shard} (is missing|has [03] records, not 4): [^\n]*$"):
+    with pytest.raises(UserError, match=rf"^{shard} (is missing|has [03] records, not 4): [^\n]*$"):
         prepare.open_prepared(epath.Path(tmp_path), NUM_IMAGES)
     (tmp_path / "dataset_info.json").unlink()  # as the message says
     assert_complete(run(tmp_path))
@@ -207,7 +206,7 @@ def test_a_directory_in_a_shards_place_is_one_line(tmp_path):
     shard = tmp_path / "small-train.array_record-00001-of-00003"
     shard.unlink()
     shard.mkdir()
-    with pytest.raises(DataError, match=rf"^{tmp_path} cannot be written [^\n]*{shard}[^\n]*$"):
+    with pytest.raises(UserError, match=rf"^{tmp_path} cannot be written [^\n]*{shard}[^\n]*$"):
         run(tmp_path)
 
 
@@ -224,7 +223,7 @@ def test_checksums_torn_by_a_power_cut_are_made_again(content, tmp_path):
 
 def test_another_number_of_images_is_refused(tmp_path):
     run(tmp_path)
-    with pytest.raises(DataError, match=r"has 3 images in split 'validation', not 4"):
+    with pytest.raises(UserError, match=r"has 3 images in split 'validation', not 4"):
         prepare.open_prepared(epath.Path(tmp_path), {"train": 10, "validation": 4})
 
 
@@ -246,7 +245,7 @@ def test_a_wrong_image_is_named_and_what_was_finished_stays(kind, tmp_path):
         for name, content in read(split, positions):
             yield name, encoded if name == "5.png" else content
 
-    with pytest.raises(DataError, match=rf"^5\.png [^\n]*{words}[^\n]*$"):
+    with pytest.raises(UserError, match=rf"^5\.png [^\n]*{words}[^\n]*$"):
         run(tmp_path, with_damage)
     assert not prepare.is_prepared(epath.Path(tmp_path))
     assert_complete(run(tmp_path))
@@ -260,7 +259,7 @@ def test_a_record_damaged_later_is_one_line_at_run_time(tmp_path):
     shard.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     batches = Pipeline(sources, SHAPE, decode_any).batches("train", order.evaluation_batches(10, 4))
     np.testing.assert_array_equal(next(batches)[0].index, [0, 1, 2, 3])
-    with pytest.raises(DataError, match=rf"^record 2 of {shard}: image 6 of split 'train' [^\n]*$"):
+    with pytest.raises(UserError, match=rf"^record 2 of {shard}: image 6 of split 'train' [^\n]*$"):
         next(batches)
 
 
@@ -275,7 +274,7 @@ def test_an_image_that_does_not_decode_is_one_line_at_run_time(tmp_path):
     next(batches)
     shard = tmp_path / "small-train.array_record-00001-of-00003"
     words = rf"^record 1 of {shard}: image 5 of split 'train' cannot be read: [^\n{{]*$"
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(UserError, match=words):
         next(batches)
 
 
