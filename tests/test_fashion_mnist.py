@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 import input_pipeline
-from input_pipeline import fashion_mnist, tfds_builders
+from input_pipeline import fashion_mnist, pipeline, tfds_builders
 from input_pipeline.pipeline import Pipeline
 from llvq.data import order
 from llvq.errors import UserError
@@ -152,8 +152,9 @@ def test_batches_are_the_images_asked_for():
 
 
 @pytest.mark.parametrize("batch_size", [1, 16, 1000, 2000])
-def test_evaluation_drops_nothing(batch_size):
+def test_evaluation_drops_nothing(batch_size, monkeypatch):
     """Several batches are gathered at once, up to 1,024 images; the last gather has fewer."""
+    monkeypatch.setattr(pipeline, "_BYTES_PER_GATHER", 1024 * 2 * 3)
     images = np.random.default_rng(0).integers(0, 256, (2500, 2, 3, 1)).astype(np.uint8)
     data = Pipeline({"train": images}, (2, 3, 1))
     np.testing.assert_array_equal(image_data.read_images(data, "train", batch_size), images)
