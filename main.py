@@ -202,8 +202,6 @@ def _run() -> None:
                     progress=_make_progress,
                 )
                 logging.info("%s", json.dumps(results, indent=2))
-    except input_pipeline.DataError as error:
-        raise UserError(str(error)) from error
     except asynclib.AsyncError as error:
         # Of TensorBoard's files; the cause is what TensorFlow raised.
         cause: BaseException = error

@@ -122,7 +122,8 @@ def _pixels(kind: Kind) -> np.ndarray:
 
 def open_pipeline(kind: Kind, directory: pathlib.Path) -> Any:
     """The data set as main.py would open it; prepared the first time."""
-    from input_pipeline import Arrays, celeba, ffhq1024
+    from input_pipeline import celeba, ffhq1024
+    from input_pipeline.pipeline import Pipeline
 
     manual_dir = os.fspath(directory)
     data_dir = os.fspath(directory / "prepared")
@@ -132,7 +133,7 @@ def open_pipeline(kind: Kind, directory: pathlib.Path) -> Any:
     if kind.module == "ffhq1024":
         return ffhq1024.load(data_dir, manual_dir, num_images=num_images)
     pixels = _pixels(kind)
-    return Arrays({"train": pixels, "validation": pixels[:1]})
+    return Pipeline({"train": pixels, "validation": pixels[:1]}, kind.stored_shape)
 
 
 def _prepare(kind: Kind, directory: pathlib.Path) -> float:
