@@ -125,8 +125,8 @@ def test_the_table_compares_a_slice_with_one_chip_that_has_as_many_images():
         ),
     ]
     shown = cells(tpu_compile.table(rows), "v5e:2x4")
-    assert shown["images a chip"] == "4"
-    assert shown["images/s a chip"] == "320"  # 4 / 12.5 ms
+    assert shown["images per chip"] == "4"
+    assert shown["images/s per chip"] == "320"  # 4 / 12.5 ms
     assert shown["efficiency"] == "80.0%"
     assert shown["collectives"] == "1 all-reduce, 1,000 B"
 
