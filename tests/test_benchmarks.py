@@ -89,7 +89,7 @@ def test_both_sides_take_the_same_steps(name):
         )
     for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(before), strict=True):
         assert np.abs(new - old).max() > RATE / 2  # all have moved
-    # Adam's first steps are as long as the rate, however small a gradient is; 1% of that is allowed.
+    # However small a gradient is, Adam's first steps are as long as the rate; 1% of it is allowed.
     # The EMA's sums and quotients are larger than 1. Measured: 2e-6.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-2 * RATE),
