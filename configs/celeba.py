@@ -11,7 +11,7 @@ from configs import default
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """See configs/default.py for the argument and the fields."""
+    """See configs/default.py for the argument, llvq/config.py for the fields."""
     config = default.get_config(argument)
     config.dataset.name = "celeba"
     config.model.image_shape = (148, 148, 3)

@@ -1,14 +1,21 @@
-"""LL-VQ-VAE: vector-quantized autoencoders with a learnable lattice, in JAX."""
+"""LL-VQ-VAE: vector-quantized autoencoders with a learnable lattice, in JAX.
 
-from llvq.models.vqvae import VQVAE
-from llvq.pretrained import load_pretrained, pretrained_index
-from llvq.quantizers import (
-    DenseLatticeQuantizer,
-    EMAVectorQuantizer,
-    LatticeQuantizer,
-    Quantizer,
-    VectorQuantizer,
-)
+`import llvq` imports nothing else; each name below is imported when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llvq.models import VQVAE
+    from llvq.pretrained import load_pretrained, pretrained_index
+    from llvq.quantizers import (
+        DenseLatticeQuantizer,
+        EMAVectorQuantizer,
+        LatticeQuantizer,
+        Quantizer,
+        VectorQuantizer,
+    )
 
 __all__ = [
     "VQVAE",
@@ -20,3 +27,15 @@ __all__ = [
     "load_pretrained",
     "pretrained_index",
 ]
+
+_MODULES = {
+    "VQVAE": "llvq.models",
+    "load_pretrained": "llvq.pretrained",
+    "pretrained_index": "llvq.pretrained",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'llvq' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES.get(name, "llvq.quantizers")), name)

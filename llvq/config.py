@@ -1,269 +1,458 @@
-"""What a config must satisfy: by itself, and against the config of the run that it resumes.
+"""The typed schema of a config: its fields with defaults and ranges, and what a run derives.
 
-A config is a nested mapping with the fields of configs/default.py: an ml_collections.ConfigDict
-(which is no Mapping, only like one) or plain dicts.
+    config = make_config("sparse_lattice", image_shape=(28, 28, 1), num_train_steps=200)
+
+Whatever takes a config takes a `TrainConfig`, an ml_collections.ConfigDict (as the files of
+configs/ make it) or nested dicts; a field that is missing has its default. The options of each
+quantizer, with their defaults and ranges, are parameters of its constructor (llvq/quantizers).
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
+from jax import numpy as jnp
+from jax.typing import DTypeLike
 
+from llvq import fields
+from llvq.data.dataset import Dataset
 from llvq.data.order import steps_per_epoch
 from llvq.errors import UserError
-from llvq.quantizers import default_options
-from llvq.training.schedules import SCHEDULES
-from llvq.training.train_state import DTYPES
+from llvq.fields import Choice, Flag, Integer, Number, Several, Text, flatten, plain
+from llvq.models.vqvae import NUM_RESIDUAL_BLOCKS
+from llvq.quantizers import check_options, default_options
+from llvq.quantizers.base import Quantizer
+from llvq.quantizers.registry import quantizer_class
+from llvq.runtime.console import markdown_table
 
-Config = Mapping[str, Any]
+# compute_dtype: the dtype of the convolutions' arithmetic, and that of all parameters with it.
+DTYPES: dict[str, tuple[DTypeLike, DTypeLike]] = {
+    "float32": (jnp.float32, jnp.float32),
+    "bfloat16": (jnp.bfloat16, jnp.float32),
+    "float64": (jnp.float64, jnp.float64),
+}
+SCHEDULES = ("constant", "first_epoch", "cosine")  # see llvq/training/schedules.py
 
-# In steps: how often something follows one.
+# After how many steps something is done: these fields are intervals.
 INTERVALS = ("log_every_steps", "eval_every_steps", "checkpoint_every_steps")
 
-# The integers of a config with the smallest and the largest value of each. What is too large for
-# a machine runs out of its memory and says so; the upper bounds, far above any use, keep sizes
-# from overflowing before that, and steps within int32.
-_LARGEST = 2**31 - 1
-_INTEGERS = {
-    "seed": (0, 2**32 - 1),
-    "batch_size": (1, 2**20),
-    "images_per_device": (0, 2**20),
-    "num_epochs": (1, _LARGEST),
-    "num_train_steps": (0, _LARGEST),
-    "steps_per_call": (1, 2**20),
-    "keep_checkpoints": (1, _LARGEST),
-    **dict.fromkeys(INTERVALS, (1, _LARGEST)),
-    "model.num_residual_blocks": (0, 100),
-    "model.latent_dim": (1, 2**16),
+_SMALLEST_IMAGE = 11  # SSIM's window
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """The data set, for input_pipeline.
+
+    Attributes:
+      name: of the data set, a key of input_pipeline.DATASETS.
+      data_dir: the directory of TFDS; its default, ~/tensorflow_datasets, if empty.
+      manual_dir: the directory of files that were fetched by hand; see docs/data.md.
+    """
+
+    name: Annotated[str, Text()] = ""
+    data_dir: Annotated[str, Text()] = ""
+    manual_dir: Annotated[str, Text()] = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The network.
+
+    Attributes:
+      image_shape: of every image, (height, width, channels). It has no default.
+      value_range: what pixel values 0 … 255 are mapped to.
+      hidden_dims: the width of the network after each halving of the image.
+      num_residual_blocks: in the encoder, and as many in the decoder.
+      latent_dim: the number of entries of a latent vector.
+    """
+
+    image_shape: Annotated[tuple[int, int, int], Several(Integer(1), 3)] = (0, 0, 0)
+    value_range: Annotated[tuple[float, float], Several(Number(), 2)] = (0.0, 1.0)
+    hidden_dims: Annotated[tuple[int, ...], Several(Integer(1, 2**16))] = (64,)
+    num_residual_blocks: Annotated[int, Integer(0, 100)] = NUM_RESIDUAL_BLOCKS
+    latent_dim: Annotated[int, Integer(1, 2**16)] = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizerConfig:
+    """A quantizer by name, with the options that its constructor takes."""
+
+    name: str = "sparse_lattice"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Architecture(NamedTuple):
+    """What has to be known to make a model."""
+
+    model: ModelConfig
+    quantizer: QuantizerConfig
+    compute_dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+      seed: of the initial parameters and the input order.
+      batch_size: images per step, over all devices and hosts.
+      images_per_device: if above 0, a step takes this many images on each device. batch_size then
+        only says which batch the learning rate, the EMA decay and the intervals are meant for: see
+        `derive`.
+      num_epochs: the length of the run.
+      num_train_steps: the length of the run in steps; if above 0, it wins over num_epochs.
+      steps_per_call: steps in one call of the compiled program, if the data set is in memory; each
+        device then holds all of it. Reduced to the largest divisor that also divides every
+        interval, the run's length and the step it resumes at; 1 on a CPU.
+      learning_rate: Adam's.
+      compute_dtype: the dtype of the convolutions' arithmetic: float32, bfloat16 or float64.
+        Parameters, losses and the quantizer stay in float32 (float64 for float64).
+      schedule: of the learning rate; see llvq/training/schedules.py.
+      init_from: a checkpoint, or a workdir, whose parameters a new run starts from, with a fresh
+        optimizer. Empty: the run starts from random parameters.
+      keep_checkpoints: how many of the newest are kept, besides the best two by validation loss.
+      log_every_steps: how often metrics are logged.
+      eval_every_steps: how often the run is validated.
+      checkpoint_every_steps: how often it is saved.
+      stop_on_failed_save: whether a checkpoint that cannot be saved (a full disk) ends the run. If
+        not, it is a warning, unless there are several processes.
+      dataset: see `DatasetConfig`.
+      model: see `ModelConfig`.
+      quantizer: see `QuantizerConfig`.
+    """
+
+    seed: Annotated[int, Integer(0, 2**32 - 1)] = 0
+    batch_size: Annotated[int, Integer(1, 2**20)] = 64
+    images_per_device: Annotated[int, Integer(0, 2**20)] = 0
+    num_epochs: Annotated[int, Integer(1)] = 1
+    num_train_steps: Annotated[int, Integer(0)] = 0
+    steps_per_call: Annotated[int, Integer(1, 2**20)] = 1
+    learning_rate: Annotated[float, Number(0, 1e30)] = 1e-3
+    compute_dtype: Annotated[str, Choice(*DTYPES)] = "float32"
+    schedule: Annotated[str, Choice(*SCHEDULES)] = "constant"
+    init_from: Annotated[str, Text()] = ""
+    keep_checkpoints: Annotated[int, Integer(1)] = 2
+    log_every_steps: Annotated[int, Integer(1)] = 50
+    eval_every_steps: Annotated[int, Integer(1)] = 500
+    checkpoint_every_steps: Annotated[int, Integer(1)] = 500
+    stop_on_failed_save: Annotated[bool, Flag()] = True
+    dataset: DatasetConfig = DatasetConfig()
+    model: ModelConfig = ModelConfig()
+    quantizer: QuantizerConfig = QuantizerConfig()
+
+    @property
+    def architecture(self) -> Architecture:
+        """What a model of this config is made from."""
+        return Architecture(self.model, self.quantizer, self.compute_dtype)
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """(height, width) of an image's latents."""
+        height, width, _ = self.model.image_shape
+        factor = 2 ** len(self.model.hidden_dims)
+        return height // factor, width // factor
+
+
+# A config as its user wrote it.
+ConfigLike = TrainConfig | Mapping[str, Any]
+
+
+def _paper(quantizer: str) -> dict[str, Any]:
+    # The authors ran 5 epochs with a learning rate of exactly 0 from the second on. Only what is
+    # learnt without gradients notices those.
+    learns_without_gradients = (
+        quantizer_class(quantizer).update_statistics is not Quantizer.update_statistics
+    )
+    if learns_without_gradients:
+        return {"num_epochs": 5, "schedule": "first_epoch"}
+    return {"num_epochs": 1, "schedule": "constant"}
+
+
+def _long(_: str) -> dict[str, Any]:
+    return {"num_epochs": 10, "schedule": "cosine"}
+
+
+def _pod(quantizer: str) -> dict[str, Any]:
+    return {**_long(quantizer), "images_per_device": 8}
+
+
+# The fields that a recipe sets for a quantizer.
+RECIPES: dict[str, Callable[[str], dict[str, Any]]] = {
+    "paper": _paper,  # what the authors' released models were trained with
+    "long": _long,  # ten epochs; the learning rate rises, then falls to 0
+    "pod": _pod,  # the same with 8 images per device, however many devices there are
 }
-_TEXTS = (
-    *("schedule", "compute_dtype", "quantizer.name"),
-    *("dataset.name", "dataset.data_dir", "dataset.manual_dir"),
-)
-_FIELDS = (
-    *_INTEGERS,
-    *_TEXTS,
-    *(
-        "learning_rate",
-        "stop_on_failed_save",
+
+
+def make_config(quantizer_name: str, /, recipe: str = "paper", **overrides: Any) -> TrainConfig:
+    """A config for a quantizer, by a recipe.
+
+    Args:
+      quantizer_name: of llvq.quantizers.QUANTIZERS.
+      recipe: of RECIPES.
+      **overrides: fields of `TrainConfig` and of `ModelConfig`, by their names; `quantizer` and
+        `dataset` take dicts.
+
+    Raises:
+      UserError: if there is no such quantizer, recipe or field.
+    """
+    if recipe not in RECIPES:
+        raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
+    options = {**default_options(quantizer_name), **overrides.pop("quantizer", {})}
+    of_model = {field.name for field in dataclasses.fields(ModelConfig)} & overrides.keys()
+    model = {name: overrides.pop(name) for name in of_model}
+    values = {
+        **RECIPES[recipe](quantizer_name),
+        **overrides,
+        "model": {**model, **overrides.get("model", {})},
+        "quantizer": {"name": quantizer_name, **options},
+    }
+    return _build(TrainConfig, plain(values))
+
+
+def _build(kind: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """A dataclass from nested dicts, without a look at the values."""
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    for name in values:
+        if name not in known:
+            raise UserError(f"the config has the field {prefix}{name}, which llvq/config.py lacks")
+    built: dict[str, Any] = {}
+    for name, value in values.items():
+        section: Any = known[name].type
+        if dataclasses.is_dataclass(section) and not isinstance(value, Mapping):
+            raise UserError(f"config.{prefix}{name}={value!r}: must be a section of fields")
+        if section is QuantizerConfig:
+            options = dict(value)
+            quantizer = options.pop("name", QuantizerConfig.name)
+            built[name] = QuantizerConfig(quantizer, {**default_options(quantizer), **options})
+        elif dataclasses.is_dataclass(section):
+            built[name] = _build(section, value, f"{name}.")
+        else:
+            built[name] = value
+    return kind(**built)
+
+
+def parse(config: ConfigLike) -> TrainConfig:
+    """A config of any form as a `TrainConfig` that describes a possible run.
+
+    Raises:
+      UserError: if it does not; the message names the field.
+    """
+    parsed = _build(TrainConfig, {"quantizer": {}, **to_dict(config)})
+    for section, prefix in ((parsed, ""), (parsed.dataset, "dataset."), (parsed.model, "model.")):
+        fields.check(vars(section), fields.ranges(type(section)), prefix)
+    check_options(parsed.quantizer.name, parsed.quantizer.options)
+    if parsed.compute_dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise UserError("config.compute_dtype=float64: needs jax_enable_x64 (JAX_ENABLE_X64=1)")
+    model = parsed.model
+    factor = 2 ** len(model.hidden_dims)
+    fields.require(
+        model.image_shape[0] % factor == 0 and model.image_shape[1] % factor == 0,
         "model.image_shape",
+        model.image_shape,
+        f"a multiple of {factor} in height and width, as {len(model.hidden_dims)} hidden_dims "
+        "halve it",
+    )
+    fields.require(
+        min(model.image_shape[:2]) >= _SMALLEST_IMAGE,
+        "model.image_shape",
+        model.image_shape,
+        f"{_SMALLEST_IMAGE} or more high and wide (SSIM)",
+    )
+    fields.require(
+        model.value_range[0] < model.value_range[1],
         "model.value_range",
-        "model.hidden_dims",
-    ),
-)
+        model.value_range,
+        "two numbers, the lower one first",
+    )
+    return parsed
 
 
-def to_plain(config: Any) -> Any:
-    """A config as JSON would give it back: plain dicts, lists and numbers."""
-    if hasattr(config, "items"):
-        plain = {str(key): to_plain(value) for key, value in config.items()}
-        return {key: plain[key] for key in sorted(plain)}
-    return [to_plain(item) for item in config] if isinstance(config, list | tuple) else config
+def to_dict(config: ConfigLike) -> dict[str, Any]:
+    """A config of any form as nested dicts, tuples and plain values."""
+    if not isinstance(config, TrainConfig):
+        return plain(config)
+    quantizer = {"name": config.quantizer.name, **config.quantizer.options}
+    return plain({**dataclasses.asdict(config), "quantizer": quantizer})
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A config as one flat dict with dotted names, e.g. {"model.latent_dim": 64}."""
-    flat: dict[str, Any] = {}
-    for key, value in to_plain(config).items():
-        name = f"{prefix}{key}"
-        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
-    return flat
-
-
-def to_markdown(config: Config) -> str:
+def to_markdown(config: ConfigLike) -> str:
     """A config as a Markdown table, a row for each field."""
-    rows = (f"| {name} | {value} |" for name, value in flatten(config).items())
-    return "\n".join(("| field | value |", "| --- | --- |", *rows))
+    return markdown_table(
+        ("field", "value"),
+        [(name, str(value)) for name, value in flatten(to_dict(config)).items()],
+    )
 
 
-def num_train_steps(config: Config, num_images: int) -> int:
-    """How many steps a run takes: num_train_steps if given, else num_epochs.
+def num_train_steps(config: TrainConfig, num_images: int) -> int:
+    """How many steps a run takes on so many training images.
 
     Raises:
       UserError: if there are too many to be counted.
     """
-    per_epoch = steps_per_epoch(num_images, config["batch_size"])
-    num_steps = config["num_train_steps"] or config["num_epochs"] * per_epoch
-    if num_steps > _LARGEST:
+    per_epoch = steps_per_epoch(num_images, config.batch_size)
+    num_steps = config.num_train_steps or config.num_epochs * per_epoch
+    if num_steps > fields.LARGEST:
         raise UserError(
-            f"config.num_epochs={config['num_epochs']}: must be at most {_LARGEST // per_epoch}, "
-            f"as an epoch has {per_epoch} steps"
+            f"config.num_epochs={config.num_epochs}: must be at most "
+            f"{fields.LARGEST // per_epoch}, as an epoch has {per_epoch} steps"
         )
     return num_steps
 
 
-def latent_height(config: Config) -> int:
-    """How many rows of latents an image has."""
-    model = config["model"]
-    return model["image_shape"][0] // 2 ** len(model["hidden_dims"])
+def global_batch_size(config: TrainConfig, num_devices: int) -> int:
+    """Images per step, over all devices and hosts."""
+    return config.images_per_device * num_devices or config.batch_size
 
 
-def _require(condition: bool, field: str, value: Any, expected: str) -> None:
-    if not condition:
-        found = repr(value)
-        found = found if len(found) <= 100 else f"{found[:100]}…"
-        raise UserError(f"config.{field}={found}: must be {expected}")
+def derive(
+    config: TrainConfig, num_devices: int, saved_batch_size: int | None = None
+) -> TrainConfig:
+    """The config that a run uses on so many devices, with nothing left to derive.
 
+    Where images_per_device is above 0, a step takes k times the config's batch_size. A run then has
+    1/k of the steps (num_train_steps, if given, stays as it is), and
 
-def _is_integer(value: Any, smallest: int, largest: int = _LARGEST) -> bool:
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    return is_integer and smallest <= value <= largest
+      learning rate    × √k, Adam's rule (Malladi et al. 2022, arXiv 2205.10287)
+      EMA decay        to the power of k: the EMA forgets as fast per image (Busbridge et al. 2023,
+                       arXiv 2307.13813)
+      intervals        1/k of the steps, rounded to multiples of steps_per_call where they are that
+      warm-up          a share of the steps, so it takes as many images as before
 
-
-def _is_number(value: Any) -> bool:
-    """Whether it is one that float32 holds with room to calculate."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) <= _LARGEST
-
-
-def validate(config: Config) -> None:
-    """Raises UserError, naming the field, unless the config describes a possible run."""
-    config = to_plain(config)
-    _check_fields(config)
-    for field in _INTEGERS:
-        _check_integer(config, field)
-    stop = config["stop_on_failed_save"]
-    _require(isinstance(stop, bool), "stop_on_failed_save", stop, "True or False")
-    rate = config["learning_rate"]
-    valid = isinstance(rate, int | float) and not isinstance(rate, bool) and 0 <= rate <= 1e30
-    _require(valid, "learning_rate", rate, "a number from 0 to 1e30")
-    for field in _TEXTS:
-        value = _get(config, field)
-        # "\0" is in no file's name.
-        _require(isinstance(value, str) and "\0" not in value, field, value, "a text")
-    for field, choices in (("compute_dtype", DTYPES), ("schedule", SCHEDULES)):
-        value = config[field]
-        _require(value in choices, field, value, f"one of {', '.join(choices)}")
-    _require(
-        config["compute_dtype"] != "float64" or jax.config.read("jax_enable_x64"),
-        "compute_dtype",
-        "float64",
-        "used with jax_enable_x64 (JAX_ENABLE_X64=1)",
-    )
-    _check_hidden_dims(config)
-    _validate_images(config["model"])
-    _validate_quantizer(config["quantizer"])
-
-
-def _get(config: Config, field: str) -> Any:
-    value: Any = config
-    for name in field.split("."):
-        try:
-            value = value[name]
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"the config lacks {field}: configs/default.py lists every field"
-            ) from error
-    return value
-
-
-def _check_integer(config: Config, field: str) -> None:
-    value = _get(config, field)
-    smallest, largest = _INTEGERS[field]
-    valid = _is_integer(value, smallest, largest)
-    _require(valid, field, value, f"an integer from {smallest} to {largest}")
-
-
-def _check_fields(config: Config) -> None:
-    """Exactly those of configs/default.py; which ones `quantizer` has depends on its name."""
-    for field in _FIELDS:
-        _get(config, field)
-    for field in flatten(config):
-        if field not in _FIELDS and not field.startswith("quantizer."):
-            raise UserError(f"the config has the field {field}, which configs/default.py lacks")
-
-
-def _check_hidden_dims(config: Config) -> None:
-    hidden_dims = to_plain(_get(config, "model.hidden_dims"))
-    valid = isinstance(hidden_dims, list) and hidden_dims != []
-    valid = valid and all(_is_integer(width, 1, 2**16) for width in hidden_dims)
-    _require(valid, "model.hidden_dims", hidden_dims, "one or more integers from 1 to 65536")
-
-
-def check_saved(config: Config) -> None:
-    """Raises UserError, naming the field, unless a checkpoint's config has sizes to work with.
-
-    Those of the network, and those of the run, of which an imported checkpoint knows nothing.
+    Args:
+      config: as the user gave it.
+      num_devices: over all hosts.
+      saved_batch_size: batch size of the run being resumed, or None. A run keeps its batch size on
+        whatever number of devices it resumes.
     """
-    fields = ["model.num_residual_blocks", "model.latent_dim"]
-    if "num_epochs" in config:
-        fields += ["batch_size", "num_epochs", "num_train_steps"]
-    for field in fields:
-        _check_integer(config, field)
-    _check_hidden_dims(config)
-
-
-def _validate_images(model: Config) -> None:
-    hidden_dims, image_shape = model["hidden_dims"], model["image_shape"]
-    valid = isinstance(image_shape, list) and len(image_shape) == 3
-    valid = valid and all(_is_integer(size, 1) for size in image_shape)
-    _require(valid, "model.image_shape", image_shape, "3 integers ≥ 1")
-    factor = 2 ** len(hidden_dims)
-    _require(
-        image_shape[0] % factor == 0 and image_shape[1] % factor == 0,
-        "model.image_shape",
-        image_shape,
-        f"a multiple of {factor} in height and width, as {len(hidden_dims)} hidden_dims halve it",
-    )
-    _require(
-        min(image_shape[:2]) >= 11,
-        "model.image_shape",
-        image_shape,
-        "11 or more high and wide (SSIM)",
-    )
-    value_range = model["value_range"]
-    valid = isinstance(value_range, list) and len(value_range) == 2
-    valid = valid and all(map(_is_number, value_range)) and value_range[0] < value_range[1]
-    expected = f"two numbers within ±{_LARGEST}, the lower first"
-    _require(valid, "model.value_range", value_range, expected)
-
-
-def _validate_quantizer(quantizer: Config) -> None:
-    options = default_options(quantizer["name"])
-    if set(quantizer) != {"name", *options}:
-        raise UserError(
-            f"config.quantizer has the fields {', '.join(sorted(quantizer))}, but "
-            f"{quantizer['name']} takes name, {', '.join(options)}: name the quantizer in the "
-            f"config argument (configs/….py:{quantizer['name']})"
-        )
-    valid: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "codebook_size": (lambda x: _is_integer(x, 2, 2**24), f"an integer from 2 to {2**24}"),
-        "commitment_cost": (lambda x: _is_number(x) and x >= 0, f"a number from 0 to {_LARGEST}"),
-        "gamma": (_is_number, f"a number within ±{_LARGEST}"),
-        "decay": (lambda x: _is_number(x) and 0 <= x < 1, "a number from 0 to below 1"),
-        "epsilon": (lambda x: _is_number(x) and x > 0, f"a number above 0, up to {_LARGEST}"),
+    if not config.images_per_device:
+        return config
+    batch_size = saved_batch_size or global_batch_size(config, num_devices)
+    factor = batch_size / config.batch_size
+    unit = math.gcd(config.steps_per_call, *(getattr(config, name) for name in INTERVALS))
+    intervals: dict[str, Any] = {
+        name: unit * max(1, round(getattr(config, name) / factor / unit)) for name in INTERVALS
     }
-    for option in options:
-        is_valid, expected = valid[option]
-        value = quantizer[option]
-        _require(is_valid(value), f"quantizer.{option}", value, expected)
-
-
-def check_image_shape(config: Config, image_shape: tuple[int, ...]) -> None:
-    """Raises UserError unless the config's images are the data set's."""
-    configured = tuple(config["model"]["image_shape"])
-    _require(
-        configured == image_shape, "model.image_shape", configured, f"{image_shape}, the data's"
+    options = dict(config.quantizer.options)
+    if "decay" in options:
+        options["decay"] **= factor
+    return dataclasses.replace(
+        config,
+        images_per_device=0,
+        batch_size=batch_size,
+        learning_rate=config.learning_rate * math.sqrt(factor),
+        quantizer=dataclasses.replace(config.quantizer, options=options),
+        **intervals,
     )
 
 
-def check_same_model(config: Config, saved: Config, where: str) -> None:
+def to_saved(config: TrainConfig, derived: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint keeps: the config as the user gave it, and in `derived` what differs.
+
+    Args:
+      config: as the user gave it.
+      derived: what the run uses.
+    """
+    asked, used = to_dict(config), flatten(to_dict(derived))
+    differing = {name: used[name] for name, value in flatten(asked).items() if used[name] != value}
+    return asked | ({"derived": differing} if differing else {})
+
+
+def of_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that the run of a checkpoint used, as one flat dict with dotted names."""
+    asked = flatten(plain({name: value for name, value in saved.items() if name != "derived"}))
+    return asked | plain(saved.get("derived", {}))
+
+
+def architecture_of(saved: Mapping[str, Any]) -> Architecture:
+    """What the model of a checkpoint is made from.
+
+    An imported checkpoint does not know its images' height, width and value range: they are None.
+
+    Raises:
+      UserError: if the config is impossible; the message names the field.
+    """
+    values = plain(saved)
+    of_run = fields.ranges(TrainConfig)
+    fields.check(values, {name: of_run[name] for name in of_run if name in values})
+    model = {"image_shape": (None, None, 0), "value_range": None, **values["model"]}
+    allowed = fields.ranges(ModelConfig)
+    for name in ("hidden_dims", "num_residual_blocks", "latent_dim"):
+        fields.check(model, {name: allowed[name]}, "model.")
+    # The shape's other entries are None in an imported checkpoint.
+    channels = Integer(1)
+    fields.require(
+        channels.accepts(model["image_shape"][-1]),
+        "model.image_shape[-1]",
+        model["image_shape"][-1],
+        str(channels),
+    )
+    quantizer = dict(values["quantizer"])
+    name = quantizer.pop("name")
+    return Architecture(
+        _build(ModelConfig, model, "model."),
+        QuantizerConfig(name, quantizer),
+        values["compute_dtype"],
+    )
+
+
+def check_data(config: TrainConfig, data: Dataset) -> None:
+    """Raises UserError unless a data set has what training and evaluation need.
+
+    That is the splits "train" and "validation", with images in them of the config's shape.
+    """
+    for split in ("train", "validation"):
+        if not data.num_images.get(split):
+            raise UserError(
+                f"the data set has no images in a split {split!r} (its splits: "
+                f"{', '.join(data.num_images)}): training and evaluation need one"
+            )
+    shape = tuple(data.image_shape)
+    fields.require(
+        config.model.image_shape == shape,
+        "model.image_shape",
+        config.model.image_shape,
+        f"{shape}, the shape of the data set's images",
+    )
+
+
+def check_same_model(
+    config: TrainConfig, saved: Mapping[str, Any], where: str, *, dataset: bool = True
+) -> None:
     """Raises UserError, naming the first field that differs, if `saved` describes another model.
 
-    What an imported checkpoint's config does not know, a field that is missing or None, agrees
-    with everything. The EMA decay matters in training only, and may have been scaled.
+    What an imported checkpoint's config does not know agrees with everything. The EMA decay matters
+    in training only, and may have been derived.
+
+    Args:
+      config: of the model wanted.
+      saved: a checkpoint's config.
+      where: the checkpoint, for the message.
+      dataset: whether the name of the data set has to agree, too.
     """
-    known = {**flatten(saved), "quantizer.decay": None}
-    _check_same(config, known, ("dataset.name", "model", "quantizer"), where)
+    theirs = {name: value for name, value in of_saved(saved).items() if name != "quantizer.decay"}
+    names = ("dataset.name", "model", "quantizer") if dataset else ("model", "quantizer")
+    _check_same(config, theirs, names, where)
 
 
-def check_resumable(config: Config, saved: Config, where: str) -> None:
-    """Raises UserError, naming the first field that differs, if `saved` is another run's config."""
-    _check_same(config, saved, ("dataset.name", "model", "quantizer", "seed", "batch_size"), where)
+def check_resumable(config: TrainConfig, saved: Mapping[str, Any], where: str) -> None:
+    """Raises UserError, naming the first field that differs, if `saved` is another run's config.
+
+    Args:
+      config: what the run would use; see `derive`.
+      saved: a checkpoint's config.
+      where: the workdir, for the message.
+    """
+    names = ("dataset.name", "model", "quantizer", "seed", "batch_size", "init_from")
+    _check_same(config, {"init_from": "", **of_saved(saved)}, names, where)
 
 
-def _check_same(config: Config, saved: Config, names: tuple[str, ...], where: str) -> None:
-    ours, theirs = flatten(config), flatten(saved)
+def _check_same(
+    config: TrainConfig, theirs: Mapping[str, Any], names: tuple[str, ...], where: str
+) -> None:
+    ours = flatten(to_dict(config))
     # The most telling first.
     for field in sorted(theirs, key=lambda name: (not name.endswith(".name"), name)):
         matters = any(field == name or field.startswith(f"{name}.") for name in names)
@@ -275,6 +464,6 @@ def _check_same(config: Config, saved: Config, names: tuple[str, ...], where: st
 
 
 def _agree(value: Any, saved: Any) -> bool:
-    if isinstance(value, list) and isinstance(saved, list) and len(value) == len(saved):
+    if isinstance(value, tuple) and isinstance(saved, tuple) and len(value) == len(saved):
         return all(map(_agree, value, saved))
     return saved is None or value == saved

@@ -7,13 +7,12 @@ Writes checkpoints/<data set>/<quantizer>, parameters only, and its entry in che
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 
 from etils import epath
 
 from llvq import checkpointing, pretrained
-from llvq.errors import UserError
+from llvq.errors import one_line_exit
 from llvq.evaluate import read_evaluation
 
 
@@ -30,8 +29,9 @@ def export(workdir: epath.PathLike, command: str) -> str:
     Raises:
       UserError: if there is no checkpoint or it has not been evaluated, or the name is taken.
     """
-    config, state = checkpointing.load(workdir)
-    evaluation = read_evaluation(workdir)
+    checkpoint = checkpointing.load(workdir)
+    config, state = checkpoint.config, checkpoint.state
+    evaluation = read_evaluation(workdir, checkpoint.path)
     name = f"{config['dataset']['name']}/{config['quantizer']['name']}"
     # Where the data lay is of no use to others.
     config = {**config, "dataset": {"name": config["dataset"]["name"]}}
@@ -61,10 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, help="of the run")
     parser.add_argument("--command", required=True, help="the command that trained it")
     options = parser.parse_args(arguments)
-    try:
+    with one_line_exit(parser.prog):
         print(f"{pretrained.DIRECTORY / export(options.workdir, options.command)}")
-    except UserError as error:
-        sys.exit(f"{parser.prog}: {error}")
 
 
 if __name__ == "__main__":

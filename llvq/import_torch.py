@@ -19,7 +19,6 @@ Reading the files needs PyTorch, the optional extra `torch`: pip install "torch>
 import argparse
 import io
 import pickle
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,9 +30,9 @@ from jax import numpy as jnp
 from jaxtyping import Float
 
 from llvq import checkpointing
-from llvq import config as configuration
-from llvq.config import Config
-from llvq.errors import UserError, first_line
+from llvq.config import architecture_of
+from llvq.errors import UserError, first_line, one_line_exit
+from llvq.fields import flatten
 from llvq.quantizers import default_options
 from llvq.training import train_state
 from llvq.training.train_state import TrainState, Tree
@@ -149,7 +148,7 @@ def _quantizer_config(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {"name": name, **default_options(name), "codebook_size": embedding.shape[0]}
 
 
-def recognise(tensors: Mapping[str, Float[np.ndarray, "..."]]) -> Config:
+def recognise(tensors: Mapping[str, Float[np.ndarray, "..."]]) -> dict[str, Any]:
     """What a state dict of the authors' program tells of its model: a part of a config.
 
     `model.image_shape` is (None, None, channels): a convolutional network fits every size.
@@ -177,7 +176,7 @@ def recognise(tensors: Mapping[str, Float[np.ndarray, "..."]]) -> Config:
     }
 
 
-def _check_complete(config: Config, params: Tree, statistics: Tree) -> None:
+def _check_complete(config: dict[str, Any], params: Tree, statistics: Tree) -> None:
     """Raises UserError, naming the first parameter concerned, unless these are a whole model's."""
 
     def shapes(*trees: Tree) -> dict[str, tuple[int, ...]]:
@@ -187,9 +186,8 @@ def _check_complete(config: Config, params: Tree, statistics: Tree) -> None:
             for path, leaf in jax.tree.leaves_with_path(tree)
         }
 
-    _, *abstract = train_state.abstract_model(
-        config["model"], config["quantizer"], config["compute_dtype"]
-    )
+    model = train_state.abstract_model(architecture_of(config))
+    _, *abstract = train_state.split(model)
     expected, found = shapes(*abstract), shapes(params, statistics)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
@@ -249,7 +247,7 @@ def _read(path: epath.PathLike) -> tuple[int, dict[str, np.ndarray]]:
     return step, tensors
 
 
-def import_checkpoint(checkpoint: epath.PathLike, output: epath.PathLike) -> Config:
+def import_checkpoint(checkpoint: epath.PathLike, output: epath.PathLike) -> dict[str, Any]:
     """Writes a checkpoint for inference from a Lightning checkpoint of the authors' program.
 
     Args:
@@ -283,12 +281,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, help="the authors' .ckpt file")
     parser.add_argument("--output", required=True, help="a new directory, for --mode=evaluate")
     options = parser.parse_args(arguments)
-    try:
+    with one_line_exit(parser.prog):
         config = import_checkpoint(options.checkpoint, options.output)
-    except UserError as error:
-        sys.exit(f"{parser.prog}: {error}")
-    fields = {"model": config["model"], "quantizer": config["quantizer"]}
-    recognised = (f"{name}={value}" for name, value in configuration.flatten(fields).items())
+    sections = {"model": config["model"], "quantizer": config["quantizer"]}
+    recognised = (f"{name}={value}" for name, value in flatten(sections).items())
     print(f"{options.output}: {', '.join(recognised)}")
 
 

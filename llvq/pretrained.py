@@ -42,4 +42,4 @@ def load_pretrained(name: str) -> VQVAE:
     index = pretrained_index()
     if name not in index:
         raise UserError(f"no trained model {name!r}: there are {', '.join(index) or 'none yet'}")
-    return checkpointing.model_of(*checkpointing.load(DIRECTORY / name))
+    return checkpointing.model_of(checkpointing.load(DIRECTORY / name))

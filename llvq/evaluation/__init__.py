@@ -1,1 +1,1 @@
-"""."""
+"""Evaluation: metrics over whole splits, codes counted, pictures."""

@@ -1,28 +1,92 @@
-"""Image quality: PSNR and SSIM, on images mapped to [0, 1] and clipped."""
+"""Metrics of reconstructions. A new one is one entry of METRICS; result tables derive from it."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import dm_pix
 import jax
 from jax import numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
+
+Images = Float[Array, "batch height width channels"]
+
+# An exact reconstruction counts as one with this mean squared error, 100 dB, instead of making the
+# mean over a split infinite.
+_SMALLEST_MSE = 1e-10
 
 
-def to_unit_range(
-    images: Float[Array, "batch height width channels"], value_range: tuple[float, float]
-) -> Float[Array, "batch height width channels"]:
-    """Maps a value range to [0, 1] and clips to it."""
-    low, high = value_range
-    return jnp.clip((images - low) / (high - low), 0.0, 1.0)
+class Pair(NamedTuple):
+    """Images and their reconstructions.
+
+    Attributes:
+      originals: in the model's value range.
+      reconstructions: likewise, but perhaps beyond it.
+      unit_originals: mapped to [0, 1].
+      unit_reconstructions: mapped to [0, 1] and clipped to it.
+    """
+
+    originals: Images
+    reconstructions: Images
+    unit_originals: Images
+    unit_reconstructions: Images
 
 
-def psnr(
-    a: Float[Array, "batch height width channels"], b: Float[Array, "batch height width channels"]
-) -> Float[Array, "batch"]:
-    """Peak signal-to-noise ratio of each image pair in dB; infinite for equal images."""
-    return jax.vmap(dm_pix.psnr)(a, b)
+class Metric(NamedTuple):
+    """Attributes:
+    of_images: maps a pair to the metric of each image, [batch].
+    finish: maps the mean over a split's images to the figure that is reported.
+    title: of its column in a table.
+    digits: how a table formats it.
+    """
+
+    of_images: Callable[[Pair], Float[Array, "batch"]]
+    finish: Callable[[float], float]
+    title: str
+    digits: str
 
 
-def ssim(
-    a: Float[Array, "batch height width channels"], b: Float[Array, "batch height width channels"]
-) -> Float[Array, "batch"]:
+def mse(originals: Images, reconstructions: Images) -> Float[Array, "batch"]:
+    """Mean squared error of each image pair."""
+    return jnp.mean((reconstructions - originals) ** 2, axis=(1, 2, 3))
+
+
+def psnr(originals: Images, reconstructions: Images) -> Float[Array, "batch"]:
+    """Peak signal-to-noise ratio of each image pair in [0, 1], in dB, at most 100."""
+    return -10.0 * jnp.log10(jnp.maximum(mse(originals, reconstructions), _SMALLEST_MSE))
+
+
+def ssim(originals: Images, reconstructions: Images) -> Float[Array, "batch"]:
     """Structural similarity of each image pair (Wang et al. 2004; Gaussian window 11, σ = 1.5)."""
-    return jax.vmap(dm_pix.ssim)(a, b)
+    return jax.vmap(dm_pix.ssim)(originals, reconstructions)
+
+
+def _mean(mean: float) -> float:
+    return mean
+
+
+METRICS: dict[str, Metric] = {
+    "reconstruction_loss": Metric(
+        lambda pair: mse(pair.originals, pair.reconstructions), _mean, "MSE", ".5f"
+    ),
+    "psnr": Metric(
+        lambda pair: psnr(pair.unit_originals, pair.unit_reconstructions), _mean, "PSNR", ".2f"
+    ),
+    "ssim": Metric(
+        lambda pair: ssim(pair.unit_originals, pair.unit_reconstructions), _mean, "SSIM", ".3f"
+    ),
+}
+
+
+def sums(pair: Pair, mask: Bool[Array, "batch"]) -> dict[str, Float[Array, ""]]:
+    """The sum of each metric over the images that the mask lets count."""
+    return {name: jnp.sum(m.of_images(pair), where=mask) for name, m in METRICS.items()}
+
+
+def finish(totals: Mapping[str, float], num_images: int) -> dict[str, float]:
+    """The figures of a split, from the sums of metrics and losses over its images."""
+    means = {name: total / num_images for name, total in totals.items()}
+    finished = {
+        name: METRICS[name].finish(mean) if name in METRICS else mean
+        for name, mean in means.items()
+    }
+    return {"loss": means["reconstruction_loss"] + means["quantizer_loss"], **finished}

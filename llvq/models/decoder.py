@@ -1,6 +1,8 @@
 """The decoder: quantized latents to images."""
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 from flax import nnx
 from jax.typing import DTypeLike
@@ -27,33 +29,26 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         width = hidden_dims[-1]
-        self.mix = layers.Conv(
-            latent_dim, width, 3, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        common: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.mix = layers.Conv(latent_dim, width, 3, **common)
         self.residual_blocks = nnx.List(
-            layers.ResidualBlock(width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-            for _ in range(num_residual_blocks)
+            layers.ResidualBlock(width, **common) for _ in range(num_residual_blocks)
         )
-        upwards = tuple(reversed(hidden_dims))
         self.upsample = nnx.List(
-            layers.ConvTranspose(
-                features_in, features_out, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-            )
-            for features_in, features_out in zip(
-                upwards, (*upwards[1:], image_channels), strict=True
+            layers.ConvTranspose(features_in, features_out, scale=2**step, **common)
+            for step, (features_in, features_out) in enumerate(
+                itertools.pairwise((*reversed(hidden_dims), image_channels))
             )
         )
 
     def __call__(
-        self, quantized: Float[Array, "batch h w latent_dim"], packing: int | None = None
+        self, quantized: Float[Array, "batch h w latent_dim"]
     ) -> Float[Array, "batch height width channels"]:
-        """The images of latents, packed, if at all, as those of the encoder."""
-        x = nnx.leaky_relu(self.mix(quantized, packing))
+        """The images of quantized latents."""
+        x = nnx.leaky_relu(self.mix(quantized))
         for block in self.residual_blocks:
-            x = block(x, packing)
+            x = block(x)
         x = nnx.leaky_relu(x)
-        scale = 1
         for upsample in self.upsample:
-            x = nnx.leaky_relu(upsample(x, packing and scale * packing))
-            scale *= 2
+            x = nnx.leaky_relu(upsample(x))
         return x

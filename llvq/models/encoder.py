@@ -1,6 +1,7 @@
 """The encoder: images to latents."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 from flax import nnx
@@ -30,9 +31,9 @@ class Encoder(nnx.Module):
         conv = functools.partial(layers.Conv, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         width = hidden_dims[-1]
         self.downsample = nnx.List(
-            conv(features_in, features_out, 4, strides=2)
-            for features_in, features_out in zip(
-                (image_channels, *hidden_dims[:-1]), hidden_dims, strict=True
+            conv(features_in, features_out, 4, strides=2, scale=2 ** (len(hidden_dims) - step))
+            for step, (features_in, features_out) in enumerate(
+                itertools.pairwise((image_channels, *hidden_dims)), start=1
             )
         )
         self.mix = conv(width, width, 3)
@@ -43,19 +44,14 @@ class Encoder(nnx.Module):
         self.project = conv(width, latent_dim, 1)
 
     def __call__(
-        self, images: Float[Array, "batch height width channels"], packing: int | None = None
+        self, images: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch h w latent_dim"]:
-        """The latents of images.
-
-        Packed (see `convolution`), if at all, the latents by `packing`, the images by that times
-        2 ** len(hidden_dims).
-        """
-        x, scale = images, 2 ** len(self.downsample)
+        """The latents of images."""
+        x = images
         for downsample in self.downsample:
-            scale //= 2
-            x = nnx.leaky_relu(downsample(x, packing and scale * packing))
-        x = nnx.leaky_relu(self.mix(x, packing))
+            x = nnx.leaky_relu(downsample(x))
+        x = nnx.leaky_relu(self.mix(x))
         for block in self.residual_blocks:
-            x = block(x, packing)
+            x = block(x)
         x = nnx.leaky_relu(x)
-        return nnx.leaky_relu(self.project(x, packing))
+        return nnx.leaky_relu(self.project(x))

@@ -4,6 +4,7 @@ PyTorch draws kernel and bias uniformly from ±1/sqrt(fan_in); keeping that make
 comparable with the authors'. All images are NHWC, all kernels [height, width, in, out].
 """
 
+import functools
 import math
 
 import jax
@@ -28,7 +29,12 @@ def _add_bias(
 
 
 class Conv(nnx.Module):
-    """A convolution padded so that the output has 1/strides of the input's height and width."""
+    """A convolution padded so that the output has 1/strides of the input's height and width.
+
+    Attributes:
+      scale: the height of the output over that of the network's latents.
+      packing: how the network's latents are packed (see `VQVAE`); None if images are not packed.
+    """
 
     def __init__(
         self,
@@ -37,6 +43,7 @@ class Conv(nnx.Module):
         kernel_size: int,
         *,
         strides: int = 1,
+        scale: int = 1,
         use_bias: bool = True,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
@@ -47,14 +54,13 @@ class Conv(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(init(rngs.params(), shape[-1:], param_dtype)) if use_bias else None
         self.strides = strides
+        self.scale = scale
+        self.packing: int | None = None
         self.dtype = dtype
 
-    def __call__(
-        self, x: Float[Array, "batch h w c"], packing: int | None = None
-    ) -> Float[Array, "batch h_out w_out c_out"]:
-        """Packed, if at all, x by strides·packing and the result by packing (see `convolution`)."""
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h_out w_out c_out"]:
         x, kernel = x.astype(self.dtype), self.kernel.astype(self.dtype)
-        y = convolution.conv(x, kernel, self.strides, packing)
+        y = convolution.conv(x, kernel, self.strides, self.packing and self.packing * self.scale)
         return y if self.bias is None else _add_bias(y, self.bias[...])
 
 
@@ -62,6 +68,10 @@ class ConvTranspose(nnx.Module):
     """A transposed convolution, 4×4 with stride 2: exactly doubles height and width.
 
     PyTorch takes a transposed convolution's fan_in from its output channels.
+
+    Attributes:
+      scale: the height of the input over that of the network's latents.
+      packing: how the network's latents are packed (see `VQVAE`); None if images are not packed.
     """
 
     def __init__(
@@ -69,6 +79,7 @@ class ConvTranspose(nnx.Module):
         in_features: int,
         out_features: int,
         *,
+        scale: int = 1,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
@@ -77,14 +88,14 @@ class ConvTranspose(nnx.Module):
         shape = (4, 4, in_features, out_features)
         self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(init(rngs.params(), shape[-1:], param_dtype))
+        self.scale = scale
+        self.packing: int | None = None
         self.dtype = dtype
 
-    def __call__(
-        self, x: Float[Array, "batch h w c"], packing: int | None = None
-    ) -> Float[Array, "batch h_out w_out c_out"]:
-        """Packed, if at all, x by packing and the result by 2·packing (see `convolution`)."""
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h_out w_out c_out"]:
         x, kernel = x.astype(self.dtype), self.kernel.astype(self.dtype)
-        return _add_bias(convolution.conv_transpose(x, kernel, packing), self.bias[...])
+        y = convolution.conv_transpose(x, kernel, self.packing and self.packing * self.scale)
+        return _add_bias(y, self.bias[...])
 
 
 class ResidualBlock(nnx.Module):
@@ -93,22 +104,17 @@ class ResidualBlock(nnx.Module):
     def __init__(
         self, features: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        def conv_without_bias(kernel_size: int) -> Conv:
-            return Conv(
-                features,
-                features,
-                kernel_size,
-                use_bias=False,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
+        conv = functools.partial(
+            Conv,
+            features,
+            features,
+            use_bias=False,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.conv3x3 = conv(kernel_size=3)
+        self.conv1x1 = conv(kernel_size=1)
 
-        self.conv3x3 = conv_without_bias(3)
-        self.conv1x1 = conv_without_bias(1)
-
-    def __call__(
-        self, x: Float[Array, "batch h w c"], packing: int | None = None
-    ) -> Float[Array, "batch h w c"]:
-        """Packed, if at all, x and the result by packing (see `convolution`)."""
-        return x + self.conv1x1(nnx.relu(self.conv3x3(x, packing)), packing)
+    def __call__(self, x: Float[Array, "batch h w c"]) -> Float[Array, "batch h w c"]:
+        return x + self.conv1x1(nnx.relu(self.conv3x3(x)))

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 
 from flax import nnx
 from jax import numpy as jnp
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped, UInt8
 
-from llvq.models import convolution
+from llvq.models import packing
 from llvq.models.decoder import Decoder
 from llvq.models.encoder import Encoder
 from llvq.quantizers.base import Losses, Quantizer
@@ -24,8 +23,14 @@ class VQVAE(nnx.Module):
         codes = model.encode(images)
         images = model.decode(codes)
 
-    Images are float [batch, height, width, channels] in the value range that the model was trained
-    with; height and width must be multiples of 2 ** len(hidden_dims).
+    Images are [batch, height, width, channels], either uint8 or float in the value range that the
+    model is trained with. Height and width must be multiples of 2 ** len(hidden_dims).
+
+    Attributes:
+      packing: None, or how latents are packed for speed (see `packing`). Then `__call__` takes
+        images as `pack` returns them, and returns reconstructions for `unpack`, and codes as
+        [batch, h / packing, w / packing, packing², ...]. To be set for all layers at once:
+        `model.set_attributes(packing=…)`.
     """
 
     def __init__(
@@ -35,6 +40,7 @@ class VQVAE(nnx.Module):
         image_channels: int,
         hidden_dims: Sequence[int],
         num_residual_blocks: int = NUM_RESIDUAL_BLOCKS,
+        value_range: tuple[float, float] | None = (0.0, 1.0),
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -44,6 +50,7 @@ class VQVAE(nnx.Module):
         image_channels: of the images, 1 or 3 as a rule.
         hidden_dims: the width of the network after each halving of the image.
         num_residual_blocks: in the encoder, and as many in the decoder.
+        value_range: what 0 … 255 is mapped to; None if that is not known.
         dtype: of the convolutions' arithmetic.
         param_dtype: of the convolutions' parameters.
         rngs: where initial values are drawn from (stream `params`).
@@ -67,71 +74,104 @@ class VQVAE(nnx.Module):
             param_dtype=param_dtype,
             rngs=rngs,
         )
+        self.value_range = value_range
+        self.param_dtype = param_dtype
+        self.packing: int | None = None
 
     def __call__(
         self,
-        images: Float[Array, "batch height width channels"],
+        images: Num[Array, "batch height width channels"],
         *,
         train: bool = False,
         mask: Bool[Array, "batch"] | None = None,
-        packing: int | None = None,
     ) -> tuple[Float[Array, "batch height width channels"], Int[Array, "batch h w ..."], Losses]:
-        """(reconstructions, codes, quantizer losses); see `Quantizer` for codes, train and mask.
-
-        `packing` is for speed: as `pack` returned it with the images. Then reconstructions come
-        packed, too (see `unpack`), and codes as [batch, h / packing, w / packing, packing², ...].
-        """
-        latents = self.encoder(images, packing)
-        quantized, codes, losses = self.quantizer(
-            self._vectors(latents, packing), train=train, mask=mask
-        )
-        return self.decoder(quantized.reshape(latents.shape), packing), codes, losses
+        """(reconstructions, codes, quantizer losses); see `Quantizer` for codes, train and mask."""
+        latents = self.encoder(self.to_floats(images))
+        quantized, codes, losses = self.quantizer(self._vectors(latents), train=train, mask=mask)
+        return self.decoder(quantized.reshape(latents.shape)), codes, losses
 
     def encode(
-        self, images: Float[Array, "batch height width channels"], packing: int | None = None
+        self, images: Num[Array, "batch height width channels"]
     ) -> Int[Array, "batch h w ..."]:
-        """The codes of images; for `packing` see `__call__`."""
-        return self.quantizer(self._vectors(self.encoder(images, packing), packing))[1]
-
-    def pack(
-        self, images: Shaped[Array, "batch height width channels"], mesh: Mesh
-    ) -> tuple[Shaped[Array, "batch h w c"], int | None]:
-        """Images in the form that is fastest on a mesh, and how that is called.
-
-        Returns:
-          (images, packing), where packing is None if they are best left as they are.
-        """
-        scale = 2 ** len(self.encoder.downsample)
-        _, height, width, _ = images.shape
-        latent_shape = height // mesh.shape["height"] // scale, width // scale
-        features = self.encoder.mix.kernel.shape[-1]
-        platform = mesh.devices.flat[0].platform
-        packing = convolution.choose_packing(platform, latent_shape, features)
-        return images if packing is None else convolution.pack(images, scale * packing), packing
-
-    def unpack(
-        self, images: Shaped[Array, "batch h w c"], packing: int | None
-    ) -> Shaped[Array, "batch height width channels"]:
-        """Images or reconstructions as they were before they were packed."""
-        scale = 2 ** len(self.encoder.downsample)
-        return images if packing is None else convolution.unpack(images, scale * packing)
-
-    def _vectors(
-        self, latents: Float[Array, "batch h w c"], packing: int | None
-    ) -> Float[Array, "batch h w ..."]:
-        """Latents whose last axis is one vector."""
-        if packing is None:
-            return latents
-        return latents.reshape(*latents.shape[:-1], packing**2, self.quantizer.latent_dim)
+        """The codes of images."""
+        return self.quantizer(self._vectors(self.encoder(self.to_floats(images))))[1]
 
     def decode(
         self, codes: Int[Array, "batch h w ..."]
     ) -> Float[Array, "batch height width channels"]:
-        """The images of codes."""
+        """The images of codes, in the model's value range or, where the model erred, beyond it."""
         return self.decoder(self.quantizer.lookup(codes))
 
+    def decode_uint8(
+        self, codes: Int[Array, "batch h w ..."]
+    ) -> UInt8[Array, "batch height width channels"]:
+        """The images of codes, clipped to the value range and mapped to 0 … 255."""
+        return self.to_uint8(self.decode(codes))
+
     def reconstruct(
-        self, images: Float[Array, "batch height width channels"]
+        self, images: Num[Array, "batch height width channels"]
     ) -> Float[Array, "batch height width channels"]:
         """The images as they come back through the codes."""
         return self(images)[0]
+
+    def to_floats(
+        self, images: Num[Array, "batch height width channels"]
+    ) -> Float[Array, "batch height width channels"]:
+        """Maps 0 … 255 of uint8 images linearly to the model's value range; passes floats on.
+
+        Raises:
+          ValueError: for other integers, or for uint8 if the model does not know its value range.
+        """
+        images = jnp.asarray(images)
+        if jnp.issubdtype(images.dtype, jnp.floating):
+            return images
+        if images.dtype != jnp.uint8:
+            raise ValueError(f"images must be uint8 or float, not {images.dtype}")
+        low, high = self._value_range()
+        return low + images.astype(self.param_dtype) / 255.0 * (high - low)
+
+    def to_uint8(
+        self, images: Float[Array, "batch height width channels"]
+    ) -> UInt8[Array, "batch height width channels"]:
+        """Clips images to the model's value range and maps it linearly to 0 … 255."""
+        return jnp.round(255.0 * self.to_unit(images.astype(self.param_dtype))).astype(jnp.uint8)
+
+    def to_unit(
+        self, images: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch height width channels"]:
+        """Clips images to the model's value range and maps it linearly to [0, 1].
+
+        Raises:
+          ValueError: if the model does not know its value range.
+        """
+        low, high = self._value_range()
+        return jnp.clip((images - low) / (high - low), 0.0, 1.0)
+
+    def pack(
+        self, images: Shaped[Array, "batch height width channels"]
+    ) -> Shaped[Array, "batch h w c"]:
+        """Images as `__call__` takes them: packed, if the model has a packing."""
+        return images if self.packing is None else packing.pack(images, self._image_packing())
+
+    def unpack(
+        self, images: Shaped[Array, "batch h w c"]
+    ) -> Shaped[Array, "batch height width channels"]:
+        """Images or reconstructions as they were before `pack`."""
+        return images if self.packing is None else packing.unpack(images, self._image_packing())
+
+    def _image_packing(self) -> int:
+        assert self.packing is not None
+        return self.packing * 2 ** len(self.encoder.downsample)
+
+    def _value_range(self) -> tuple[float, float]:
+        if self.value_range is None:
+            raise ValueError(
+                "the model does not know its value range: give it floats, or set model.value_range"
+            )
+        return self.value_range
+
+    def _vectors(self, latents: Float[Array, "batch h w c"]) -> Float[Array, "batch h w ..."]:
+        """Latents whose last axis is one vector."""
+        if self.packing is None:
+            return latents
+        return latents.reshape(*latents.shape[:-1], self.packing**2, self.quantizer.latent_dim)

@@ -2,14 +2,15 @@
 
     quantized, codes, losses = quantizer(latents)
 
-`latents` are [..., latent_dim]; `codes` are int32, discrete and enough to rebuild `quantized`
-(`quantizer.lookup(codes)`); the gradient of `quantized` passes to `latents` unchanged (the
-straight-through estimator); `losses` are scalars of which "quantizer_loss" is the one to add to
-the loss that is minimised, the others its parts. All arithmetic is in float32 at least, whatever
-the dtype of `latents`: lattice codes reach 1e7.
+`latents` are [..., latent_dim]. `codes` are int32, and `quantizer.lookup(codes)` is `quantized`
+again. The gradient of `quantized` passes to `latents` unchanged (the straight-through estimator).
+`losses` are scalars: add "quantizer_loss" to the loss that you minimise, the others are its parts.
+`quantized` has the dtype of `latents`, but all arithmetic is in float32 at least: lattice codes
+reach 1e7.
 """
 
 import abc
+from typing import Annotated
 
 import jax
 from flax import nnx
@@ -17,7 +18,12 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from llvq.fields import Integer, Number
+
+# What several quantizers take, with the paper's defaults.
+CodebookSize = Annotated[int, Integer(2, 2**24)]
 CODEBOOK_SIZE = 512
+CommitmentCost = Annotated[float, Number(0)]
 COMMITMENT_COST = 0.25
 
 Losses = dict[str, Float[Array, ""]]
@@ -65,7 +71,7 @@ class Quantizer(nnx.Module):
 
         Args:
           latents: [batch, ..., latent_dim].
-          train: whether to update what is learnt without gradients, after this call's result.
+          train: whether to update, after this call, what is learnt without gradients.
           mask: [batch], the examples that count in losses and statistics; all by default.
 
         Returns:
@@ -81,6 +87,7 @@ class Quantizer(nnx.Module):
                 f"latents {latents.shape} must end in latent_dim={self.latent_dim}: "
                 f"{type(self).__name__} quantizes the last axis"
             )
+        dtype = latents.dtype
         latents = latents.astype(self.param_dtype)
         quantized, codes = self.quantize(latents)
         where = None if mask is None else mask.reshape(-1, *[1] * (latents.ndim - 1))
@@ -93,7 +100,7 @@ class Quantizer(nnx.Module):
         straight_through = jax.lax.stop_gradient(quantized) + (
             latents - jax.lax.stop_gradient(latents)
         )
-        return straight_through, codes, losses
+        return straight_through.astype(dtype), codes, losses
 
     @abc.abstractmethod
     def histograms(self, codes: Int[Array, "..."]) -> dict[str, Array]:

@@ -1,6 +1,7 @@
 """What VQ and VQ-EMA share: a codebook, and the search for the vector nearest to a latent."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -9,12 +10,11 @@ from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llvq.quantizers.base import Quantizer
-from llvq.runtime import sharding
 
 _PRECISION = jax.lax.Precision.HIGHEST
 
-# Codebook vectors at a time: of a larger codebook than this no matrix of all latents by all vectors
-# is ever in memory.
+# A larger codebook is searched in blocks of at most this many vectors, so that the matrix of all
+# latents by all vectors is never in memory.
 _BLOCK_SIZE = 1024
 
 
@@ -29,15 +29,15 @@ def nearest(
 ) -> Int[Array, "..."]:
     """The index of the codebook vector nearest to each latent, the lowest one on ties.
 
-    By ‖z‖² + ‖e‖² − 2z·e, all three terms: ‖z‖² is the same for every e, but the rounding that it
-    brings decides between the many near-zero vectors of a codebook that EMA has let die.
+    The distance is ‖z‖² + ‖e‖² − 2z·e, with all three terms: ‖z‖² is the same for every e, but its
+    rounding decides between the many near-zero vectors of a codebook that EMA has let die.
     """
     latents, codebook = jax.lax.stop_gradient((latents, codebook))
     latent_norms = jnp.sum(latents**2, axis=-1, keepdims=True)
     norms = jnp.sum(codebook**2, axis=-1)
     num_blocks, block_size = _blocks(len(codebook))
     missing = num_blocks * block_size - len(codebook)
-    # What fills up the last block is infinitely far.
+    # The vectors that fill up the last block are infinitely far away.
     codebook = jnp.pad(codebook, ((0, missing), (0, 0)))
     norms = jnp.pad(norms, (0, missing), constant_values=jnp.inf)
 
@@ -64,14 +64,21 @@ def sums_by_code(
     codes: Int[Array, "batch ..."],
     values: Float[Array, "batch ... width"],
     codebook_size: int,
+    num_shares: int = 1,
 ) -> Float[Array, "codes width"]:
-    """The sum, for each index of the codebook, of the values at which it is the code.
+    """The sum, for each index of the codebook, of the values whose code it is.
 
-    By products with one-hot vectors, which add in the same order every time; of several devices
-    each sums its own, then all of them once.
+    The sums are products with one-hot vectors, which add in the same order every time.
+
+    Args:
+      codes: [batch, ...], int32.
+      values: [batch, ..., width].
+      codebook_size: how many codes there are.
+      num_shares: into how many equal parts several devices split the batch. Each part is summed by
+        itself first; communication is then needed only once.
     """
     num_blocks, block_size = _blocks(codebook_size)
-    shares = sharding.num_shares(len(codes))
+    shares = math.gcd(num_shares, len(codes))
     codes = codes.reshape(shares, codes.size // shares)
     values = values.reshape(shares, codes.shape[1], values.shape[-1])
 

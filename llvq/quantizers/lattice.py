@@ -4,13 +4,23 @@ The lattice is the set of all integer combinations of a diagonal basis: D number
 codebook, and quantizing is rounding each coordinate to a multiple of its basis entry.
 """
 
+from typing import Annotated
+
 import jax
 from flax import nnx
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from llvq.quantizers.base import CODEBOOK_SIZE, COMMITMENT_COST, Losses, Quantizer
+from llvq.fields import Number
+from llvq.quantizers.base import (
+    CODEBOOK_SIZE,
+    COMMITMENT_COST,
+    CodebookSize,
+    CommitmentCost,
+    Losses,
+    Quantizer,
+)
 
 # Below this a basis entry counts as ±SMALLEST_BASIS, so that nothing divides by zero.
 SMALLEST_BASIS = 1e-7
@@ -36,9 +46,9 @@ class LatticeQuantizer(Quantizer):
         self,
         latent_dim: int,
         *,
-        codebook_size: int = CODEBOOK_SIZE,
-        gamma: float = 1.0,
-        commitment_cost: float = COMMITMENT_COST,
+        codebook_size: CodebookSize = CODEBOOK_SIZE,
+        gamma: Annotated[float, Number()] = 1.0,
+        commitment_cost: CommitmentCost = COMMITMENT_COST,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -109,8 +119,8 @@ class DenseLatticeQuantizer(LatticeQuantizer):
         self,
         latent_dim: int,
         *,
-        gamma: float = -1.0,
-        commitment_cost: float = COMMITMENT_COST,
+        gamma: Annotated[float, Number()] = -1.0,
+        commitment_cost: CommitmentCost = COMMITMENT_COST,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:

@@ -6,7 +6,13 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from llvq.quantizers.base import CODEBOOK_SIZE, COMMITMENT_COST, Losses
+from llvq.quantizers.base import (
+    CODEBOOK_SIZE,
+    COMMITMENT_COST,
+    CodebookSize,
+    CommitmentCost,
+    Losses,
+)
 from llvq.quantizers.codebook import CodebookQuantizer
 
 
@@ -17,8 +23,8 @@ class VectorQuantizer(CodebookQuantizer):
         self,
         latent_dim: int,
         *,
-        codebook_size: int = CODEBOOK_SIZE,
-        commitment_cost: float = COMMITMENT_COST,
+        codebook_size: CodebookSize = CODEBOOK_SIZE,
+        commitment_cost: CommitmentCost = COMMITMENT_COST,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:

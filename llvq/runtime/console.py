@@ -4,8 +4,7 @@ Both classes have the interface of their counterparts in clu (a MetricWriter, a 
 so that main.py can hand in clu's and a run without TensorFlow can do without them.
 """
 
-import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -43,25 +42,15 @@ class ConsoleWriter:
 
 
 class Progress:
-    """Prints how far a loop is, its rate and the time left, every few seconds and at the end."""
+    def __init__(self, total: int, description: str, first: int = 0) -> None: ...
 
-    def __init__(self, num_steps: int) -> None:
-        self._num_steps = num_steps
-        self._first: tuple[int, float] | None = None
-        self._last_time = 0.0
+    def __enter__(self) -> Any:
+        return lambda done, **figures: None
 
-    def __call__(self, step: int) -> None:
-        """To be called after every step or few, with the number of steps done."""
-        now = time.monotonic()
-        if self._first is None:
-            self._first, self._last_time = (step, now), now
-        elif now - self._last_time > _EVERY_SECONDS or step == self._num_steps:
-            first_step, start = self._first
-            rate = (step - first_step) / max(now - start, 1e-9)
-            left = (self._num_steps - step) / max(rate, 1e-9)
-            self._last_time = now
-            logging.info(
-                "%d/%d (%.0f%%), %.1f steps/s, ETA %dm%02ds",
-                *(step, self._num_steps, 100 * step / self._num_steps, rate),
-                *divmod(round(left), 60),
-            )
+    def __exit__(self, *_: Any) -> None: ...
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return "\n".join((lines[0], "|---" * len(header) + "|", *lines[1:]))

@@ -78,14 +78,6 @@ def mesh_for_batches(
     return make_mesh(devices, height=height)
 
 
-def num_shares(batch_size: int) -> int:
-    """Into how many parts all devices together split a batch; see `mesh_for_batches`.
-
-    What keeps them apart as long as it can, in an axis of its own, needs no exchange until then.
-    """
-    return math.gcd(batch_size, jax.device_count())
-
-
 def describe(mesh: Mesh) -> str:
     """The machine in words, e.g. "8 × NVIDIA H100 80GB HBM3" or "2 CPU cores"."""
     device = mesh.devices.flat[0]

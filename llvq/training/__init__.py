@@ -1,1 +1,1 @@
-"""."""
+"""Training a VQ-VAE: its state, its step, and what feeds and measures the steps."""

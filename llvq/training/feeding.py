@@ -1,9 +1,10 @@
-"""What training feeds to the devices: for each call of the compiled program one batch, or several.
+"""What training feeds to the devices: one batch per call of the compiled program, or several.
 
 Where a step takes an accelerator less time than a call takes the host, a call takes several steps,
 on images that the devices hold.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -15,39 +16,41 @@ from jax.profiler import TraceAnnotation
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
-from llvq.config import INTERVALS, Config
-from llvq.data import Dataset, Images
-from llvq.data.order import IndexBatch
+from llvq.config import INTERVALS, TrainConfig
+from llvq.data import Dataset, Images, IndexBatch
 from llvq.runtime import sharding
 
-# In a loop XLA's convolutions on a CPU do without Eigen, and are slower by far.
-_ONE_STEP_A_CALL = ("cpu",)
+# In a loop, XLA computes a CPU's convolutions without Eigen, which is far slower.
+_ONE_STEP_PER_CALL = ("cpu",)
 
 
 class Call(NamedTuple):
     """Attributes:
     last_step: the number of its last step, counted from 1.
-    inputs: what the program takes besides the state: (images,), or (all images, index) of which
-      index has a row for each step (see `train_step`).
-    last_images: gives the images of the last step, on the devices.
+    num_steps: how many steps it takes.
+    inputs: what the program takes besides the state: (images,), or (all images, index) with a row
+      of the index for each step (see `train_step`).
+    last_images: returns the images of the last step, on the devices.
     """
 
     last_step: int
+    num_steps: int
     inputs: tuple[Array, ...]
     last_images: Callable[[], UInt8[Array, "batch height width channels"]]
 
 
-def steps_per_call(config: Config, steps: Iterable[int], mesh: Mesh) -> int:
-    """How many steps each call takes, for nothing to follow any of them but its last.
+def steps_per_call(config: TrainConfig, steps: Iterable[int], mesh: Mesh) -> int:
+    """How many steps each call takes, so that whatever follows a step follows the last of a call.
 
     Args:
-      config: of whose `steps_per_call` it is the largest divisor that fits; on a CPU it is 1.
-      steps: those after which something follows, besides what the config's intervals say.
-      mesh: the devices.
+      config: its `steps_per_call` is the upper bound; the result divides it and all intervals.
+      steps: other steps that something follows; the result divides them, too.
+      mesh: the devices. On a CPU the result is 1.
     """
-    if mesh.devices.flat[0].platform in _ONE_STEP_A_CALL:
+    if mesh.devices.flat[0].platform in _ONE_STEP_PER_CALL:
         return 1
-    return math.gcd(config["steps_per_call"], *(config[name] for name in INTERVALS), *steps)
+    intervals = (getattr(config, name) for name in INTERVALS)
+    return math.gcd(config.steps_per_call, *intervals, *steps)
 
 
 def one_by_one(
@@ -59,11 +62,7 @@ def one_by_one(
     for step, (_, local_images) in zip(steps, batches, strict=False):
         with TraceAnnotation("to_devices"):
             images = sharding.to_devices(local_images, mesh)
-
-        def last_images(images: Array = images) -> Array:
-            return images
-
-        yield Call(step, (images,), last_images)
+        yield Call(step, 1, (images,), functools.partial(lambda images: images, images))
 
 
 def several(
@@ -84,15 +83,16 @@ def several(
       mesh: the devices.
       per_call: how many steps a call takes.
     """
-    # Not `replicate`: that would gather what each process has to see that it is the same.
+    # `replicate` would gather what each process has, to see that it is the same.
     resident = jax.make_array_from_process_local_data(sharding.replicated(mesh), images)
     for step in range(first_step + per_call, num_steps + 1, per_call):
         batches = itertools.islice(index_batches, per_call)
         index = np.stack([batch.index for batch in batches]).astype(np.int32)
         with TraceAnnotation("to_devices"):
             rows = jax.make_array_from_process_local_data(sharding.steps_sharded(mesh), index)
+        last_images = functools.partial(_gather, images, index[-1], mesh)
+        yield Call(step, per_call, (resident, rows), last_images)
 
-        def last_images(index: np.ndarray = index[-1]) -> Array:
-            return sharding.to_devices(images[index], mesh)
 
-        yield Call(step, (resident, rows), last_images)
+def _gather(images: Images, index: np.ndarray, mesh: Mesh) -> Array:
+    return sharding.to_devices(images[index], mesh)

@@ -1,33 +1,29 @@
 """The state of a training run: one pytree of plain arrays."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 from flax import nnx, struct
 from jax import numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from llvq import quantizers
-from llvq.models.vqvae import VQVAE
+from llvq.config import DTYPES, Architecture
+from llvq.models import VQVAE, packing
 
 Tree = dict[str, Any]
 
-# compute_dtype: of the convolutions' arithmetic; and the dtype of all parameters that goes with it.
-DTYPES = {
-    "float32": (jnp.float32, jnp.float32),
-    "bfloat16": (jnp.bfloat16, jnp.float32),
-    "float64": (jnp.float64, jnp.float64),
-}
+OPTIMIZER = optax.scale_by_adam()  # Adam but for the learning rate, which each step computes
 
 
 class TrainState(struct.PyTreeNode):
     """Attributes:
     step: how many batches have been trained on.
-    params: what gradients train, nested dicts of arrays.
-    statistics: what is learnt without gradients (the EMA codebook), likewise.
-    opt_state: Adam's.
+    params: nested dicts of arrays that gradients train.
+    statistics: nested dicts of arrays that are learnt without gradients (the EMA codebook).
+    opt_state: Adam's moments.
     """
 
     step: Int[Array, ""]
@@ -36,34 +32,53 @@ class TrainState(struct.PyTreeNode):
     opt_state: optax.OptState
 
 
-def create_model(
-    model: Mapping[str, Any],
-    quantizer: Mapping[str, Any],
-    compute_dtype: str,
-    seed: int,
-) -> VQVAE:
+def create_model(architecture: Architecture, seed: int) -> VQVAE:
     """A freshly initialised model.
 
     Args:
-      model: a config's `model` section.
-      quantizer: a config's `quantizer` section: its name and options.
-      compute_dtype: of the convolutions' arithmetic, a key of DTYPES.
+      architecture: network, quantizer and dtypes.
       seed: of the initial parameters.
     """
+    model, quantizer, compute_dtype = architecture
     dtype, param_dtype = DTYPES[compute_dtype]
-    image_shape: Sequence[int] = model["image_shape"]
     rngs = nnx.Rngs(seed)
     return VQVAE(
         quantizers.create(
-            latent_dim=model["latent_dim"], param_dtype=param_dtype, rngs=rngs, **quantizer
+            quantizer.name,
+            model.latent_dim,
+            param_dtype=param_dtype,
+            rngs=rngs,
+            **quantizer.options,
         ),
-        image_channels=image_shape[-1],
-        hidden_dims=model["hidden_dims"],
-        num_residual_blocks=model["num_residual_blocks"],
+        image_channels=model.image_shape[-1],
+        hidden_dims=model.hidden_dims,
+        num_residual_blocks=model.num_residual_blocks,
+        value_range=model.value_range,
         dtype=dtype,
         param_dtype=param_dtype,
         rngs=rngs,
     )
+
+
+def abstract_model(architecture: Architecture) -> VQVAE:
+    """A model with shapes and dtypes in place of arrays: nothing is drawn or compiled."""
+    return nnx.eval_shape(lambda: create_model(architecture, seed=0))
+
+
+def fit_to_mesh(model: VQVAE, mesh: Mesh, latent_shape: tuple[int, int]) -> None:
+    """Sets what depends on the devices that a model will run on.
+
+    Args:
+      model: is changed.
+      mesh: the devices.
+      latent_shape: (height, width) of an image's latents.
+    """
+    height, width = latent_shape
+    features = model.encoder.mix.kernel.shape[-1]
+    platform = mesh.devices.flat[0].platform
+    share = height // mesh.shape["height"], width
+    model.set_attributes(packing=packing.choose(platform, share, features))
+    model.set_attributes(num_shares=mesh.shape["data"], raise_if_not_found=False)
 
 
 def split(model: VQVAE) -> tuple[nnx.GraphDef[VQVAE], Tree, Tree]:
@@ -75,23 +90,15 @@ def split(model: VQVAE) -> tuple[nnx.GraphDef[VQVAE], Tree, Tree]:
     return nnx.graphdef(model), nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
 
 
-def abstract_model(
-    model: Mapping[str, Any], quantizer: Mapping[str, Any], compute_dtype: str
-) -> tuple[nnx.GraphDef[VQVAE], Tree, Tree]:
-    """(graphdef, params, statistics) as of `split`, with shapes and dtypes in place of arrays.
-
-    Takes no time: nothing is drawn or compiled. For the arguments see `create_model`.
-    """
-    return split(nnx.eval_shape(lambda: create_model(model, quantizer, compute_dtype, seed=0)))
+def create_train_state(model: VQVAE) -> TrainState:
+    """The state of a run that begins with a model."""
+    _, params, statistics = split(model)
+    return TrainState(jnp.zeros((), jnp.int32), params, statistics, OPTIMIZER.init(params))
 
 
-def create_train_state(
-    model: VQVAE, optimizer: optax.GradientTransformation
-) -> tuple[nnx.GraphDef[VQVAE], TrainState]:
-    """A model's structure and the state of a run that begins with it."""
-    graphdef, params, statistics = split(model)
-    step = jnp.zeros((), jnp.int32)
-    return graphdef, TrainState(step, params, statistics, optimizer.init(params))
+def abstract_train_state(model: VQVAE) -> TrainState:
+    """The same with shapes and dtypes in place of arrays."""
+    return jax.eval_shape(lambda: create_train_state(model))
 
 
 def num_quantizer_parameters(state: TrainState) -> int:

@@ -8,33 +8,21 @@ from flax import nnx
 from jax import lax
 from jax import numpy as jnp
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int
 
-from llvq.models.vqvae import VQVAE
+from llvq.models import VQVAE
 from llvq.runtime import sharding
-from llvq.training.train_state import TrainState, Tree
+from llvq.training.train_state import OPTIMIZER, TrainState, Tree
 
 Metrics = dict[str, Float[Array, "*steps"]]
-# Of (state, images), or (state, all images, index) if it takes several steps: see make_train_step.
+# Takes (state, images), or (state, all images, index) if it takes several steps: see
+# `make_train_step`.
 Step = Callable[..., tuple[TrainState, Metrics]]
-
-
-def scale_images(
-    images: UInt8[Array, "batch height width channels"],
-    value_range: tuple[float, float],
-    dtype: DTypeLike,
-) -> Float[Array, "batch height width channels"]:
-    """Maps 0 … 255 linearly to the value range that the network sees."""
-    low, high = value_range
-    return low + images.astype(dtype) / 255.0 * (high - low)
 
 
 def make_train_step(
     graphdef: nnx.GraphDef[VQVAE],
-    optimizer: optax.GradientTransformation,
-    value_range: tuple[float, float],
-    param_dtype: DTypeLike,
+    schedule: optax.Schedule,
     mesh: Mesh,
     *,
     several: bool = False,
@@ -43,22 +31,28 @@ def make_train_step(
 
     Both map (state, images) to (new state, metrics), with images uint8 split over the mesh, the
     state replicated and donated. `train_step` minimises reconstruction loss + quantizer loss;
-    `statistics_step` is what is left of it where the learning rate is 0: no backward pass, only
-    the quantizer's statistics move.
+    `statistics_step` does what is left of that where the learning rate is 0: without a backward
+    pass, only the quantizer's statistics move.
 
     With `several` both take several steps in one call, and map (state, all images, index) to
     (new state, metrics [steps]): index [steps, batch], split over the mesh, says which of all
-    images, replicated, are a step's.
+    images, replicated, belong to each step.
+
+    Args:
+      graphdef: the model's structure (see `train_state.split`), fitted to the mesh.
+      schedule: maps `state.step` to the learning rate.
+      mesh: the devices.
+      several: whether a call takes several steps.
     """
 
     def loss_fn(
         params: Tree, statistics: Tree, images: Array
     ) -> tuple[Array, tuple[Metrics, Tree]]:
         model = nnx.merge(graphdef, params, statistics)
-        images, packing = model.pack(images, mesh)
-        targets = scale_images(images, value_range, param_dtype)
-        reconstructions, _, quantizer_losses = model(targets, train=True, packing=packing)
-        reconstruction_loss = jnp.mean((reconstructions.astype(param_dtype) - targets) ** 2)
+        targets = model.to_floats(model.pack(images))
+        reconstructions, _, quantizer_losses = model(targets, train=True)
+        reconstructions = reconstructions.astype(targets.dtype)
+        reconstruction_loss = jnp.mean((reconstructions - targets) ** 2)
         loss = reconstruction_loss + quantizer_losses["quantizer_loss"]
         metrics = {"loss": loss, "reconstruction_loss": reconstruction_loss, **quantizer_losses}
         return loss, (metrics, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
@@ -67,13 +61,16 @@ def make_train_step(
         grads, (metrics, statistics) = jax.grad(loss_fn, has_aux=True)(
             state.params, state.statistics, images
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        rate = jnp.asarray(schedule(state.step))
+        updates, opt_state = OPTIMIZER.update(grads, state.opt_state)
+        updates = jax.tree.map(lambda update: -rate.astype(update.dtype) * update, updates)
         params = optax.apply_updates(state.params, updates)
-        metrics["gradient_norm"] = optax.tree.norm(grads)
+        metrics |= {"gradient_norm": optax.tree.norm(grads), "learning_rate": rate}
         return TrainState(state.step + 1, params, statistics, opt_state), metrics
 
     def statistics_step(state: TrainState, images: Array) -> tuple[TrainState, Metrics]:
         _, (metrics, statistics) = loss_fn(state.params, state.statistics, images)
+        metrics["learning_rate"] = jnp.zeros(())
         return state.replace(step=state.step + 1, statistics=statistics), metrics
 
     replicated, images_sharded = sharding.replicated(mesh), sharding.images_sharded(mesh)
@@ -88,7 +85,7 @@ def make_train_step(
 
             return lax.scan(next_step, state, index)
 
-        steps.__name__ = step.__name__  # of the program, in a profile
+        steps.__name__ = step.__name__  # names the program in a profile
         return jax.jit(
             steps if several else step,
             donate_argnums=0,

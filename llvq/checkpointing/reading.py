@@ -1,0 +1,331 @@
+"""Which checkpoint is sound, and what it holds.
+
+A checkpoint that turns out to be damaged is passed over, with a warning: a run resumes from, and is
+evaluated at, its newest checkpoint that is sound.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from absl import logging
+from etils import epath
+from flax import nnx
+from jax.experimental import multihost_utils
+from orbax import checkpoint as ocp
+
+from llvq.checkpointing.integrity import DamageError, digests
+from llvq.config import architecture_of
+from llvq.errors import UserError, first_line
+from llvq.models import VQVAE
+from llvq.training import train_state
+from llvq.training.train_state import TrainState, Tree
+
+# Of the digests that are written today. In checkpoints without a number, opt_state is that of
+# optax.adam, which keeps a second count of the steps besides Adam's moments.
+FORMAT = 2
+
+SavedConfig = Mapping[str, Any]
+
+
+class Checkpoint(NamedTuple):
+    """Attributes:
+    path: the directory.
+    config: of the run, or what an imported model's file tells of it; see `config.to_saved`.
+    state: in NumPy arrays; opt_state is () where it was not asked for.
+    """
+
+    path: epath.Path
+    config: SavedConfig
+    state: TrainState
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """A path as Orbax wants it, absolute; gs://… is so already."""
+    return epath.Path(path if "://" in os.fspath(path) else pathlib.Path(path).absolute())
+
+
+def rank(metrics: Mapping[str, float]) -> float:
+    """By which checkpoints are ranked, the lowest first.
+
+    It is not the total loss, which for a lattice holds −γ·Σ|b|.
+    """
+    return metrics["reconstruction_loss"]
+
+
+def find(path: epath.PathLike) -> epath.Path:
+    """The checkpoint that a path means, by its name alone; see `load` for its contents.
+
+    Args:
+      path: a checkpoint, a directory of checkpoints, or a workdir; of several the newest is meant.
+
+    Raises:
+      UserError: if there is no checkpoint.
+    """
+    return _candidates(path)[0]
+
+
+def load(path: epath.PathLike) -> Checkpoint:
+    """A checkpoint with as much of its state as inference needs.
+
+    Args:
+      path: as for `find`. Of several, the newest one that is sound is taken, with a warning if
+        others are newer. All processes must ask then.
+
+    Raises:
+      UserError: if there is no checkpoint, or none is sound.
+    """
+
+    def like(config: SavedConfig) -> Tree:
+        _, params, statistics = train_state.split(_abstract_model(config))
+        return {"step": np.zeros((), np.int32), "params": params, "statistics": statistics}
+
+    candidates = _candidates(path)
+    found = _newest_sound(candidates[0].parent, candidates, like, "name another one (--checkpoint)")
+    assert found is not None
+    checkpoint, (config, state), damage = found
+    for damaged, error in damage.items():
+        logging.warning("Checkpoint %s cannot be read (%s): taking %s", damaged, error, checkpoint)
+    return Checkpoint(checkpoint, config, TrainState(**state, opt_state=()))
+
+
+def resume(workdir: epath.PathLike, check: Callable[[SavedConfig], None]) -> Checkpoint | None:
+    """What a run resumes from: its newest checkpoint that is sound, whole; None if it has none.
+
+    Damaged ones, which would be in the way when their steps are saved again, are renamed to
+    STEP.damaged, with a warning. Call it before the manager is opened, in all processes.
+
+    Args:
+      workdir: of the run.
+      check: raises UserError if the run cannot go on from a checkpoint with this config.
+
+    Raises:
+      UserError: if `check` does, or no checkpoint is sound, or the newest is for inference only.
+    """
+    directory = absolute(workdir) / "checkpoints"
+    checkpoints = _finished(directory)
+
+    def like(config: SavedConfig) -> Tree:
+        if "batch_size" not in config or "seed" not in config:
+            raise _inference_only(checkpoints[0])
+        check(config)
+        return vars(train_state.abstract_train_state(_abstract_model(config)))
+
+    remedy = "delete what is damaged to start anew, or use another --workdir"
+    found = _newest_sound(directory, checkpoints, like, remedy)
+    if found is None:
+        return None
+    newest, (config, state), damage = found
+    if jax.process_index() == 0:
+        # The manager ranks by the metrics of older ones, too.
+        for checkpoint in checkpoints[checkpoints.index(newest) + 1 :]:
+            try:
+                _read_json(checkpoint)
+            except Exception as error:
+                damage[checkpoint] = DamageError(first_line(error))
+        for checkpoint, reason in damage.items():
+            _set_aside(checkpoint, reason, newest)
+    multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
+    return Checkpoint(newest, config, TrainState(**state))
+
+
+def model_of(checkpoint: Checkpoint) -> VQVAE:
+    """The model that a checkpoint holds."""
+    graphdef, _, _ = train_state.split(_abstract_model(checkpoint.config))
+    params, statistics = jax.device_put((checkpoint.state.params, checkpoint.state.statistics))
+    return nnx.merge(graphdef, params, statistics)
+
+
+def _abstract_model(config: SavedConfig) -> VQVAE:
+    try:
+        return train_state.abstract_model(architecture_of(config))
+    except UserError as error:  # what was saved was a possible model
+        raise ValueError(str(error)) from error
+
+
+def _inference_only(checkpoint: epath.Path) -> UserError:
+    return UserError(
+        f"{checkpoint} has no optimizer, so that no run can resume from it: start one from its "
+        f"parameters, in another --workdir, with --config.init_from={checkpoint}"
+    )
+
+
+def _set_aside(checkpoint: epath.Path, reason: DamageError, newest: epath.Path) -> None:
+    names = (f"{checkpoint.name}.damaged{suffix}" for suffix in ("", *range(2, 1000)))
+    aside = next(path for path in map(checkpoint.parent.joinpath, names) if not path.exists())
+    checkpoint.rename(aside)
+    logging.warning(
+        "Checkpoint %s cannot be read (%s): going on from %s, and it is now %s",
+        checkpoint,
+        reason,
+        newest,
+        aside,
+    )
+
+
+def _candidates(path: epath.PathLike) -> list[epath.Path]:
+    """The checkpoints that a path may mean: itself, or those of a run, newest first."""
+    root = absolute(path)
+    if (root / "state").exists() and (root / "config").exists():
+        return [root]
+    if root.exists() and not root.is_dir():
+        raise UserError(
+            f"{root} is a file, but a checkpoint is a directory: python -m llvq.import_torch makes "
+            f"one of an LL-VQ-VAE in PyTorch"
+        )
+    directory = root / "checkpoints" if (root / "checkpoints").exists() else root
+    checkpoints = _finished(directory)
+    if not checkpoints:
+        raise UserError(f"no checkpoint in {root}: train first, or name one with --checkpoint")
+    return checkpoints
+
+
+def _finished(directory: epath.Path) -> list[epath.Path]:
+    """The checkpoints in a directory, newest first, but for what is still being written."""
+    steps = [
+        int(child.name)
+        for child in (directory.iterdir() if directory.is_dir() else ())
+        # On a bucket what is being written has its final name already.
+        if child.name.isdecimal() and ocp.utils.is_checkpoint_finalized(child)
+    ]
+    return [directory / str(step) for step in sorted(steps, reverse=True)]
+
+
+def _read_json(checkpoint: epath.Path) -> tuple[Any, Any, dict[str, Any] | None]:
+    """(config, metrics, digests) of a checkpoint; raises whatever Orbax does, and ValueError."""
+    reader = ocp.JsonCheckpointHandler()
+    config = reader.restore(checkpoint / "config")
+    metrics = None
+    if (checkpoint / "metrics").exists():
+        metrics = ocp.JsonCheckpointHandler("metrics").restore(checkpoint / "metrics")
+        rank(metrics)
+    found = None
+    if (checkpoint / "digests").exists():  # the first versions wrote none
+        found = reader.restore(checkpoint / "digests")
+        _compare(digests({}, config, metrics), found)
+    return config, metrics, found
+
+
+def _compare(actual: Mapping[str, str], saved: Mapping[str, Any]) -> None:
+    for part, digest in actual.items():
+        if saved[part] != digest:
+            raise ValueError(f"its {part} is not what was saved")
+
+
+def _read(
+    checkpoint: epath.Path, make_like: Callable[[SavedConfig], Tree]
+) -> tuple[SavedConfig, Tree]:
+    """A checkpoint's config and state, compared with its digests.
+
+    Orbax's handlers read it, which do not wait for other processes as its manager does.
+
+    Args:
+      checkpoint: the directory.
+      make_like: makes of the config the structure, shapes and dtypes of the part of the state that
+        is wanted.
+
+    Returns:
+      The config, and the part of the state in NumPy arrays.
+
+    Raises:
+      DamageError: if anything is missing or cannot be read, or is not what was saved.
+      UserError: if `make_like` does, over a config that is sound.
+    """
+    try:
+        config, metrics, saved_digests = _read_json(checkpoint)
+        is_old = "opt_state" in (like := make_like(config)) and "format" not in (
+            saved_digests or {}
+        )
+        if is_old:
+            schedule_state = optax.ScaleByScheduleState(np.zeros((), np.int32))
+            like = {**like, "opt_state": (like["opt_state"], schedule_state)}
+        state = ocp.PyTreeCheckpointHandler().restore(
+            checkpoint / "state",
+            args=ocp.args.PyTreeRestore(
+                like,
+                # In the dtype that was saved.
+                restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like),
+                partial_restore=True,
+            ),
+        )
+        if saved_digests is not None:
+            _compare(digests(state, config, metrics), saved_digests)
+        state = jax.tree.map(_convert, state, like)
+        return config, {**state, "opt_state": state["opt_state"][0]} if is_old else state
+    except UserError:
+        raise
+    except Exception as error:
+        raise DamageError(first_line(error)) from error
+
+
+def _convert(array: np.ndarray, wanted: Any) -> np.ndarray:
+    if array.shape != wanted.shape:
+        raise ValueError(f"an array has the shape {array.shape}, not {wanted.shape}")
+    return array.astype(wanted.dtype)
+
+
+_NOTHING_THERE, _NONE_SOUND, _UNNUMBERED = -1, -2, -3
+
+_Read = tuple[SavedConfig, Tree]
+
+
+def _newest_sound(
+    directory: epath.Path,
+    checkpoints: Sequence[epath.Path],
+    make_like: Callable[[SavedConfig], Tree],
+    remedy: str,
+) -> tuple[epath.Path, _Read, dict[epath.Path, DamageError]] | None:
+    """Reads the newest checkpoint that is sound; of several processes, process 0 decides which.
+
+    Args:
+      directory: where the checkpoints are.
+      checkpoints: in it, newest first. Only process 0's list matters, except for a single
+        checkpoint that was named explicitly.
+      make_like: as for `_read`.
+      remedy: for a run without a sound checkpoint.
+
+    Returns:
+      The checkpoint, what was read of it, and, on process 0, why those before it could not be; None
+      if there are no checkpoints.
+
+    Raises:
+      UserError: if none is sound, or `make_like` raises it.
+    """
+    damage: dict[epath.Path, DamageError] = {}
+    step = _NONE_SOUND if checkpoints else _NOTHING_THERE
+    read: _Read | None = None
+    if jax.process_index() == 0:
+        for checkpoint in checkpoints:
+            try:
+                read = _read(checkpoint, make_like)
+            except DamageError as error:
+                damage[checkpoint] = error
+                continue
+            except UserError:
+                pass  # every process gets it below
+            step = int(checkpoint.name) if checkpoint.name.isdecimal() else _UNNUMBERED
+            break
+    step = _of_first_process(step)
+    if step == _NOTHING_THERE:
+        return None
+    reason: Any = next(iter(damage.values()), "see what process 0 says")
+    if step != _NONE_SOUND:
+        checkpoint = checkpoints[0] if step == _UNNUMBERED else directory / str(step)
+        try:
+            return checkpoint, read or _read(checkpoint, make_like), damage
+        except DamageError as error:
+            reason = error
+    newest = checkpoints[0] if checkpoints else directory
+    others = f", nor can the {len(checkpoints) - 1} before it" if len(checkpoints) > 1 else ""
+    raise UserError(f"checkpoint {newest} cannot be read ({reason}){others}: {remedy}")
+
+
+def _of_first_process(number: int) -> int:
+    """The number of process 0, for all processes."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))

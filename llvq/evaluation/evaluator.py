@@ -1,0 +1,133 @@
+"""Passes over whole splits with the steps of evaluation."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, UInt8
+
+from llvq.data import Dataset, IndexBatch
+from llvq.data.order import evaluation_batches, steps_per_epoch
+from llvq.evaluation import metrics, pictures
+from llvq.evaluation.steps import make_steps
+from llvq.models import VQVAE
+from llvq.runtime import console, sharding
+from llvq.training.train_state import TrainState
+from llvq.usage import CodebookUsage
+
+NUM_PICTURES = 8
+
+
+class Evaluator:
+    """What evaluation finds out about a model, on the devices of a mesh."""
+
+    def __init__(self, graphdef: nnx.GraphDef[VQVAE], mesh: Mesh) -> None:
+        """Args:
+        graphdef: the model's structure (see `train_state.split`), fitted to the mesh.
+        mesh: the devices.
+        """
+        self._mesh = mesh
+        self._steps = make_steps(graphdef, mesh)
+
+    def measure(
+        self,
+        state: TrainState,
+        data: Dataset,
+        split: str,
+        batch_size: int,
+        usage: CodebookUsage,
+        is_time_to_stop: Callable[[], bool] = lambda: False,
+    ) -> dict[str, float] | None:
+        """The figures of a split, each image counted once; its codes go to `usage`.
+
+        None if, asked after a batch, `is_time_to_stop` says so.
+        """
+        totals: dict[str, float] = {}
+        step = functools.partial(self._steps.measure, state)
+        num_batches = steps_per_epoch(data.num_images[split], batch_size)
+        with console.Progress(num_batches, f"measuring {split}") as report:
+            results = self._results(step, usage, data, split, batch_size)
+            for done, (sums, counts) in enumerate(results, start=1):
+                for name, value in jax.device_get(sums).items():
+                    totals[name] = totals.get(name, 0.0) + float(value)
+                usage.add(counts)
+                report(done)
+                if is_time_to_stop():
+                    return None
+        return metrics.finish(totals, data.num_images[split])
+
+    def measure_batch(
+        self, state: TrainState, images: UInt8[Array, "batch height width channels"]
+    ) -> tuple[float, CodebookUsage]:
+        """Reconstruction + quantizer loss of one whole batch, and the codes it uses."""
+        mask = np.ones(len(images) // jax.process_count(), bool)
+        usage = CodebookUsage()
+        sums, counts = self._steps.measure(
+            state, images, sharding.to_devices(mask, self._mesh), usage.levels(self._mesh)
+        )
+        usage.add(counts)
+        totals = {name: float(value) for name, value in jax.device_get(sums).items()}
+        return metrics.finish(totals, len(images))["loss"], usage.over_all_hosts()
+
+    def count(
+        self,
+        state: TrainState,
+        data: Dataset,
+        splits: Sequence[str],
+        batch_size: int,
+        usage: CodebookUsage,
+    ) -> None:
+        """The codes of all images of some splits go to `usage`."""
+        step = functools.partial(self._steps.usage, state)
+        num_batches = sum(steps_per_epoch(data.num_images[split], batch_size) for split in splits)
+        done = 0
+        with console.Progress(num_batches, f"counting codes of {', '.join(splits)}") as report:
+            for split in splits:
+                for counts in self._results(step, usage, data, split, batch_size):
+                    usage.add(counts)
+                    report(done := done + 1)
+
+    def preview(
+        self, state: TrainState, data: Dataset, split: str
+    ) -> tuple[UInt8[np.ndarray, "height width channels"], dict[str, np.ndarray]]:
+        """A picture of a split's first images above their reconstructions; histogram data."""
+        index = np.arange(min(NUM_PICTURES, data.num_images[split]))
+        batch = IndexBatch(index, np.zeros(len(index), bool), np.ones(len(index), bool))
+        _, images = next(iter(data.batches(split, [batch])))
+        on_devices = sharding.replicate(images, self._mesh)
+        originals, reconstructions, histograms = jax.device_get(
+            self._steps.preview(state, on_devices)
+        )
+        return pictures.comparison(originals, reconstructions), histograms
+
+    def _results(
+        self,
+        step: Callable[..., Any],
+        usage: CodebookUsage,
+        data: Dataset,
+        split: str,
+        batch_size: int,
+    ) -> Iterator[Any]:
+        """The step's result for images, mask and levels of every batch, one behind the device."""
+        batches = evaluation_batches(
+            data.num_images[split],
+            batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        previous: Any = None
+        for batch, images in data.batches(split, batches):
+            current = step(
+                sharding.to_devices(images, self._mesh),
+                sharding.to_devices(batch.mask, self._mesh),
+                usage.levels(self._mesh),
+            )
+            if previous is not None:
+                yield previous
+            previous = current
+        if previous is not None:
+            yield previous

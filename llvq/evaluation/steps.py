@@ -1,0 +1,104 @@
+"""The jitted steps of evaluation."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Int32, UInt8
+
+from llvq.evaluation import metrics
+from llvq.models import VQVAE
+from llvq.runtime import sharding
+from llvq.training.train_state import TrainState
+from llvq.usage.counting import CodeCounts, count_codes
+
+Images = UInt8[Array, "batch height width channels"]
+Mask = Bool[Array, "batch"]
+Levels = Int32[Array, "devices"]
+
+
+class Steps(NamedTuple):
+    """Functions of (state, images, …), on the devices of a mesh.
+
+    Attributes:
+      usage: (state, images, mask, levels) to the codes, counted; see `count_codes` for the levels.
+      measure: (state, images, mask, levels) to (sums of metrics and losses, codes counted).
+      preview: (state, images) to (originals and reconstructions in [0, 1], histogram
+        data), replicated.
+    """
+
+    usage: Callable[[TrainState, Images, Mask, Levels], CodeCounts]
+    measure: Callable[
+        [TrainState, Images, Mask, Levels], tuple[dict[str, Float[Array, ""]], CodeCounts]
+    ]
+    preview: Callable[
+        [TrainState, Images], tuple[Float[Array, "..."], Float[Array, "..."], dict[str, Array]]
+    ]
+
+
+def measure_images(
+    model: VQVAE, images: Images, mask: Mask
+) -> tuple[dict[str, Float[Array, ""]], Int[Array, "batch h w ..."]]:
+    """Sums of metrics and quantizer losses over the images that count, and the codes of all."""
+    outputs, codes, losses = model(model.to_floats(model.pack(images)), mask=mask)
+    sums = metrics.sums(_pair(model, images, outputs), mask)
+    count = mask.sum()
+    return sums | {name: loss * count for name, loss in losses.items()}, codes
+
+
+def _pair(model: VQVAE, images: Images, outputs: Float[Array, "batch h w c"]) -> metrics.Pair:
+    originals = model.to_floats(images)
+    reconstructions = model.unpack(outputs).astype(originals.dtype)
+    return metrics.Pair(
+        originals, reconstructions, model.to_unit(originals), model.to_unit(reconstructions)
+    )
+
+
+def make_steps(graphdef: nnx.GraphDef[VQVAE], mesh: Mesh) -> Steps:
+    """The steps of a model.
+
+    Args:
+      graphdef: the model's structure (see `train_state.split`), fitted to the mesh.
+      mesh: the devices.
+    """
+
+    def load(state: TrainState) -> VQVAE:
+        return nnx.merge(graphdef, state.params, state.statistics)
+
+    def count(
+        model: VQVAE, codes: Int[Array, "batch h w ..."], mask: Mask, levels: Levels
+    ) -> CodeCounts:
+        width = model.quantizer.code_width
+        return count_codes(codes, mask, levels, code_width=width, mesh=mesh)
+
+    def usage_step(state: TrainState, images: Images, mask: Mask, levels: Levels) -> CodeCounts:
+        model = load(state)
+        return count(model, model.encode(model.pack(images)), mask, levels)
+
+    def metrics_step(
+        state: TrainState, images: Images, mask: Mask, levels: Levels
+    ) -> tuple[dict[str, Float[Array, ""]], CodeCounts]:
+        model = load(state)
+        sums, codes = measure_images(model, images, mask)
+        return sums, count(model, codes, mask, levels)
+
+    def preview_step(
+        state: TrainState, images: Images
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."], dict[str, Array]]:
+        model = load(state)
+        outputs, codes, _ = model(model.pack(images))
+        pair = _pair(model, images, outputs)
+        histograms = model.quantizer.histograms(codes)
+        return pair.unit_originals, pair.unit_reconstructions, histograms
+
+    whole, by_device = sharding.replicated(mesh), sharding.device_sharded(mesh)
+    jit = functools.partial(jax.jit, compiler_options=sharding.compiler_options(mesh))
+    batch = (whole, sharding.images_sharded(mesh), sharding.batch_sharded(mesh), by_device)
+    return Steps(
+        usage=jit(usage_step, in_shardings=batch, out_shardings=by_device),
+        measure=jit(metrics_step, in_shardings=batch, out_shardings=(whole, by_device)),
+        preview=jit(preview_step, in_shardings=(whole, whole), out_shardings=whole),
+    )
