@@ -1,8 +1,8 @@
-"""CelebA, the centre 148×148 of each image.
+"""CelebA: the central 148×148 pixels of each image.
 
     python main.py --config=configs/celeba.py:sparse_lattice --workdir=runs/celeba
 
-Not run on the real data yet: no times and no results.
+No run on the real data has been recorded yet, so there are no times and no results here.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
     python main.py --config=configs/ffhq1024.py:sparse_lattice --workdir=runs/ffhq1024
 
-Not run on the real data yet: no times and no results.
+No run on the real data has been recorded yet, so there are no times and no results here.
 """
 
 from ml_collections import ConfigDict
@@ -19,5 +19,5 @@ def get_config(argument: str = "") -> ConfigDict:
     config.model.hidden_dims = (16, 32)
     config.log_every_steps = 25
     config.eval_every_steps = 625  # a third of an epoch: the validation split is large
-    config.checkpoint_every_steps = 125  # images take long here; little is to be lost
+    config.checkpoint_every_steps = 125  # steps take long here, and a stopped run should lose few
     return config

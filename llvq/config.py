@@ -4,7 +4,8 @@
 
 Whatever takes a config takes a `TrainConfig`, an ml_collections.ConfigDict (as the files of
 configs/ make it) or nested dicts; a field that is missing has its default. The options of each
-quantizer, with their defaults and ranges, are parameters of its constructor (llvq/quantizers).
+quantizer, with their defaults and ranges, are parameters of its constructor (llvq/quantizers): a
+config lists all of them or none.
 """
 
 import dataclasses
@@ -226,7 +227,8 @@ def _build(kind: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
         if section is QuantizerConfig:
             options = dict(value)
             quantizer = options.pop("name", QuantizerConfig.name)
-            built[name] = QuantizerConfig(quantizer, {**default_options(quantizer), **options})
+            fields.require(isinstance(quantizer, str), "quantizer.name", quantizer, "a text")
+            built[name] = QuantizerConfig(quantizer, options or default_options(quantizer))
         elif dataclasses.is_dataclass(section):
             built[name] = _build(section, value, f"{name}.")
         else:

@@ -372,6 +372,7 @@ def _validate(
     task: Task, state: Any, step: int, writer: Any, is_time_to_stop: Callable[[], bool]
 ) -> dict[str, float] | None:
     """Validates and reports; the figures, or None if it had to stop."""
+    logging.info("Validating at step %d", step)
     validation = task.validate(state, is_time_to_stop)
     if validation is None:
         return None

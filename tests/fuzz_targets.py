@@ -13,19 +13,28 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 from absl import flags
 from etils import epath
 
 import main
 from llvq import checkpointing, evaluate, train
-from llvq import config as configuration
+from llvq.config import (
+    check_resumable,
+    check_same_model,
+    derive,
+    num_train_steps,
+    to_dict,
+    to_markdown,
+    to_saved,
+)
+from llvq.config import parse as parse_config
 from llvq.data import ArrayDataset
 from llvq.errors import UserError
 from llvq.runtime import sharding
 from llvq.training import schedules, train_state
 from llvq.training.train_step import make_train_step
 from tests import image_data, tiny
+from tests.runs import create_model, fitted_graphdef
 
 NOWHERE = "http://127.0.0.1:9/"  # nothing listens there: no case waits for the web
 CELEBA = {"train": 4, "validation": 2, "test": 2}
@@ -64,41 +73,26 @@ def parse(arguments):
     sys.argv = ["main.py", *arguments]
     with contextlib.redirect_stderr(io.StringIO()):
         main._parse_flags(sys.argv)
-    config = configuration.to_plain(flags.FLAGS.config)
-    saved = json.loads(json.dumps(config))
-    configuration.check_resumable(config, saved, "the run's own directory")
-    configuration.check_same_model(config, saved, "the run's own checkpoint")
-    configuration.to_markdown(config)
-    configuration.num_train_steps(config, 55_000)
-    return config
+    config = parse_config(flags.FLAGS.config)
+    derived = derive(config, 8)
+    saved = json.loads(json.dumps(to_saved(config, derived)))
+    check_resumable(derived, saved, "the run's own directory")
+    check_same_model(config, saved, "the run's own checkpoint")
+    to_markdown(config)
+    num_train_steps(derived, 55_000)
+    return json.loads(json.dumps(to_dict(config)))
 
 
 @target
 def trace(config):
     """A step of training, down to what XLA is given, for images of the config's shape."""
-    is_double = config["compute_dtype"] == "float64"
-    with jax.enable_x64(is_double):
-        configuration.validate(config)
-        latent_height = configuration.latent_height(config)
-        mesh = sharding.mesh_for_batches(config["batch_size"], latent_height)
-        schedule = schedules.create(config["schedule"], config["learning_rate"], 10, 100)
-        optimizer = optax.adam(schedule)
-
-        def create():
-            model = train_state.create_model(
-                config["model"], config["quantizer"], config["compute_dtype"], config["seed"]
-            )
-            return train_state.create_train_state(model, optimizer)[1]
-
-        state = jax.eval_shape(create)
-        graphdef, _, _ = train_state.abstract_model(
-            config["model"], config["quantizer"], config["compute_dtype"]
-        )
-        images = jax.ShapeDtypeStruct(
-            (config["batch_size"], *config["model"]["image_shape"]), np.uint8
-        )
-        dtype = train_state.DTYPES[config["compute_dtype"]][1]
-        step, _ = make_train_step(graphdef, optimizer, config["model"]["value_range"], dtype, mesh)
+    with jax.enable_x64(config["compute_dtype"] == "float64"):
+        parsed = parse_config(config)
+        mesh = sharding.mesh_for_batches(parsed.batch_size, parsed.latent_shape[0])
+        schedule = schedules.create(parsed.schedule, parsed.learning_rate, 10, 100)
+        state = jax.eval_shape(lambda: train_state.create_train_state(create_model(parsed)))
+        images = jax.ShapeDtypeStruct((parsed.batch_size, *parsed.model.image_shape), np.uint8)
+        step, _ = make_train_step(fitted_graphdef(parsed, mesh), schedule, mesh)
         new_state, metrics = jax.eval_shape(step, state, images)
         assert jax.tree.structure(new_state) == jax.tree.structure(state)
         assert metrics["loss"].shape == ()
@@ -191,17 +185,17 @@ def import_torch(directory):
 
     with contextlib.redirect_stdout(io.StringIO()):
         import_torch.main([f"--checkpoint={directory}/model.ckpt", f"--output={directory}/output"])
-    config, state = checkpointing.load(f"{directory}/output")
-    checkpointing.model_of(config, state)
+    checkpointing.model_of(checkpointing.load(f"{directory}/output"))
 
 
 @target
 def load_checkpoint(directory, config):
     """A checkpoint of a run, as --checkpoint would take it; digests of its tensors."""
-    saved, state = checkpointing.load(f"{directory}/checkpoints/2")
-    configuration.check_same_model(config, saved, directory)
-    checkpointing.model_of(config, state)
-    return [hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for x in jax.tree.leaves(state)]
+    checkpoint = checkpointing.load(f"{directory}/checkpoints/2")
+    check_same_model(parse_config(config), checkpoint.config, directory)
+    checkpointing.model_of(checkpoint)
+    tensors = jax.tree.leaves(checkpoint.state)
+    return [hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for x in tensors]
 
 
 @target

@@ -16,7 +16,7 @@ from llvq import train
 from llvq.evaluate import evaluate
 from llvq.runtime import distributed
 from tests import tiny
-from tests.test_train import Recorder, leaves, run_steps
+from tests.runs import Recorder, leaves, run_steps
 
 NUM_STEPS = 6
 HALFWAY = 3

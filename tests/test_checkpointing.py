@@ -6,19 +6,19 @@ from unittest import mock
 
 import jax
 import numpy as np
-import optax
 import pytest
 from jax.experimental import multihost_utils
 
 from llvq import checkpointing, evaluate, train
+from llvq.checkpointing import manager
 from llvq.errors import UserError
 from llvq.training import train_state
 from tests import tiny
+from tests.runs import create_model
 
 
 def write(directory, config):
-    model = train_state.create_model(config["model"], config["quantizer"], "float32", seed=1)
-    _, params, statistics = train_state.split(model)
+    _, params, statistics = train_state.split(create_model(config))
     state = train_state.TrainState(np.int32(5), params, statistics, opt_state=())
     checkpointing.save_for_inference(directory, state, config)
     return state
@@ -27,7 +27,7 @@ def write(directory, config):
 def test_what_is_loaded_is_what_was_saved(tmp_path):
     config = tiny.config("vq_ema")
     saved = write(tmp_path / "new" / "model", config)
-    loaded_config, loaded = checkpointing.load(tmp_path / "new" / "model")
+    _, loaded_config, loaded = checkpointing.load(tmp_path / "new" / "model")
     assert jax.tree.structure(loaded) == jax.tree.structure(saved)
     jax.tree.map(np.testing.assert_array_equal, loaded, saved)
     assert loaded_config["quantizer"] == config["quantizer"]
@@ -40,7 +40,7 @@ def test_a_failed_save_leaves_nothing(error, tmp_path, monkeypatch):
         assert any(path.is_file() for path in tmp_path.rglob("*"))  # it had begun
         raise error or OSError("no space left on device\nat 0x0")
 
-    monkeypatch.setattr(checkpointing.ocp.JsonCheckpointHandler, "finalize", fail)
+    monkeypatch.setattr(manager.ocp.JsonCheckpointHandler, "finalize", fail)
     message = None if error else r"^/.*/model cannot be written \(no space left on device\)$"
     with pytest.raises(error or UserError, match=message):
         write(tmp_path / "model", tiny.config("vq"))
@@ -101,10 +101,10 @@ def test_every_process_takes_the_checkpoint_of_the_first(tmp_path, as_second_pro
     """Which may have looked before, or after, the newest one was there."""
     train.train_and_evaluate(tiny.config("vq"), tmp_path, tiny.dataset())
     as_second_process(4)  # of 6 steps
-    path, _, state = checkpointing.load_newest(tmp_path)
+    path, _, state = checkpointing.load(tmp_path)
     assert (path.name, int(state.step)) == ("4", 4)
-    as_second_process(16)
-    assert checkpointing.saved_batch_size(tmp_path) == 16
+    resumed = checkpointing.resume(tmp_path, lambda config: None)
+    assert (resumed.path.name, int(resumed.state.step)) == ("4", 4)
 
 
 def test_a_workdir_that_is_not_shared(tmp_path, as_second_process):
@@ -118,17 +118,14 @@ def test_a_workdir_that_is_not_shared(tmp_path, as_second_process):
 def test_several_processes_do_not_go_on_without_a_checkpoint(tmp_path, monkeypatch):
     """The others would wait for the one whose save failed."""
     config = tiny.config("vq", stop_on_failed_save=False)
-    monkeypatch.setattr(checkpointing, "_require_room", mock.Mock(side_effect=OSError("full")))
-    manager = mock.Mock(directory=tmp_path)
-    manager.latest_step.return_value = None
-    _, state = train_state.create_train_state(
-        train_state.create_model(config["model"], config["quantizer"], "float32", 0),
-        optax.adam(1e-3),
-    )
-    checkpointing.save(manager, 3, state, config, None, stop_on_failure=False)  # only warns
+    monkeypatch.setattr(manager, "require_room", mock.Mock(side_effect=OSError("full")))
+    checkpoints = mock.Mock(directory=tmp_path)
+    checkpoints.latest_step.return_value = None
+    state = train_state.create_train_state(create_model(config))
+    checkpointing.save(checkpoints, 3, state, config, None, stop_on_failure=False)  # only warns
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="step 3 could not be saved"):
-        checkpointing.save(manager, 3, state, config, None, stop_on_failure=False)
+        checkpointing.save(checkpoints, 3, state, config, None, stop_on_failure=False)
 
 
 def test_a_file_in_place_of_the_checkpoints(tmp_path):

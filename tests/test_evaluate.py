@@ -10,11 +10,11 @@ import pytest
 from llvq import checkpointing, evaluate, train
 from llvq.data import ArrayDataset
 from llvq.errors import UserError
-from llvq.evaluate import Evaluator
+from llvq.evaluation.evaluator import Evaluator
 from llvq.runtime import sharding
-from llvq.training.train_state import split
 from llvq.usage.table import CodebookUsage
 from tests import tiny
+from tests.runs import fitted_graphdef
 
 
 @pytest.fixture(scope="module", params=["vq", "dense_lattice"])
@@ -33,7 +33,7 @@ def run(request, tmp_path_factory):
 
 def test_what_is_loaded_is_what_was_trained(run):
     _, workdir, state = run
-    _, loaded = checkpointing.load(workdir)
+    loaded = checkpointing.load(workdir).state
     for ours, theirs in ((state.params, loaded.params), (state.statistics, loaded.statistics)):
         assert jax.tree.structure(ours) == jax.tree.structure(theirs)
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
@@ -42,7 +42,7 @@ def test_what_is_loaded_is_what_was_trained(run):
 
 def by_hand(workdir, images):
     """(scaled images, reconstructions, codes) of all images in one unsharded batch."""
-    model = checkpointing.model_of(*checkpointing.load(workdir))
+    model = checkpointing.model_of(checkpointing.load(workdir))
     scaled = images / np.float32(255) - np.float32(0.5)
     outputs, codes, _ = model(scaled)
     return scaled.astype(np.float64), np.asarray(outputs, np.float64), np.asarray(codes)
@@ -93,34 +93,25 @@ def test_figures_pictures_and_files(run):
 
 @pytest.mark.parametrize("num_devices", [1, 2, 8])
 def test_any_number_of_devices_counts_every_image_once(run, num_devices):
-    _, workdir, _ = run
-    saved, state = checkpointing.load(workdir)
+    config, workdir, _ = run
     mesh = sharding.make_mesh(jax.devices()[:num_devices])
-    graphdef, _, _ = split(checkpointing.model_of(saved, state))
-    evaluator = Evaluator(graphdef, (-0.5, 0.5), np.float32, mesh)
-    state = jax.device_put(state, sharding.replicated(mesh))
-    steps = []
-
-    def progress(num_steps):
-        steps.append(num_steps)
-        return lambda step: None
+    evaluator = Evaluator(fitted_graphdef(config, mesh), mesh)
+    state = jax.device_put(checkpointing.load(workdir).state, sharding.replicated(mesh))
 
     for batch_size in (8, 16, 64):
         usage = CodebookUsage()
-        means = evaluator.measure(state, tiny.dataset(), "validation", batch_size, progress, usage)
+        means = evaluator.measure(state, tiny.dataset(), "validation", batch_size, usage)
         scaled, outputs, codes = by_hand(workdir, tiny.images(21, 1))
         assert means["reconstruction_loss"] == pytest.approx(
             np.mean((scaled - outputs) ** 2), rel=1e-5
         )
         assert usage.num_vectors == 21 * 36
         assert usage.num_distinct == len(np.unique(codes.reshape(21 * 36, -1), axis=0))
-    assert steps == [3, 2, 1]
 
 
 def test_quantizer_losses_are_of_the_whole_split(run):
     config, workdir, _ = run
-    saved, state = checkpointing.load(workdir)
-    model = checkpointing.model_of(saved, state)
+    model = checkpointing.model_of(checkpointing.load(workdir))
     _, _, losses = model.quantizer(model.encoder(tiny.images(19, 2) / np.float32(255) - 0.5))
     results = evaluate.evaluate(config, workdir, tiny.dataset())
     for name, value in losses.items():
@@ -191,3 +182,27 @@ def test_evaluation_leaves_a_run_as_it_is(run):
     assert {path.name for path in workdir.iterdir()} == {
         *("checkpoints", "evaluation.json", "reconstructions.png")
     }
+
+
+def test_an_exactly_reconstructed_image_leaves_valid_json(tmp_path):
+    """An all-black model of all-black images: their mean PSNR must not be infinite."""
+    config = tiny.config("vq", num_train_steps=1, **{"model.value_range": (0.0, 1.0)})
+    black = np.zeros((16, 12, 12, 1), np.uint8)
+    data = ArrayDataset(train=black, validation=black)
+    state = train.train_and_evaluate(config, tmp_path / "run", data)
+    params = jax.tree.map(np.zeros_like, state.params)  # every output is 0
+    checkpointing.save_for_inference(tmp_path / "black", state.replace(params=params), config)
+    results = evaluate.evaluate(config, tmp_path, data, checkpoint=tmp_path / "black")
+    assert results["reconstruction_loss"] == 0
+    assert results["psnr"] == pytest.approx(100, rel=1e-6)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=refuse)
+
+
+def test_a_mistyped_workdir_is_not_created(tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint in .*/mistyped"):
+        evaluate.evaluate(tiny.config("vq"), tmp_path / "mistyped", tiny.dataset())
+    assert not list(tmp_path.iterdir())

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 pytest.importorskip("ml_collections", reason="main.py parses configs with ml_collections")
 
 from configs import default, fashion_mnist
-from llvq import config as configuration
+from llvq.config import RECIPES
+from llvq.fields import flatten, plain
 from llvq.quantizers import default_options
 from tests import fuzz_targets, fuzzing, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = settings.default.max_examples
-FIELDS = sorted({name for q in tiny.NAMES for name in configuration.flatten(default.get_config(q))})
+FIELDS = sorted({name for q in tiny.NAMES for name in flatten(plain(default.get_config(q)))})
 
 ODD = "None nan inf -inf () [] {} (8 vq float64 bfloat16 constant first_epoch = -- '"
 GOOD = """
@@ -75,12 +76,12 @@ names = st.one_of(
 overrides = st.tuples(names, values).map(lambda pair: f"--config.{pair[0]}={pair[1]}")
 good = st.sampled_from(GOOD.split()).map("--config.{}".format)
 # Whole sections, with one of their fields changed to anything.
-plain = [configuration.to_plain(fashion_mnist.get_config(q)) for q in tiny.NAMES]
+plain_configs = [plain(fashion_mnist.get_config(q)) for q in tiny.NAMES]
 
 
 @st.composite
 def sections(draw):
-    config = draw(st.sampled_from(plain))
+    config = draw(st.sampled_from(plain_configs))
     name = draw(st.sampled_from(["model", "quantizer", "dataset"]))
     section = dict(config[name])
     field = draw(st.sampled_from([*section, "extra", 7]))
@@ -94,9 +95,9 @@ def sections(draw):
 arguments = st.one_of(
     st.just(""),
     st.sampled_from([f":{q}" for q in tiny.NAMES]),
-    st.lists(
-        st.one_of(st.sampled_from([*tiny.NAMES, *default.RECIPES, ""]), texts), max_size=3
-    ).map(lambda parts: f":{','.join(parts)}"),
+    st.lists(st.one_of(st.sampled_from([*tiny.NAMES, *RECIPES, ""]), texts), max_size=3).map(
+        lambda parts: f":{','.join(parts)}"
+    ),
 )
 files = st.one_of(
     st.sampled_from([f"configs/{name}.py" for name in ("fashion_mnist", "celeba", "ffhq1024")]),

@@ -12,14 +12,14 @@ import pytest
 torch = pytest.importorskip("torch", reason="imports are from PyTorch")
 
 from llvq import checkpointing, evaluate, import_torch
-from llvq.config import flatten
 from llvq.errors import UserError
-from llvq.evaluate import Evaluator
+from llvq.evaluation.evaluator import Evaluator
+from llvq.fields import flatten
 from llvq.runtime import sharding
-from llvq.training.train_state import split
-from llvq.usage.table import CodebookUsage
+from llvq.usage import CodebookUsage
 from tests import reference, tiny, torch_model
 from tests.real_data import needs_files
+from tests.runs import fitted_graphdef
 
 HIDDEN_DIMS = {"fashion_mnist": (64,), "ffhq1024": (16, 32)}
 
@@ -62,7 +62,8 @@ def test_any_model_is_recognised_and_computes_what_pytorch_does(
     theirs = write(path, quantizer, channels, hidden_dims, num_blocks, latent_dim=6, size=24)
     assert run(path, tmp_path / "imported") is None
     assert f"quantizer.name={quantizer}" in capsys.readouterr().out
-    config, state = checkpointing.load(tmp_path / "imported")
+    imported = checkpointing.load(tmp_path / "imported")
+    _, config, state = imported
     assert config["model"] == {
         "image_shape": [None, None, channels],
         "hidden_dims": list(hidden_dims),
@@ -76,7 +77,7 @@ def test_any_model_is_recognised_and_computes_what_pytorch_does(
     assert state.opt_state == ()
     rng = np.random.default_rng(0)
     images = rng.uniform(-1, 1, (3, 16, 24, channels)).astype(np.float32)
-    model = checkpointing.model_of(config, state)
+    model = checkpointing.model_of(imported)
     np.testing.assert_allclose(model.reconstruct(images), theirs.reconstruct(images), atol=1e-5)
     if "lattice" in quantizer:
         assert len(np.unique(model.encode(images))) > 2  # the test would notice the wrong basis
@@ -269,14 +270,14 @@ def test_where_it_cannot_be_written(tmp_path):
 @pytest.mark.parametrize(("dataset", "quantizer"), list(reference.FILES))
 def test_the_authors_files(dataset, quantizer, tmp_path):
     import_torch.import_checkpoint(reference.checkpoint(dataset, quantizer), tmp_path / "imported")
-    config, state = checkpointing.load(tmp_path / "imported")
+    imported = checkpointing.load(tmp_path / "imported")
     golden = reference.golden(dataset, quantizer)
-    known = flatten(config)
+    known = flatten(imported.config)
     assert known["quantizer.name"] == quantizer
     assert known["model.image_shape"] == [None, None, golden["images"].shape[-1]]
     assert known["model.hidden_dims"] == list(HIDDEN_DIMS[dataset])
     assert (known["model.num_residual_blocks"], known["model.latent_dim"]) == (2, 64)
-    ours = checkpointing.model_of(config, state).reconstruct(golden["images"])
+    ours = checkpointing.model_of(imported).reconstruct(golden["images"])
     theirs = golden["reconstruction"]
     assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
 
@@ -296,16 +297,14 @@ def test_the_authors_lattice_on_the_real_test_images(tmp_path):
         reference.checkpoint("fashion_mnist", "sparse_lattice"), tmp_path / "imported"
     )
     config = real_config("sparse_lattice")
-    saved, state = checkpointing.load(tmp_path / "imported")
+    state = checkpointing.load(tmp_path / "imported").state
     mesh = sharding.make_mesh()
-    graphdef, _, _ = split(checkpointing.model_of(saved, state))
-    evaluator = Evaluator(graphdef, config.model.value_range, np.float32, mesh)
+    evaluator = Evaluator(fitted_graphdef(config, mesh), mesh)
     means = evaluator.measure(
         jax.device_put(state, sharding.replicated(mesh)),
         input_pipeline.load(**config.dataset),
         "test",
         400,
-        lambda num_steps: lambda step: None,
         CodebookUsage(),
     )
     expected = reference.expected()["measured_fashion_mnist_cpu_float32"]["sparse_lattice"]

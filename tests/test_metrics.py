@@ -3,7 +3,9 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from llvq import VQVAE, LatticeQuantizer
 from llvq.evaluation import metrics
 
 tf = pytest.importorskip("tensorflow", reason="TensorFlow is the oracle")
@@ -20,12 +22,36 @@ def image_pairs(channels):
 def test_against_tensorflow(channels):
     a, b = image_pairs(channels)
     np.testing.assert_allclose(jax.jit(metrics.ssim)(a, b), tf.image.ssim(a, b, 1.0), atol=1e-5)
-    np.testing.assert_allclose(jax.jit(metrics.psnr)(a, b), tf.image.psnr(a, b, 1.0), rtol=1e-5)
+    psnr, expected = jax.jit(metrics.psnr)(a, b), tf.image.psnr(a, b, 1.0)
+    np.testing.assert_allclose(psnr[1:], expected[1:], rtol=1e-5)  # the first pair is equal
     mean_squares = np.mean((a[1:].astype(np.float64) - b[1:]) ** 2, axis=(1, 2, 3))
     np.testing.assert_allclose(metrics.psnr(a, b)[1:], -10 * np.log10(mean_squares), rtol=1e-5)
 
 
+def test_an_exact_reconstruction_counts_as_100_db():
+    images = np.zeros((2, 12, 12, 1), np.float32)
+    np.testing.assert_allclose(metrics.psnr(images, images), [100, 100], rtol=1e-6)
+
+
 def test_value_ranges_are_mapped_and_clipped():
+    model = VQVAE(
+        LatticeQuantizer(8, rngs=nnx.Rngs(0)),
+        image_channels=1,
+        hidden_dims=(8,),
+        value_range=(-0.5, 0.5),
+        rngs=nnx.Rngs(0),
+    )
     images = np.array([-0.7, -0.5, 0.0, 0.5, 0.9], np.float32).reshape(1, 1, 5, 1)
-    mapped = metrics.to_unit_range(images, (-0.5, 0.5))
-    np.testing.assert_allclose(np.ravel(mapped), [0, 0, 0.5, 1, 1])
+    np.testing.assert_allclose(np.ravel(model.to_unit(images)), [0, 0, 0.5, 1, 1])
+
+
+def test_sums_and_means_leave_out_what_the_mask_does():
+    rng = np.random.default_rng(0)
+    originals, reconstructions = rng.uniform(size=(2, 3, 16, 16, 1)).astype(np.float32)
+    pair = metrics.Pair(originals, reconstructions, originals, reconstructions)
+    sums = metrics.sums(pair, np.array([True, False, True]))
+    figures = metrics.finish({**jax.device_get(sums), "quantizer_loss": 3.0}, 2)
+    mse = np.mean((originals - reconstructions)[[0, 2]].astype(np.float64) ** 2)
+    assert figures["reconstruction_loss"] == pytest.approx(mse, rel=1e-6)
+    assert figures["loss"] == pytest.approx(mse + 1.5, rel=1e-6)
+    assert figures.keys() == {"loss", "quantizer_loss", *metrics.METRICS}

@@ -164,7 +164,11 @@ def test_bfloat16_computes_in_bfloat16_and_quantizes_in_float32():
     latents = model.encoder(images)
     assert latents.dtype == jnp.bfloat16
     quantized, codes, losses = model.quantizer(latents)
-    assert (quantized.dtype, codes.dtype) == (jnp.float32, jnp.int32)
+    assert (quantized.dtype, codes.dtype) == (jnp.bfloat16, jnp.int32)
+    exact, codes_of_float32, losses_of_float32 = model.quantizer(latents.astype(jnp.float32))
+    np.testing.assert_array_equal(codes, codes_of_float32)
+    np.testing.assert_array_equal(quantized, exact.astype(jnp.bfloat16))
+    assert losses == losses_of_float32
     assert losses["quantizer_loss"].dtype == jnp.float32
     assert model.decoder(quantized).dtype == jnp.bfloat16
 
@@ -172,3 +176,36 @@ def test_bfloat16_computes_in_bfloat16_and_quantizes_in_float32():
 def test_foreign_tensor_names_are_refused():
     with pytest.raises(UserError, match=r"'layer1.0.conv1.weight' is not of an LL-VQ-VAE"):
         import_torch.parameters_from_state_dict({"layer1.0.conv1.weight": np.zeros((1, 1, 3, 3))})
+
+
+@pytest.mark.parametrize("value_range", [(-0.5, 0.5), (0.0, 1.0)])
+def test_uint8_images_are_scaled_by_the_models_value_range(value_range):
+    low, high = value_range
+    rngs = nnx.Rngs(0)
+    quantizer = quantizers.create("dense_lattice", 64, rngs=rngs)
+    model = VQVAE(
+        quantizer, image_channels=1, hidden_dims=(64,), value_range=value_range, rngs=rngs
+    )
+    images = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 1), np.uint8)
+    floats = np.float32(low) + images / np.float32(255) * np.float32(high - low)
+    codes = model.encode(floats)
+    np.testing.assert_array_equal(model.encode(images), codes)
+    np.testing.assert_array_equal(model.reconstruct(images), model.reconstruct(floats))
+    decoded = np.asarray(model.decode(codes), np.float64)
+    expected = np.rint(255 * np.clip((decoded - low) / (high - low), 0, 1))
+    found = model.decode_uint8(codes)
+    assert found.dtype == np.uint8
+    # Float32 against float64: a value that lies at a half may round either way.
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    assert np.mean(found != expected) < 0.01
+    np.testing.assert_array_equal(model.to_uint8(model.to_floats(images)), images)
+
+
+def test_images_that_cannot_be_scaled_are_refused():
+    model = make()
+    with pytest.raises(ValueError, match=r"images must be uint8 or float, not int32"):
+        model.encode(np.zeros((1, 28, 28, 1), np.int32))
+    model.value_range = None
+    with pytest.raises(ValueError, match=r"does not know its value range"):
+        model.encode(np.zeros((1, 28, 28, 1), np.uint8))
+    assert model.encode(np.zeros((1, 28, 28, 1), np.float32)).shape == (1, 14, 14, 64)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 import pytest
 
 from llvq import checkpointing
@@ -16,6 +15,7 @@ from llvq.runtime import sharding
 from llvq.training import train_state
 from tests import groups, run_group, tiny
 from tests.run_group import CHECKED_FURTHER, HALFWAY, NUM_STEPS
+from tests.runs import create_model
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +25,7 @@ def alone(tmp_path_factory):
     trained = run_group.run("vq_ema", directory / "vq_ema", NUM_STEPS)
     config = run_group.config("dense_lattice")
     with run_group.double_precision():
-        model = train_state.create_model(
-            config["model"], config["quantizer"], config["compute_dtype"], config["seed"]
-        )
-        _, state = train_state.create_train_state(model, optax.adam(1e-3))
+        state = train_state.create_train_state(create_model(config))
         state.params["quantizer"]["basis"] *= 1e-3  # as it becomes in training: many codes
         checkpointing.save_for_inference(directory / "dense_lattice", state, config)
     return directory, trained

@@ -6,9 +6,9 @@ import pytest
 
 from llvq import evaluate, train
 from llvq.data import ArrayDataset
-from llvq.models import convolution
+from llvq.models import packing as packings
 from tests import tiny
-from tests.test_convolution import CASES, assert_close
+from tests.convolutions import CASES, assert_close
 
 
 @pytest.mark.parametrize(
@@ -26,16 +26,16 @@ from tests.test_convolution import CASES, assert_close
     ],
 )
 def test_packed_are_as_many_pixels_as_fill_the_lanes(platform, latent_shape, features, packing):
-    assert convolution.choose_packing(platform, latent_shape, features) == packing
+    assert packings.choose(platform, latent_shape, features) == packing
 
 
 def test_packing_goes_block_by_block():
     images = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
-    packed = convolution.pack(images, 2)
+    packed = packings.pack(images, 2)
     for row, column in np.ndindex(2, 3):
         block = images[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
         np.testing.assert_array_equal(packed[:, row, column], block.reshape(2, 12))
-    np.testing.assert_array_equal(convolution.unpack(packed, 2), images)
+    np.testing.assert_array_equal(packings.unpack(packed, 2), images)
 
 
 @pytest.mark.parametrize("packing", [1, 2, 3])
@@ -53,8 +53,8 @@ def test_layers_equal_the_plain_ones(case, packing):
         @jax.jit
         def run(x, kernel, gradient):
             def packed(x, kernel):
-                y = ours(convolution.pack(x, before * packing), kernel, packing=packing)
-                return convolution.unpack(y, after * packing)
+                y = ours(packings.pack(x, before * packing), kernel, packing=packing)
+                return packings.unpack(y, after * packing)
 
             y, pull_back = jax.vjp(packed, x, kernel)
             return y, *pull_back(gradient)
@@ -83,7 +83,7 @@ def test_a_run_is_the_same(quantizer, batch_size, tmp_path, monkeypatch):
         calls.append((platform, latent_shape, features))
         return 2
 
-    monkeypatch.setattr(convolution, "choose_packing", choose)
+    monkeypatch.setattr(packings, "choose", choose)
     state, results = run(tmp_path / "packed", quantizer, batch_size)
     assert set(calls) == {("cpu", (8 * batch_size // 8, 8), 8)}
     for path, expected in jax.tree.leaves_with_path(plain_state):

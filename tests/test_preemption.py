@@ -12,7 +12,7 @@ from llvq import checkpointing, train
 from llvq.runtime import preemption
 from tests import groups, tiny
 from tests.groups import finish, group, last_lines, wait_for
-from tests.test_train import assert_identical, newest
+from tests.runs import assert_identical, newest
 
 SLOW = 0.05  # seconds a batch: a run of 40 steps lasts for 2 seconds and more
 
@@ -63,7 +63,7 @@ def test_one_process_saves_and_goes_on_bit_identical(tmp_path):
     assert "Resuming at step 20 of 40" in said
     assert said.count("Validating at step 20") == 1  # what was left out is made up for
     assert "[20] validation/" in said
-    states = [checkpointing.load(tmp_path / name)[1] for name in ("whole", "stopped")]
+    states = [checkpointing.load(tmp_path / name).state for name in ("whole", "stopped")]
     assert int(states[0].step) == 40
     assert_identical(*states)
 

@@ -9,7 +9,6 @@ import zipfile
 
 import jax
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -20,6 +19,7 @@ from llvq.errors import UserError
 from llvq.training import train_state
 from tests import tiny
 from tests.real_data import needs_files
+from tests.runs import create_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 COMMAND = "python main.py --config=configs/tiny.py:vq_ema"
@@ -31,8 +31,7 @@ def workdir(tmp_path_factory):
     """Of an evaluated run of 6 steps (not taken); vq_ema has parameters and statistics."""
     directory = tmp_path_factory.mktemp("run")
     config = tiny.config("vq_ema", **{"dataset.manual_dir": "/home/somebody"})
-    model = train_state.create_model(config["model"], config["quantizer"], "float32", seed=3)
-    _, state = train_state.create_train_state(model, optax.adam(1e-3))
+    state = train_state.create_train_state(create_model(config))
     with checkpointing.open_manager(directory, keep_checkpoints=1) as manager:
         checkpointing.save(manager, 6, state.replace(step=np.int32(6)), config, None)
     evaluate.evaluate(config, directory, tiny.dataset())
@@ -56,8 +55,8 @@ def files(directory):
 def test_what_is_exported_is_what_was_trained(workdir, shipped):
     export.main([f"--workdir={workdir}", f"--command={COMMAND}"])
     model = llvq.load_pretrained("tiny/vq_ema")
-    config, state = checkpointing.load(workdir)
-    trained = checkpointing.model_of(config, state)
+    checkpoint = checkpointing.load(workdir)
+    state, trained = checkpoint.state, checkpointing.model_of(checkpoint)
     images = tiny.images(5) / np.float32(255) - np.float32(0.5)
     np.testing.assert_array_equal(model.reconstruct(images), trained.reconstruct(images))
     np.testing.assert_array_equal(model.decode(model.encode(images)), model.reconstruct(images))
@@ -65,7 +64,7 @@ def test_what_is_exported_is_what_was_trained(workdir, shipped):
         np.testing.assert_array_equal,
         *(
             (s.step, s.params, s.statistics)
-            for s in (state, checkpointing.load(shipped / "tiny/vq_ema")[1])
+            for s in (state, checkpointing.load(shipped / "tiny/vq_ema").state)
         ),
     )
 
@@ -79,7 +78,7 @@ def test_what_is_exported_is_what_was_trained(workdir, shipped):
     assert entry["metrics"].items() <= evaluation.items()
     assert entry["config"]["model"]["image_shape"] == [12, 12, 1]
     assert entry["config"]["model"]["value_range"] == [-0.5, 0.5]
-    assert checkpointing.load(shipped / "tiny/vq_ema")[0] == entry["config"]
+    assert checkpointing.load(shipped / "tiny/vq_ema").config == entry["config"]
 
 
 def test_what_is_exported_is_small_and_names_no_directory_of_this_machine(workdir, shipped):
@@ -89,7 +88,7 @@ def test_what_is_exported_is_small_and_names_no_directory_of_this_machine(workdi
     for path, data in content.items():
         for private in (str(workdir), str(shipped), "/home/somebody"):
             assert private.encode() not in data, path
-    _, state = checkpointing.load(workdir)
+    state = checkpointing.load(workdir).state
     numbers = train_state.num_parameters((state.params, state.statistics))
     assert sum(map(len, content.values())) < 4 * numbers + 20_000
 
@@ -144,7 +143,7 @@ def test_the_index_lists_what_is_there():
 def test_every_shipped_model_works():
     for name, entry in SHIPPED.items():
         model = llvq.load_pretrained(name)
-        config, state = checkpointing.load(pretrained.DIRECTORY / name)
+        _, config, state = checkpointing.load(pretrained.DIRECTORY / name)
         assert config == entry["config"]
         assert f"{config['dataset']['name']}/{config['quantizer']['name']}" == name
         assert (int(state.step), config["seed"]) == (entry["step"], entry["seed"])

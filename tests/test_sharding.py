@@ -2,18 +2,18 @@
 
 import jax
 import numpy as np
-import optax
 import pytest
-from jax import numpy as jnp
 
 from benchmarks.tpu_compile import count_collectives
 from llvq import evaluate, train
 from llvq.data import ArrayDataset
 from llvq.errors import UserError
+from llvq.evaluation.steps import make_steps
 from llvq.runtime import sharding
-from llvq.training import train_state
+from llvq.training import schedules, train_state
 from llvq.training.train_step import make_train_step
 from tests import tiny
+from tests.runs import create_model, fitted_graphdef
 
 
 @pytest.mark.parametrize(
@@ -118,19 +118,17 @@ def test_gradients_sums_and_nothing_else_cross_between_devices(name, num_devices
     if name == "vq_ema":
         config["quantizer"]["codebook_size"] = 2_400  # three blocks
     mesh = sharding.make_mesh(jax.devices()[:num_devices])
-    shared = config["model"]["value_range"], jnp.float32, mesh
-    optimizer = optax.adam(1e-3)
-    graphdef, *trees = train_state.abstract_model(config["model"], config["quantizer"], "float32")
-    opt_state = jax.eval_shape(optimizer.init, trees[0])
-    state = train_state.TrainState(jax.ShapeDtypeStruct((), jnp.int32), *trees, opt_state)
+    schedule = schedules.create("constant", 1e-3, 5, 10)
+    graphdef = fitted_graphdef(config, mesh)
+    state = jax.eval_shape(lambda: train_state.create_train_state(create_model(config)))
     images, mask, count = (
         jax.ShapeDtypeStruct(shape, dtype)
         for shape, dtype in (((16, 12, 12, 1), np.uint8), ((16,), bool), ((mesh.size,), np.int32))
     )
-    train_step, _ = make_train_step(graphdef, optimizer, *shared)
-    metrics_step = evaluate.Evaluator(graphdef, *shared).metrics_step
+    train_step, _ = make_train_step(graphdef, schedule, mesh)
+    metrics_step = make_steps(graphdef, mesh).measure
     num_distances = 1 if name == "vq_ema" else 2  # among the quantizer's losses
-    num_sums = train_state.num_parameters(trees[0]) + 1 + num_distances
+    num_sums = train_state.num_parameters(state.params) + 1 + num_distances
     if name == "vq_ema":  # learns from the sum and the number of each code's vectors
         num_sums += config["quantizer"]["codebook_size"] * (config["model"]["latent_dim"] + 1)
     in_training = {"all-reduce": 4 * num_sums}
@@ -141,7 +139,7 @@ def test_gradients_sums_and_nothing_else_cross_between_devices(name, num_devices
         (metrics_step, (images, mask, count), in_evaluation),
     ]
     if name == "vq_ema":
-        several, _ = make_train_step(graphdef, optimizer, *shared, several=True)
+        several, _ = make_train_step(graphdef, schedule, mesh, several=True)
         index = jax.ShapeDtypeStruct((3, 16), np.int32)
         cases.append((several, (images, index), in_training))  # written once, for every step
     for step, arguments, expected in cases:

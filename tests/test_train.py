@@ -1,6 +1,8 @@
 """Training as a whole: resuming, devices, divergence, checkpoints kept, metrics written."""
 
 import math
+import re
+import shutil
 
 import jax
 import numpy as np
@@ -9,54 +11,24 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 
-from llvq import checkpointing, train
+from llvq import checkpointing, evaluate, train
+from llvq.config import of_saved
 from llvq.data import ArrayDataset, order
 from llvq.errors import DivergenceError, UserError
+from llvq.fields import flatten
 from llvq.runtime import sharding
 from llvq.training import schedules, train_state
 from llvq.training.train_step import make_train_step
 from tests import tiny
-
-
-def leaves(state):
-    return {
-        jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree.leaves_with_path(state)
-    }
-
-
-def assert_identical(a, b):
-    a, b = leaves(a), leaves(b)
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        np.testing.assert_array_equal(value, b[name], err_msg=name)
-
-
-class Recorder:
-    """A metric writer that remembers."""
-
-    def __init__(self):
-        self.scalars, self.images, self.histograms, self.texts = {}, {}, {}, {}
-        self.hparams = {}
-
-    def write_scalars(self, step, scalars):
-        for name, value in scalars.items():
-            self.scalars.setdefault(name, {})[step] = value
-
-    def write_images(self, step, images):
-        self.images[step] = images
-
-    def write_histograms(self, step, arrays, num_buckets=None):
-        self.histograms[step] = arrays
-
-    def write_texts(self, step, texts):
-        self.texts[step] = texts
-
-    def write_hparams(self, hparams):
-        self.hparams = hparams
-
-    def close(self):
-        pass
+from tests.runs import (
+    Recorder,
+    assert_identical,
+    create_model,
+    fitted_graphdef,
+    leaves,
+    newest,
+    run_steps,
+)
 
 
 @pytest.mark.parametrize("quantizer", tiny.NAMES)
@@ -73,31 +45,6 @@ def test_a_resumed_run_is_bit_identical(quantizer, tmp_path):
     # And a third call finds nothing to do.
     again = train.train_and_evaluate(tiny.config(quantizer), tmp_path / "parts", data)
     assert_identical(again, whole)
-
-
-def newest(checkpoints):
-    names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
-    return max((int(name) for name in names if name.isdecimal()), default=0)
-
-
-def run_steps(quantizer, num_devices, num_steps, compute_dtype, seed=3, **overrides):
-    """The state after each step, the one that training takes, on a mesh of some devices."""
-    config = tiny.config(quantizer, compute_dtype=compute_dtype, **overrides)
-    data = tiny.dataset()
-    mesh = sharding.make_mesh(jax.devices()[:num_devices])
-    optimizer = optax.adam(1e-3)
-    model = train_state.create_model(config["model"], config["quantizer"], compute_dtype, seed)
-    graphdef, state = train_state.create_train_state(model, optimizer)
-    _, param_dtype = train_state.DTYPES[compute_dtype]
-    step, _ = make_train_step(graphdef, optimizer, (-0.5, 0.5), param_dtype, mesh)
-    state = sharding.replicate(state, mesh)
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = data.batches("train", order.training_batches(70, 16, seed=3, **share))
-    states = []
-    for _, (_, images) in zip(range(num_steps), batches, strict=False):
-        state, _ = step(state, sharding.to_devices(images, mesh))
-        states.append(leaves((state.params, state.statistics)))
-    return states
 
 
 # The dense lattice's basis moves towards 0 by the learning rate a step. Near 0 training is chaotic:
@@ -150,9 +97,8 @@ def test_training_is_adam_on_the_sum_of_losses(tmp_path):
     data = tiny.dataset()
     state = train.train_and_evaluate(config, tmp_path, data)
 
-    model = train_state.create_model(config["model"], config["quantizer"], "float32", 3)
     optimizer = optax.adam(1e-3)
-    graphdef, params, _ = train_state.split(model)
+    graphdef, params, _ = train_state.split(create_model(config))
     opt_state = optimizer.init(params)
     batches = data.batches("train", order.training_batches(70, 16, seed=3))
     for _, (_, images) in zip(range(2), batches, strict=False):
@@ -182,8 +128,7 @@ def test_where_the_learning_rate_is_zero_only_statistics_move(tmp_path):
     assert (int(first.step), int(both.step)) == (3, 6)
     assert_identical(first.params, both.params)
 
-    model = train_state.create_model(config["model"], config["quantizer"], "float32", 3)
-    graphdef, _, _ = train_state.split(model)
+    graphdef, _, _ = train_state.split(create_model(config))
     model = nnx.merge(graphdef, first.params, first.statistics)
     batches = data.batches("train", order.training_batches(70, 32, seed=3, first_step=3))
     for _, (_, images) in zip(range(3), batches, strict=False):
@@ -193,17 +138,26 @@ def test_where_the_learning_rate_is_zero_only_statistics_move(tmp_path):
         assert np.linalg.norm(ours - value) <= 1e-4 * np.linalg.norm(value), name
 
 
+def rates_of(schedule, num_steps):
+    """The learning rate of each step, in float32."""
+    return np.asarray(jax.vmap(lambda step: jnp.float32(schedule(step)))(jnp.arange(num_steps)))
+
+
 def test_schedules():
     first_epoch = schedules.create("first_epoch", 1e-3, 860, 4300)
-    rates = schedules.tabulate(first_epoch, 4300)
+    rates = rates_of(first_epoch, 4300)
     assert np.all(rates[:860] == np.float32(1e-3))
     assert np.all(rates[860:] == 0)
-    assert np.all(schedules.tabulate(schedules.create("constant", 0.5, 860, 2000), 2000) == 0.5)
+    assert schedules.num_active_steps("first_epoch", 1e-3, 860, 4300) == 860
+    assert schedules.num_active_steps("first_epoch", 1e-3, 860, 200) == 200
+    assert schedules.num_active_steps("constant", 1e-3, 860, 4300) == 4300
+    assert schedules.num_active_steps("constant", 0.0, 860, 4300) == 0
+    assert np.all(rates_of(schedules.create("constant", 0.5, 860, 2000), 2000) == 0.5)
 
 
 @pytest.mark.parametrize("num_steps", [1, 19, 20, 400])
 def test_cosine_schedule(num_steps):
-    rates = schedules.tabulate(schedules.create("cosine", 1e-3, 860, num_steps), num_steps)
+    rates = rates_of(schedules.create("cosine", 1e-3, 860, num_steps), num_steps)
     rise = math.ceil(num_steps / 20)
     steps = np.arange(num_steps)
     expected = np.where(
@@ -213,7 +167,8 @@ def test_cosine_schedule(num_steps):
     )
     # Float32 on one side; the last rates are small differences, so not relative to each.
     np.testing.assert_allclose(rates, 1e-3 * expected, atol=1e-9)
-    assert np.all(rates > 0)  # a rate of 0 would train statistics alone
+    assert np.all(rates > 0)
+    assert schedules.num_active_steps("cosine", 1e-3, 860, num_steps) == num_steps
 
 
 def test_divergence_stops_the_run_and_leaves_the_last_checkpoint(tmp_path):
@@ -251,7 +206,7 @@ def test_divergence_before_any_checkpoint(tmp_path):
         ({"seed": 4}, r"seed=3, not 4"),
         ({"batch_size": 24}, r"batch_size=16, not 24"),
         ({"dataset.name": "other"}, r"dataset.name='tiny', not 'other'"),
-        ({"model.hidden_dims": (4,)}, r"model.hidden_dims=\[8\], not \[4\]"),
+        ({"model.hidden_dims": (4,)}, r"model.hidden_dims=\(8,\), not \(4,\)"),
         ({"quantizer.codebook_size": 256}, r"quantizer.codebook_size=512, not 256"),
     ],
 )
@@ -284,8 +239,7 @@ def finished_run(tmp_path_factory):
 @pytest.mark.parametrize("restarts", [False, True])
 def test_kept_are_the_newest_and_the_best_by_reconstruction_loss(restarts, tmp_path):
     config = tiny.config("vq")
-    model = train_state.create_model(config["model"], config["quantizer"], "float32", 3)
-    _, state = train_state.create_train_state(model, optax.adam(1e-3))
+    state = train_state.create_train_state(create_model(config))
     losses = [0.9, 0.1, 0.5, 0.2, None, 0.8, 0.7, None]
     steps = list(enumerate(losses, start=1))
     for part in (steps[:5], steps[5:]) if restarts else (steps,):
@@ -295,9 +249,6 @@ def test_kept_are_the_newest_and_the_best_by_reconstruction_loss(restarts, tmp_p
                 checkpointing.save(manager, step, state, config, metrics)
     kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
     assert kept == [2, 4, 6, 7, 8]
-
-
-STARTING = ("compile_seconds", "seconds_to_first_step")
 
 
 def test_nothing_is_compiled_after_the_first_evaluation(tmp_path):
@@ -348,10 +299,7 @@ def test_what_a_run_writes(tmp_path):
         assert {name for name in writer.scalars if name.startswith("validation/")} == {
             f"validation/{name}" for name in common | {"psnr", "ssim"}
         }
-        start = {name: writer.scalars.pop(f"start/{name}") for name in STARTING}
-        compiling, first_step = (values.pop(1) for values in start.values())
-        assert 0 < compiling < first_step
-        assert not any(start.values())  # told once
+        assert re.search(r"compiled in \d+\.\d s", writer.texts[1]["start"])
         for values in writer.scalars.values():
             assert list(values) == [2, 4, 6]
             assert all(np.isfinite(value) for value in values.values())
@@ -384,3 +332,113 @@ def test_flips_reach_the_model_only_in_training(tmp_path):
     assert_identical(*states)
     ((_, evaluated),) = a.batches("validation", order.evaluation_batches(16, 16))
     np.testing.assert_array_equal(evaluated, images)
+
+
+def test_a_run_keeps_its_batch_on_other_devices(tmp_path, monkeypatch):
+    """As the run with the plain config that the rule leads to; and it can be evaluated."""
+    config = tiny.config("vq_ema", images_per_device=4, batch_size=8)  # 4 times 8 devices
+    data = tiny.dataset()
+    plain = tiny.config(
+        "vq_ema",
+        batch_size=32,
+        learning_rate=2e-3,
+        **{f"{what}_every_steps": 1 for what in ("log", "eval", "checkpoint")},
+        **{"quantizer.decay": 0.99**4},
+    )
+    expected = train.train_and_evaluate(plain, tmp_path / "plain", data)
+
+    train.train_and_evaluate({**config, "num_train_steps": 3}, tmp_path / "pod", data)
+    used = of_saved(checkpointing.load(tmp_path / "pod").config)
+    assert used == {**flatten(plain), "num_train_steps": 3}
+    # The rest on four devices, where the config by itself would make batches of 16.
+    four = jax.devices()[:4]
+    mesh_for_batches = sharding.mesh_for_batches
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    monkeypatch.setattr(
+        sharding, "mesh_for_batches", lambda *sizes: mesh_for_batches(*sizes, devices=four)
+    )
+    state = train.train_and_evaluate(config, tmp_path / "pod", data)
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        # Sums in another order, over six steps: by the tensor, as between any two meshes.
+        difference = np.linalg.norm(np.asarray(ours) - np.asarray(theirs))
+        assert difference <= 1e-4 * np.linalg.norm(theirs)
+    results = evaluate.evaluate(config, tmp_path / "pod", data)
+    assert results["step"] == 6
+
+
+def test_after_a_change_of_schedule_the_rate_is_that_of_the_step(tmp_path):
+    """Also after steps without a gradient: on the device, by how far parameters move, and logged.
+
+    Adam's first update is the learning rate times the gradient's sign, as nearly as ε lets it.
+    """
+    data = tiny.dataset()
+    config = tiny.config("vq_ema", schedule="first_epoch", num_train_steps=8, log_every_steps=1)
+    train.train_and_evaluate(config, tmp_path, data)  # an epoch has 5 steps
+
+    config |= {"schedule": "cosine", "num_train_steps": 20}
+    writer = Recorder()
+    train.train_and_evaluate(config, tmp_path, data, make_writer=lambda: writer)
+    rates = rates_of(schedules.create("cosine", 1e-3, 5, 20), 20)
+    for step, rate in writer.scalars["train/learning_rate"].items():
+        assert rate == pytest.approx(rates[step - 1], rel=1e-6)
+    assert list(writer.scalars["train/learning_rate"]) == list(range(9, 21))
+
+    # On the device: one step from a fresh Adam at step 10.
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    schedule = schedules.create("cosine", 1e-3, 5, 20)
+    step, _ = make_train_step(fitted_graphdef(config, mesh), schedule, mesh)
+    state = train_state.create_train_state(create_model(config)).replace(step=np.int32(10))
+    before = leaves(state.params)
+    after, metrics = step(state, tiny.images(16))
+    assert float(metrics["learning_rate"]) == pytest.approx(rates[10], rel=1e-6)
+    moved = max(np.abs(value - before[name]).max() for name, value in leaves(after.params).items())
+    assert moved == pytest.approx(rates[10], rel=1e-3)
+
+
+def test_a_missing_split_is_named_before_anything_is_done(tmp_path):
+    images = tiny.images(16)
+    for splits, missing in (
+        ({"train": images}, "validation"),
+        ({"train": images, "validation": images[:0]}, "validation"),
+        ({"validation": images}, "train"),
+    ):
+        for run in (train.train_and_evaluate, evaluate.evaluate):
+            with pytest.raises(UserError, match=rf"no images in a split '{missing}'"):
+                run(tiny.config("vq"), tmp_path / "run", ArrayDataset(**splits))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "vq_ema"])
+def test_a_run_may_start_from_a_models_parameters(quantizer, tmp_path):
+    data, config = tiny.dataset(), tiny.config(quantizer)
+    first = train.train_and_evaluate(config, tmp_path / "first", data)
+    checkpointing.save_for_inference(tmp_path / "model", first, config)
+
+    shutil.copytree(tmp_path / "model", tmp_path / "second/checkpoints/1")
+    with pytest.raises(UserError, match=r"has no optimizer.*--config.init_from=/.*/checkpoints/1$"):
+        train.train_and_evaluate(config, tmp_path / "second", data)
+
+    for source in (tmp_path / "first", tmp_path / "model"):
+        workdir = tmp_path / f"from_{source.name}"
+        config = tiny.config(quantizer, init_from=str(source), seed=4)
+        found = train.train_and_evaluate({**config, "num_train_steps": 1}, workdir, data)
+        # The same step by hand, from these parameters and a fresh optimizer.
+        mesh = sharding.make_mesh()
+        schedule = schedules.create("constant", 1e-3, 5, 1)
+        step, _ = make_train_step(fitted_graphdef(config, mesh), schedule, mesh)
+        state = train_state.create_train_state(create_model(config))
+        state = state.replace(params=first.params, statistics=first.statistics)
+        _, (_, images) = 0, next(data.batches("train", order.training_batches(70, 16, seed=4)))
+        expected, _ = step(sharding.replicate(state, mesh), sharding.to_devices(images, mesh))
+        assert_identical(found, expected)
+        # It resumes from its own checkpoints, not from that model.
+        resumed = train.train_and_evaluate(config, workdir, data)
+        whole = train.train_and_evaluate(config, tmp_path / f"whole_{source.name}", data)
+        assert_identical(resumed, whole)
+
+
+def test_another_models_parameters_are_refused(tmp_path):
+    train.train_and_evaluate(tiny.config("vq", num_train_steps=1), tmp_path / "vq", tiny.dataset())
+    config = tiny.config("vq_ema", init_from=str(tmp_path / "vq"))
+    with pytest.raises(UserError, match=r"init_from=.* holds a run with quantizer.name='vq'"):
+        train.train_and_evaluate(config, tmp_path / "run", tiny.dataset())

@@ -4,39 +4,33 @@ from typing import Any
 
 import numpy as np
 
+from llvq.config import make_config, to_dict
 from llvq.data import ArrayDataset
-from llvq.quantizers import QUANTIZERS, default_options
+from llvq.quantizers import QUANTIZERS
 
 NAMES = tuple(QUANTIZERS)
 
 
 def config(quantizer: str, **overrides: Any) -> dict[str, Any]:
     """A config of 6 steps for images of 12×12×1; dotted names override, e.g. **{"model.x": 1}."""
-    fields: dict[str, Any] = {
-        "seed": 3,
-        "batch_size": 16,
-        "images_per_device": 0,
-        "num_epochs": 1,
-        "num_train_steps": 6,
-        "steps_per_call": 1,
-        "learning_rate": 1e-3,
-        "compute_dtype": "float32",
-        "schedule": "constant",
-        "keep_checkpoints": 2,
-        "log_every_steps": 2,
-        "eval_every_steps": 2,
-        "checkpoint_every_steps": 2,
-        "stop_on_failed_save": True,
-        "dataset": {"name": "tiny", "data_dir": "", "manual_dir": ""},
-        "quantizer": {"name": quantizer, **default_options(quantizer)},
-        "model": {
-            "image_shape": (12, 12, 1),
-            "value_range": (-0.5, 0.5),
-            "hidden_dims": (8,),
-            "num_residual_blocks": 2,
-            "latent_dim": 8,
-        },
-    }
+    fields = to_dict(
+        make_config(
+            quantizer,
+            seed=3,
+            batch_size=16,
+            num_epochs=1,
+            num_train_steps=6,
+            schedule="constant",
+            log_every_steps=2,
+            eval_every_steps=2,
+            checkpoint_every_steps=2,
+            dataset={"name": "tiny"},
+            image_shape=(12, 12, 1),
+            value_range=(-0.5, 0.5),
+            hidden_dims=(8,),
+            latent_dim=8,
+        )
+    )
     for name, value in overrides.items():
         *path, field = name.split(".")
         section = fields

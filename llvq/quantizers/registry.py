@@ -28,7 +28,7 @@ def quantizer_class(name: str) -> type[Quantizer]:
     Raises:
       UserError: if there is no quantizer of that name.
     """
-    if not isinstance(name, str) or name not in QUANTIZERS:
+    if name not in QUANTIZERS:
         raise UserError(f"unknown quantizer {name!r}: choose one of {', '.join(QUANTIZERS)}")
     return QUANTIZERS[name]
 

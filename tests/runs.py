@@ -1,0 +1,91 @@
+"""Runs on the tiny data set, and what they leave behind."""
+
+import jax
+import numpy as np
+from flax import nnx
+
+from llvq.config import parse
+from llvq.data import order
+from llvq.runtime import sharding
+from llvq.training import schedules, train_state
+from llvq.training.train_step import make_train_step
+from tests import tiny
+
+
+def leaves(state):
+    """{path: array} of a pytree."""
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path(state)
+    }
+
+
+def assert_identical(a, b):
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        np.testing.assert_array_equal(value, b[name], err_msg=name)
+
+
+def newest(checkpoints):
+    """The highest step of a directory of checkpoints, or 0."""
+    names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+class Recorder:
+    """A metric writer that remembers."""
+
+    def __init__(self):
+        self.scalars, self.images, self.histograms, self.texts = {}, {}, {}, {}
+        self.hparams = {}
+
+    def write_scalars(self, step, scalars):
+        for name, value in scalars.items():
+            self.scalars.setdefault(name, {})[step] = value
+
+    def write_images(self, step, images):
+        self.images[step] = images
+
+    def write_histograms(self, step, arrays, num_buckets=None):
+        self.histograms[step] = arrays
+
+    def write_texts(self, step, texts):
+        self.texts.setdefault(step, {}).update(texts)
+
+    def write_hparams(self, hparams):
+        self.hparams = hparams
+
+    def close(self):
+        pass
+
+
+def create_model(config):
+    """The model that a run with this config starts with."""
+    config = parse(config)
+    return train_state.create_model(config.architecture, config.seed)
+
+
+def fitted_graphdef(config, mesh):
+    """The structure of a config's model, on a mesh."""
+    config = parse(config)
+    model = train_state.abstract_model(config.architecture)
+    train_state.fit_to_mesh(model, mesh, config.latent_shape)
+    return nnx.graphdef(model)
+
+
+def run_steps(quantizer, num_devices, num_steps, compute_dtype, seed=3, **overrides):
+    """The state after each step, the one that training takes, on a mesh of some devices."""
+    config = tiny.config(quantizer, compute_dtype=compute_dtype, seed=seed, **overrides)
+    data = tiny.dataset()
+    mesh = sharding.make_mesh(jax.devices()[:num_devices])
+    schedule = schedules.create("constant", 1e-3, 5, num_steps)
+    step, _ = make_train_step(fitted_graphdef(config, mesh), schedule, mesh)
+    state = sharding.replicate(train_state.create_train_state(create_model(config)), mesh)
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = data.batches("train", order.training_batches(70, 16, seed=3, **share))
+    states = []
+    for _, (_, images) in zip(range(num_steps), batches, strict=False):
+        state, _ = step(state, sharding.to_devices(images, mesh))
+        states.append(leaves((state.params, state.statistics)))
+    return states
