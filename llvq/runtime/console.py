@@ -5,6 +5,7 @@ characters. Only the first process of a run shows progress.
 """
 
 import logging as python_logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -67,6 +68,11 @@ def _show_exception(kind: type[BaseException], error: BaseException, trace: Any)
         sys.__excepthook__(kind, error, trace)
 
 
+def _is_terminal() -> bool:
+    """Whether the standard error is a terminal of known width; tqdm draws nothing on another."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+
+
 class Progress:
     """Shows how far a loop is, its rate and the time left; a context manager.
 
@@ -90,7 +96,7 @@ class Progress:
 
     def __enter__(self) -> Callable[..., None]:
         """Returns `report`, to be called after every step or few: see its arguments."""
-        if self._is_shown and sys.stderr.isatty():
+        if self._is_shown and _is_terminal():
             from tqdm import tqdm
 
             self._bar = tqdm(
