@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import unittest.mock
 
 import jax
 import pytest
@@ -66,7 +67,8 @@ def test_what_started_the_process_is_known_by_its_variables(variables, cluster, 
         monkeypatch.setenv(name, value)
     joined = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **options: joined.append(options))
-    monkeypatch.setattr(distributed, "_FatalErrors", lambda message: type("", (), {})())
+    monkeypatch.setattr(distributed, "_Relay", unittest.mock.MagicMock)
+    monkeypatch.setattr(distributed, "_relay", None)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     distributed.initialize()
     assert len(joined) == (cluster is not None)
@@ -78,7 +80,8 @@ def test_what_started_the_process_is_known_by_its_variables(variables, cluster, 
 def test_a_tpu_without_its_metadata_is_one_line(monkeypatch):
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name == "libtpu")
-    monkeypatch.setattr(distributed, "_FatalErrors", lambda message: type("", (), {})())
+    monkeypatch.setattr(distributed, "_Relay", unittest.mock.MagicMock)
+    monkeypatch.setattr(distributed, "_relay", None)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
 
     def initialize(**_):
@@ -91,7 +94,9 @@ def test_a_tpu_without_its_metadata_is_one_line(monkeypatch):
 
 
 def test_a_first_process_that_is_not_there_is_one_line():
-    script = "from llvq import distributed as d; d.CONNECT_SECONDS = 1; d.initialize('{}', 2, 1)"
+    script = (
+        "from llvq.runtime import distributed as d; d.CONNECT_SECONDS = 1; d.initialize('{}', 2, 1)"
+    )
     result = subprocess.run(
         [sys.executable, "-c", script.format(groups.free_address())],
         cwd=groups.ROOT,
@@ -103,6 +108,40 @@ def test_a_first_process_that_is_not_there_is_one_line():
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert "did not all connect within 1 s" in line
+
+
+LOSSES = [
+    "INTERNAL: Gloo all-reduce failed: [external/gloo/transport/tcp/pair.cc:532] "
+    "Connection closed by peer [127.0.0.1]:45678",
+    "INTERNAL: Gloo context initialization failed: Connection reset by peer",
+    "UNKNOWN: Gloo send failed: [external/gloo/transport/tcp/pair.cc:1] Broken pipe",
+    "INTERNAL: NCCL operation ncclGroupEnd() failed: remote process exited or there was a network "
+    "error. Last NCCL warning(error) log entry (may be unrelated) '...'",
+    "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n1\nThe tasks "
+    "have crashed. [type.googleapis.com/tensorflow.CoordinationServiceError='']",
+    "UNAVAILABLE: failed to connect to all addresses\nAdditional GRPC error information from "
+    "remote target coordination_service while calling /xla.coordination.Service/Barrier",
+    "DEADLINE_EXCEEDED: Barrier timed out. Id: after all processes::0.",
+]
+OTHERS = [
+    "INTERNAL: cuDNN launch failure : input shape ([64,3,148,148])",
+    "INTERNAL: NCCL operation ncclCommInitRank(...) failed: unhandled cuda error",
+    "INVALID_ARGUMENT: Argument does not match host shape or layout of computation parameter 0",
+    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4398046511104 bytes.",
+    "UNAVAILABLE: TPU initialization failed: open(/dev/accel0): Operation not permitted",
+    "INTERNAL: the CPU has no such instruction",
+]
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"), [(x, True) for x in LOSSES] + [(x, False) for x in OTHERS]
+)
+def test_only_a_broken_connection_is_a_loss(message, expected, monkeypatch):
+    error = jax.errors.JaxRuntimeError(message)
+    assert not distributed.is_loss(error)  # a process on its own has nobody to lose
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert distributed.is_loss(error) == expected
+    assert not distributed.is_loss(ValueError(message.replace("Gloo", "")))
 
 
 @real_data.needs_files

@@ -1,50 +1,28 @@
-"""Memory that XLA frees on a CPU is kept: the kernel is not asked for it again each step."""
+"""The C library is told to keep freed memory where JAX has a CPU only, and only there."""
 
-import os
-import pathlib
-import platform
-import subprocess
-import sys
+import types
 
 import pytest
 
 from llvq.runtime import host_memory
 
-ROOT = pathlib.Path(__file__).parents[1]
-
-_COUNT_FAULTS = """
-import resource
-from benchmarks.train_step import get_config, prepare_llvq
-from llvq.runtime import host_memory
-if {keeps}:
-    host_memory.keep_freed_memory()
-config = get_config("fashion_mnist", "sparse_lattice")
-config.batch_size = 32
-run = prepare_llvq(config, "train").run
-run(15)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-run(10)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-_HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+# From malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
-@pytest.mark.skipif(
-    _HUGE_PAGES.exists() and "[always]" in _HUGE_PAGES.read_text(),
-    reason="with huge pages there are few faults to be counted",
-)
-def test_a_step_finds_the_memory_of_the_one_before():
-    ours = ("XLA_FLAGS", "GLIBC_TUNABLES")
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
-
-    def count_faults(keeps):
-        command = [sys.executable, "-c", _COUNT_FAULTS.format(keeps=keeps)]
-        options = {"env": environment, "capture_output": True, "text": True, "check": True}
-        return int(subprocess.run(command, cwd=ROOT, **options).stdout)
-
-    # Now and then a hole in the heap is too small, and it grows once more.
-    assert count_faults(True) < count_faults(False) / 2
+@pytest.mark.parametrize("platform", ["cpu", "cuda,cpu"])
+def test_freed_memory_is_kept_on_a_cpu_only(platform, monkeypatch):
+    told = {}
+    library = types.SimpleNamespace(mallopt=told.__setitem__)
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: library)
+    before = host_memory.jax.config.jax_platforms
+    host_memory.jax.config.update("jax_platforms", platform)
+    try:
+        host_memory.keep_freed_memory()
+    finally:
+        host_memory.jax.config.update("jax_platforms", before)
+    kept = {M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0, M_ARENA_MAX: 1}
+    assert told == (kept if platform == "cpu" else {})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,53 @@ def test_a_mistake_in_the_flags_is_one_line(arguments, words, monkeypatch):
 def test_a_users_mistake_is_one_line(arguments, words, tmp_path):
     assert_one_line(main(*arguments, f"--workdir={tmp_path}"), *words)
     assert not list(tmp_path.iterdir())
+
+
+CONFIG = """
+import math
+
+from configs import default
+
+
+def get_config(argument):
+    config = default.get_config(argument)
+    config.batch_size = {}
+    return config
+"""
+
+
+@pytest.mark.parametrize(
+    ("mistake", "error"),
+    [
+        ("math.ceiling(3)", "AttributeError: module 'math' has no attribute 'ceiling'"),
+        ("maths.ceil(3)", "NameError: name 'maths' is not defined"),
+        ("len(3)", "TypeError: object of type 'int' has no len()"),
+        ("int('many')", "ValueError: invalid literal for int() with base 10: 'many'"),
+        ("__import__('no_such')", "ModuleNotFoundError: No module named 'no_such'"),
+        ("open('/nowhere/x')", "FileNotFoundError: [Errno 2] No such file or directory"),
+        ("{}['x']", "KeyError: 'x'"),
+        ("'many'", "TypeError: "),  # ConfigDict wants a number
+        ("3 +", "SyntaxError: invalid syntax"),
+        ("default.get_config(3).batch_size", "AttributeError: 'int' object has no attribute"),
+    ],
+)
+def test_a_mistake_in_a_config_file_names_its_line(mistake, error, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "mine.py"
+    path.write_text(CONFIG.replace("{}", mistake, 1))
+    outcome, line = fuzz_targets.parse([f"--config={path}:vq", "--workdir=/nowhere"])
+    assert outcome == "refused"
+    where = "configs/default.py" if "get_config(3)" in mistake else os.path.relpath(path)
+    number = r"\d+" if "get_config(3)" in mistake else "9"
+    assert re.match(f"main.py: {re.escape(where)}, line {number}: {re.escape(error)}", line)
+    assert "\n" not in line
+
+
+def test_evaluation_makes_nothing_where_there_is_no_checkpoint(tmp_path):
+    workdir = tmp_path / "mistyped"
+    result = main(f"{FASHION}:vq", f"--workdir={workdir}", "--mode=evaluate")
+    assert_one_line(result, "no checkpoint in", "mistyped")
+    assert not workdir.exists()
 
 
 def test_missing_flags_are_named():

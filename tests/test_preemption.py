@@ -40,7 +40,7 @@ def test_one_process_saves_and_goes_on_bit_identical(tmp_path):
     workdir = tmp_path / "stopped"
 
     with group(command(workdir, 40, SLOW)) as processes:
-        wait_for(processes[0], "[5] train/")
+        wait_for(processes[0], "[5] train:")
         processes[0].send_signal(signal.SIGTERM)
         time.sleep(0.2)
         processes[0].send_signal(signal.SIGTERM)  # in the step, in the save or behind it
@@ -62,7 +62,7 @@ def test_one_process_saves_and_goes_on_bit_identical(tmp_path):
     said = run(workdir, 40)
     assert "Resuming at step 20 of 40" in said
     assert said.count("Validating at step 20") == 1  # what was left out is made up for
-    assert "[20] validation/" in said
+    assert "[20] validation:" in said
     states = [checkpointing.load(tmp_path / name).state for name in ("whole", "stopped")]
     assert int(states[0].step) == 40
     assert_identical(*states)
@@ -90,7 +90,7 @@ def test_two_processes_stop_at_one_step_and_go_on(tmp_path):
         return group(*(command(tmp_path, num_steps, seconds, *x) for x in groups.options(2)))
 
     with processes_of(400, SLOW) as processes:
-        wait_for(processes[0], "[5] train/")
+        wait_for(processes[0], "[5] train:")
         processes[1].send_signal(signal.SIGTERM)  # to one of them only
         start = time.monotonic()
         ended = finish(processes)
@@ -100,7 +100,7 @@ def test_two_processes_stop_at_one_step_and_go_on(tmp_path):
     assert steps == {newest(tmp_path / "checkpoints")}
     (step,) = steps
     assert 5 <= step < 30
-    assert "train/loss" not in ended[1][1]  # only the first process tells
+    assert "train: loss" not in ended[1][1]  # only the first process tells
 
     with processes_of(step + 2, 0) as processes:
         ended = finish(processes)
@@ -114,7 +114,7 @@ def test_where_a_process_is_lost_the_others_end_in_one_line(count, lost, tmp_pat
     """The last of four, and of two the first, which JAX's clients cannot do without."""
     commands = [command(tmp_path, 10_000, SLOW, *options) for options in groups.options(count)]
     with group(*commands) as processes:
-        wait_for(processes[0], "[5] train/")
+        wait_for(processes[0], "[5] train:")
         processes[lost].kill()
         start = time.monotonic()
         ended = finish(processes)

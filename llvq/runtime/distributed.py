@@ -4,6 +4,8 @@ import contextlib
 import importlib.util
 import os
 import pathlib
+import re
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,39 +16,41 @@ from absl import logging
 from orbax import checkpoint as ocp
 
 from llvq.errors import UserError, first_line
+from llvq.runtime import relay
 
-CONNECT_SECONDS = 120  # for all processes to have started
-LOST_SECONDS = 30  # after which a process that is not heard of counts as lost
+CONNECT_SECONDS = 120  # within which all processes must have started
+LOST_SECONDS = 30  # after which a silent process counts as lost
 
 _PREPARE_SECONDS = 7 * 24 * 3600  # the first process may be downloading a data set
+_SAY_SECONDS = 10  # the last words may have to wait for a slow terminal
 
 LOST = (
     "another process of this run has ended or cannot be reached (its own last line says why): "
-    "give every process the same command again, the run goes on from its last checkpoint"
+    "start every process again with the same command, and the run resumes from its last checkpoint"
 )
 
 
 def initialize(
     coordinator_address: str = "", num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Joins the processes of a run; to be called before anything asks JAX for devices.
+    """Joins the processes of a run. Call it before anything asks JAX for devices.
 
-    Without arguments, what started the process says whether it is one of several: Slurm, Open MPI,
-    Kubernetes (a Job with completionMode Indexed) or Cloud TPU. A process on its own stays so: it
-    initialises nothing and waits for nothing.
+    Without arguments, the environment says whether this process is one of several: Slurm, Open
+    MPI, Kubernetes (a Job with completionMode Indexed) and Cloud TPU set variables for that. A
+    process on its own initialises nothing and waits for nothing.
 
-    From here on, a process whose fellows are lost ends by itself: it prints one line and exits
-    with 1, at once if the first process is lost, else within LOST_SECONDS.
+    From here on, the process ends with one line (LOST) and exit code 1 when another process is
+    lost: at once if that is the first process, otherwise within LOST_SECONDS.
 
     Args:
-      coordinator_address: "host:port" of the first process; the port is any free one.
-      num_processes: in the run.
+      coordinator_address: "host:port" of the first process; any free port.
+      num_processes: how many processes the run has.
       process_id: which of them this is, from 0.
 
     Raises:
-      UserError: if some of the arguments are missing or cannot be, or if what started the process
-        says too little.
+      UserError: if an argument is missing or impossible, or if the environment says too little.
     """
+    global _relay
     given = {
         "coordinator_address": coordinator_address or None,
         "num_processes": num_processes,
@@ -62,21 +66,22 @@ def initialize(
     elif missing:
         raise UserError(
             f"--{missing[0]} is missing: --coordinator_address, --num_processes and --process_id "
-            "go together (none of them on Cloud TPU and under Slurm, which tell by themselves)"
+            "go together (give none of them on Cloud TPU and under Slurm, which set them)"
         )
     else:
         assert num_processes is not None
         assert process_id is not None
         _check(coordinator_address, num_processes, process_id)
         where = f"at --coordinator_address={coordinator_address}"
-        # Slurm would have each process see one device, by its number on the host.
+        # If it detected Slurm, JAX would let each process see one device only.
         options = {**given, "cluster_detection_method": "deactivate"}
     logging.info("Waiting up to %d s for all processes, %s", CONNECT_SECONDS, where)
-    watch = _FatalErrors(
+    _relay = _Relay()
+    _relay.set_last_words(
         f"the processes, {where}, did not all connect within {CONNECT_SECONDS} s: start each of "
-        "them, the first at that address, each with another process id"
+        "them, the first at that address, each with a process id of its own"
     )
-    # It would take SIGTERM for itself: see preemption.py.
+    # The service would take SIGTERM for itself: see preemption.py.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -85,12 +90,12 @@ def initialize(
             heartbeat_timeout_seconds=LOST_SECONDS,
             shutdown_timeout_seconds=LOST_SECONDS,
         )
-    except Exception as error:  # whatever a cluster's client, gRPC or a look-up of names raises
+    except Exception as error:  # clusters' clients, gRPC and name look-ups raise many kinds
         raise UserError(
             f"the processes of this run, {where}, cannot be joined ({first_line(error)}): give "
             "--coordinator_address, --num_processes and --process_id"
         ) from error
-    watch.message = LOST
+    _relay.set_last_words(LOST)
 
 
 def _check(coordinator_address: str, num_processes: int, process_id: int) -> None:
@@ -103,13 +108,13 @@ def _check(coordinator_address: str, num_processes: int, process_id: int) -> Non
         raise UserError(f"--num_processes={num_processes}: must be 1 or more")
     if not 0 <= process_id < num_processes:
         raise UserError(
-            f"--process_id={process_id}: must be 0 … {num_processes - 1}, another one for each of "
-            f"the --num_processes={num_processes}"
+            f"--process_id={process_id}: must be 0 … {num_processes - 1}, a different one for each "
+            f"of the --num_processes={num_processes}"
         )
 
 
 def _cluster() -> str | None:
-    """What started this process as one of several, by the variables that it sets for that."""
+    """The name of what started this process as one of several, or None."""
     variables = os.environ
     if "SLURM_STEP_NODELIST" in variables and int(variables.get("SLURM_NTASKS", 1)) > 1:
         return "Slurm"
@@ -117,8 +122,8 @@ def _cluster() -> str | None:
         return "Open MPI"
     if "," in variables.get("TPU_WORKER_HOSTNAMES", ""):
         return "Cloud TPU on Kubernetes"
-    # JAX has set this variable when it found no chips; Google's metadata server knows the rest,
-    # also of a single host.
+    # JAX sets this variable if it finds no chips. Google's metadata server knows the rest, and it
+    # also describes a single host.
     if importlib.util.find_spec("libtpu") and "TPU_SKIP_MDS_QUERY" not in variables:
         return "Cloud TPU (on this host alone: set TPU_SKIP_MDS_QUERY=1)"
     if "KUBERNETES_SERVICE_HOST" in variables and "JOB_COMPLETION_INDEX" in variables:
@@ -126,88 +131,105 @@ def _cluster() -> str | None:
     return None
 
 
-class _FatalErrors(threading.Thread):
-    """Ends the process in one line where JAX would abort it with a stack trace.
+class _Relay(threading.Thread):
+    """Passes on native error output through another process, and ends this one when a loss is seen.
 
-    JAX's C++ client aborts when it cannot connect, when another process is lost and when the first
-    one is gone, and leaves Python no say in it. But before it does, it writes to the standard
-    error: that goes through a pipe from here on, Python's own output does not.
-
-    Attributes:
-      message: the line.
+    JAX's C++ client aborts the process, with a stack trace, when it cannot connect or when another
+    process is lost. Python cannot prevent that, but the client first says so on the standard error:
+    then the relay prints the last words, and this thread ends the process before JAX does. (If JAX
+    is faster, the exit code is SIGABRT's.) All other native output is passed on, also what a crash
+    writes last: a thread could not do that, since it dies in the crash. Python's own output does
+    not go through the relay.
     """
 
-    _SIGN = b"because the JAX distributed service detected fatal errors"
-
-    def __init__(self, message: str) -> None:
+    def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.message = message
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", relay.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self._are_said = threading.Event()
+        self.exit_code = 1
         sys.stderr.flush()
-        self._stderr = os.dup(2)
-        self._read, write = os.pipe()
-        os.dup2(write, 2)
-        os.close(write)
-        handler = logging.get_absl_handler().python_handler
-        is_console = handler.stream is sys.stderr
-        sys.stderr = os.fdopen(self._stderr, "w", buffering=1, errors="backslashreplace")
-        if is_console:
-            handler.setStream(sys.stderr)
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+        assert self._process.stdin
+        os.dup2(self._process.stdin.fileno(), 2)
+        self._process.stdin.close()
         self.start()
 
+    def set_last_words(self, message: str) -> None:
+        """Sets what the relay prints when another process is lost."""
+        os.write(2, relay.MARK + f"{_program()}: {message}\n".encode())
+
+    def say_last_words(self) -> None:
+        """Prints them now, unless they have been printed."""
+        os.write(2, relay.MARK + b"\n")
+        self._are_said.wait(_SAY_SECONDS)
+
     def run(self) -> None:
-        before = b""
-        while written := os.read(self._read, 1 << 16):
-            # It may come in two parts.
-            before = before[-len(self._SIGN) :] + written
-            if self._SIGN in before:
-                _say(self.message, 1)
-                os._exit(_exit_code)
-            with contextlib.suppress(OSError):  # a terminal that is gone
-                os.write(self._stderr, written)
+        """Ends the process once the relay has seen that JAX is about to."""
+        assert self._process.stdout
+        while reason := self._process.stdout.read(1):
+            if reason == relay.LOST:
+                os._exit(self.exit_code)
+            self._are_said.set()
 
 
-_saying = threading.Lock()
-_exit_code = 0
+_relay: _Relay | None = None
 
 
-def _say(message: str, code: int) -> None:
-    """Prints the last line of this process, the first time that it is called."""
-    global _exit_code
-    with _saying:
-        if not _exit_code:
-            _exit_code = code
-            print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+def _program() -> str:
+    return pathlib.Path(sys.argv[0]).name
 
 
 def leave(message: str, code: int = 1, *, together: bool = False) -> NoReturn:
-    """Ends the process, with one line: the message.
+    """Ends the process, with the message as its last line.
 
     Args:
       message: what is wrong, or why the run stops.
       code: the exit code, above 0.
-      together: whether all processes of the run leave now and may wait for each other. Else the
-        others are to notice as soon as possible.
+      together: whether all processes of the run leave now and may wait for each other. Otherwise
+        this one ends at once, so that the others notice as soon as possible.
     """
-    _say(message, code)
-    if jax.distributed.is_initialized() and not together:
-        os._exit(_exit_code)
-    sys.exit(_exit_code)
+    if _relay is None:
+        sys.exit(_fail(message, code))
+    _relay.exit_code = code
+    try:
+        _relay.set_last_words(message)
+        _relay.say_last_words()
+    except OSError:  # somebody has ended the relay
+        _fail(message, code)
+    if together:
+        sys.exit(code)
+    os._exit(code)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"{_program()}: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+# What the coordination service, Gloo (CPU) and NCCL (GPU) say when a process is gone.
+_LOSS = re.compile(
+    r"connection (closed|reset|refused)|socket closed|broken pipe|remote process exited"
+    r"|ncclRemoteError|heartbeat|(UNAVAILABLE|DEADLINE_EXCEEDED).*(coordination|barrier)",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 def is_loss(error: Exception) -> bool:
-    """Whether an error tells, as far as can be told, that another process is lost."""
+    """Whether an error says that the connection to another process of the run is broken."""
     if not jax.distributed.is_initialized():
         return False
     is_communication = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
-    return is_communication and "RESOURCE_EXHAUSTED" not in str(error)
+    return is_communication and _LOSS.search(str(error)) is not None
 
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
-    """What is done in the context, the first process does alone and all the others after it.
+    """Runs the context in the first process alone, and then in all the others.
 
-    They may share a disk, or have one each: either way what the first one prepares is prepared once
-    where it is shared, and by everyone where it is not. Returns when all are through.
+    The processes may share a disk or have one each. Either way, what the first one prepares is
+    prepared once where it is shared, and by everyone where it is not. Returns when all are done.
     """
     wait = ocp.multihost.get_barrier_sync_fn()  # does nothing for a process on its own
     milliseconds = _PREPARE_SECONDS * 1000

@@ -1,4 +1,4 @@
-"""The host's memory, for steps on a CPU."""
+"""How the C library manages the host's memory, which matters for steps on a CPU."""
 
 import ctypes
 import importlib.util
@@ -7,17 +7,17 @@ from typing import Any
 
 import jax
 
-# Of mallopt (malloc.h).
+# Parameters of mallopt, from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library keep memory that is freed, where JAX has a CPU only.
+    """Lets the C library keep freed memory, if JAX uses the CPU only.
 
-    XLA allocates what a step needs at its beginning and frees it at its end; to get all of it from
-    the kernel again each time takes from a tenth to a quarter of a step. The price is that memory
-    in use never shrinks, and that its peak may grow by half, by what lies between. Call it before
-    JAX has started its threads. Of C libraries only glibc can be told; with others nothing changes.
+    XLA allocates what a step needs when the step begins and frees it when the step ends. Getting
+    all of it from the kernel again each time takes a tenth to a quarter of the step. In exchange,
+    memory in use never shrinks, and its peak may grow by half because of fragmentation. Call this
+    before JAX starts its threads. Only glibc can be told; other C libraries are left alone.
     """
     if not _has_cpu_only():
         return
@@ -27,14 +27,14 @@ def keep_freed_memory() -> None:
         return
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, -1)  # never
-    mallopt(_ARENA_MAX, 1)  # other arenas than the main one take large blocks from the kernel
+    mallopt(_ARENA_MAX, 1)  # arenas other than the main one take large blocks from the kernel
 
 
 def _has_cpu_only() -> bool:
-    """Whether JAX is told to use the CPU, or is installed for nothing else.
+    """Whether JAX is configured or installed for the CPU only.
 
-    Asking it what it finds would start its threads. So where a plugin for accelerators is installed
-    and there are none, it takes JAX_PLATFORMS=cpu.
+    Asking JAX for its devices would start its threads. So on a machine that has a plugin for
+    accelerators but no accelerator, the answer is true only if JAX_PLATFORMS=cpu is set.
     """
     config: Any = jax.config  # its attributes are made at run time
     if config.jax_platforms:

@@ -1,7 +1,7 @@
-"""SIGTERM: what a machine's owner sends before taking it away, and what a run makes of it.
+"""SIGTERM: the owner of a machine sends it before taking the machine away.
 
-Cloud TPU, Slurm and Kubernetes send it some 30 seconds ahead. Training saves at the next step, on
-all processes at the same one, and leaves; everything else stops where it is, since nothing is lost
+Cloud TPU, Slurm and Kubernetes send it some 30 seconds ahead. Training saves after the next step,
+the same one on all processes, and leaves. Everything else stops where it is, since nothing is lost
 by that. Either way `Preempted` is raised.
 """
 
@@ -19,14 +19,14 @@ from jax.sharding import Mesh
 
 from llvq.runtime import sharding
 
-EXIT_CODE = os.EX_TEMPFAIL  # 75: the same command, given again, goes on
+EXIT_CODE = os.EX_TEMPFAIL  # 75: the same command, given again, resumes the run
 
 
 class Preempted(SystemExit):
     """The program was asked to stop, and has saved what it had to; exits with EXIT_CODE.
 
     Attributes:
-      message: what became of it, in one line.
+      message: what has been saved and how to resume, in one line.
     """
 
     def __init__(self, message: str) -> None:
@@ -39,50 +39,59 @@ def stop_at_once() -> None:
 
     def stop(signal_number: int, _: Any) -> None:
         signal.signal(signal_number, signal.SIG_IGN)
-        raise Preempted("stopped by SIGTERM; the same command goes on from what is saved")
+        raise Preempted("stopped by SIGTERM; the same command resumes from what is saved")
 
     signal.signal(signal.SIGTERM, stop)
 
 
+class _Request:
+    """Whether SIGTERM has arrived, in any of the processes of a mesh."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.is_noted = False  # by this process
+        self._is_agreed = False
+        self._mesh = mesh
+        self._any = jax.jit(jnp.any, out_shardings=sharding.replicated(mesh))
+        self._pending: jax.Array | None = None  # whether a process had noted it at the last call
+
+    def note(self, *_: Any) -> None:
+        """Handles the signal."""
+        self.is_noted = True
+
+    def is_time_to_stop(self) -> bool:
+        """See `stop_at_a_step`."""
+        if jax.process_count() == 1:
+            return self.is_noted
+        if not self._is_agreed:
+            self._is_agreed = self._pending is not None and bool(self._pending)
+            notes = np.full(len(self._mesh.local_devices), self.is_noted)
+            self._pending = self._any(sharding.to_devices(notes, self._mesh))
+        return self._is_agreed
+
+
 @contextlib.contextmanager
 def stop_at_a_step(mesh: Mesh) -> Iterator[Callable[[], bool]]:
-    """In this context SIGTERM is only noted, for a loop that asks after each step, or few.
+    """In this context SIGTERM is only noted, for a loop that asks whether to stop.
 
-    JAX's own `multihost_utils.reached_preemption_sync_point` is for several processes only, and
-    takes the signal for itself while they do something else than training, too.
+    JAX's own `multihost_utils.reached_preemption_sync_point` works with several processes only,
+    and it would handle the signal outside of training, too.
 
     Args:
       mesh: the devices of all processes that are to stop together.
 
     Yields:
-      A function that says whether to stop here: the same on all processes, which must call it
-      equally often. With several it answers one call late, so as not to wait for the devices.
+      A function that says whether to stop now. All processes must call it equally often, e.g.
+      after every step, and get the same answers. With several processes, an answer is one call
+      late, so that nothing waits for the devices.
     """
-    is_requested = is_agreed = False
-    pending: jax.Array | None = None
-    any_of_them = jax.jit(jnp.any, out_shardings=sharding.replicated(mesh))
-
-    def note(*_: Any) -> None:
-        nonlocal is_requested
-        is_requested = True
-
-    def is_time_to_stop() -> bool:
-        nonlocal is_agreed, pending
-        if jax.process_count() == 1:
-            return is_requested
-        if not is_agreed:
-            is_agreed = pending is not None and bool(pending)
-            requests = np.full(len(mesh.local_devices), is_requested)
-            pending = any_of_them(sharding.to_devices(requests, mesh))
-        return is_agreed
-
+    request = _Request(mesh)
     if threading.current_thread() is not threading.main_thread():
-        yield is_time_to_stop  # Python lets only the main thread have signal handlers
+        yield request.is_time_to_stop  # Python lets only the main thread have signal handlers
         return
-    previous = signal.signal(signal.SIGTERM, note)
+    previous = signal.signal(signal.SIGTERM, request.note)
     try:
-        yield is_time_to_stop
+        yield request.is_time_to_stop
     finally:
-        # Asked twice, it would be no faster. A handler that is not Python's is None.
-        handler = signal.SIG_IGN if is_requested else previous or signal.SIG_DFL
+        # A second signal would make nothing faster. A handler that is not Python's is None.
+        handler = signal.SIG_IGN if request.is_noted else previous or signal.SIG_DFL
         signal.signal(signal.SIGTERM, handler)

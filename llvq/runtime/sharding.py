@@ -1,11 +1,12 @@
-"""Devices: a mesh of the axes `data` and `height`; all but images and their codes is replicated.
+"""Devices and how arrays are split over them: a mesh of the axes `data` and `height`.
 
-Batches are split along `data`. Where their size does not divide by the devices, as where these are
-more, each image is split along `height` besides: XLA exchanges the rows that a convolution needs
-from either side.
+Images and their codes are sharded; everything else is replicated. Batches are split along `data`.
+Where the batch size is not a multiple of the number of devices, each image is split along `height`
+as well: XLA exchanges the rows that a convolution needs from either side.
 """
 
 import collections
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -13,34 +14,38 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
+from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from llvq.errors import UserError
 
-# What XLA may leave to YNNPACK: products and sums, but not convolutions, as it does by default: the
-# gradients of their kernels take far longer than Eigen's. Known to jaxlib 0.10.2 and 0.11.2.
-_CPU = {
-    "xla_cpu_experimental_ynn_fusion_type": (
-        "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
-    )
+# Experimental options of XLA's compilers: another version may lack them.
+_COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    # XLA may use YNNPACK for products and sums, but, unlike by default, not for convolutions:
+    # the gradients of their kernels take far longer than Eigen's. In jaxlib 0.10.2 and 0.11.2.
+    "cpu": {
+        "xla_cpu_experimental_ynn_fusion_type": (
+            "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+        )
+    },
+    # Space-to-batch turns the strips of a few images into one batch around every layer, and back.
+    # For FFHQ's packed images (see `models.packing`), four per chip, that triples the traffic, as
+    # the compiler counts it. In libtpu of jax 0.10.2 and 0.11.2.
+    "tpu": {
+        "xla_tpu_run_space_to_batch": False,
+        "xla_tpu_run_space_to_batch_on_new_platforms": False,
+    },
 }
-# Space-to-batch makes one batch of the strips of few images, and undoes it, around every layer: of
-# FFHQ's packed images (see `convolution`), four a chip, it triples the traffic, by the compiler's
-# count. Known to libtpu of jax 0.10.2 and 0.11.2.
-_TPU = {
-    "xla_tpu_run_space_to_batch": False,
-    "xla_tpu_run_space_to_batch_on_new_platforms": False,
-}
-_COMPILER_OPTIONS: dict[str, dict[str, Any]] = {"cpu": _CPU, "tpu": _TPU}
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, *, height: int = 1) -> Mesh:
-    """A mesh of the given devices, of all devices of all hosts by default.
+    """A mesh of devices.
 
     Args:
-      devices: to be used.
-      height: how many of them share an image; they should be neighbours in the sequence.
+      devices: the devices to use; by default, all devices of all hosts.
+      height: how many devices share an image; they should be neighbours in the sequence.
     """
     devices = jax.devices() if devices is None else devices
     return Mesh(np.asarray(devices).reshape(-1, height), ("data", "height"))
@@ -52,24 +57,25 @@ def mesh_for_batches(
     """The mesh on which every device gets an equal share of a batch.
 
     Args:
-      batch_size: over all devices; images are split only if this does not divide by the devices.
-      latent_height: rows of latents an image has.
-      devices: to be used, all devices of all hosts by default.
+      batch_size: the number of images over all devices. Images are split only if this is not a
+        multiple of the number of devices.
+      latent_height: how many rows of latents an image has.
+      devices: the devices to use; by default, all devices of all hosts.
 
     Raises:
       UserError: if there is no such mesh.
     """
     devices = sorted(devices or jax.devices(), key=lambda device: device.process_index)
     height = len(devices) // math.gcd(batch_size, len(devices))
-    of_hosts = collections.Counter(device.process_index for device in devices)
-    of_a_host = of_hosts[devices[0].process_index]
-    if set(of_hosts.values()) != {of_a_host}:
+    counts = collections.Counter(device.process_index for device in devices)
+    per_host = counts[devices[0].process_index]
+    if set(counts.values()) != {per_host}:
         raise UserError(
-            f"the {len(of_hosts)} processes have {', '.join(map(str, of_hosts.values()))} "
-            "devices: give each of them equally many"
+            f"the {len(counts)} processes have {', '.join(map(str, counts.values()))} devices: "
+            "give each of them the same number"
         )
-    # A host reads whole images: no two hosts share one.
-    if latent_height % height or of_a_host % height:
+    # A host reads whole images, so no two hosts share one.
+    if latent_height % height or per_host % height:
         raise UserError(
             f"batch_size={batch_size} does not divide by the {len(devices)} devices: use a number "
             f"of devices that it divides by, or set --config.batch_size to a multiple of "
@@ -87,8 +93,35 @@ def describe(mesh: Mesh) -> str:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any]:
-    """What the compiler of a mesh's devices is to be told of steps on images."""
-    return _COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
+    """Options for compiling steps on images for a mesh's devices, which need not exist."""
+    here = [x for x in mesh.devices.flat if x.process_index == jax.process_index()]
+    return _known_options(here[0])
+
+
+@functools.cache
+def _known_options(device: jax.Device) -> dict[str, Any]:
+    """The options for a device that its compiler knows; an unknown one would be an error."""
+    options = _COMPILER_OPTIONS.get(device.platform, {})
+    unknown = {name for name, value in options.items() if not _is_known(device, name, value)}
+    if unknown:
+        logging.warning(
+            "The compiler for %s lacks %s: steps may be slower",
+            device.platform,
+            ", ".join(sorted(unknown)),
+        )
+    return {name: value for name, value in options.items() if name not in unknown}
+
+
+def _is_known(device: jax.Device, name: str, value: Any) -> bool:
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding)
+    try:
+        jax.jit(jnp.negative).lower(number).compile(compiler_options={name: value})
+    except jax.errors.JaxRuntimeError as error:
+        if name not in str(error):
+            raise
+        return False
+    return True
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -98,7 +131,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """A pytree of arrays, the same in all processes, on every device."""
-    # By way of the host: from device to device a CPU's processes can send nothing.
+    # Through the host, because processes on CPUs cannot copy from device to device.
     return jax.device_put(jax.device_get(tree), replicated(mesh))
 
 
@@ -108,12 +141,12 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
 
 
 def images_sharded(mesh: Mesh) -> NamedSharding:
-    """Of images and their codes, the leading two axes split over the devices."""
+    """For images and their codes: the leading two axes split over the devices."""
     return NamedSharding(mesh, PartitionSpec("data", "height"))
 
 
 def steps_sharded(mesh: Mesh) -> NamedSharding:
-    """Of batches, one after another in the leading axis, the second axis split like a batch's."""
+    """For a sequence of batches: the second axis split like a batch's leading one."""
     return NamedSharding(mesh, PartitionSpec(None, "data"))
 
 
@@ -127,7 +160,9 @@ def to_devices(
 ) -> Shaped[Array, "global_batch ..."]:
     """One global array, split over the mesh, from each host's share of it.
 
-    Of more axes than one, the second is the images' height.
+    Args:
+      local: this host's part; if it has several axes, the second one is the images' height.
+      mesh: the devices.
     """
     split = batch_sharded(mesh) if local.ndim == 1 else images_sharded(mesh)
     return jax.make_array_from_process_local_data(split, local)
