@@ -381,7 +381,8 @@ def test_after_a_change_of_schedule_the_rate_is_that_of_the_step(tmp_path):
     train.train_and_evaluate(config, tmp_path, data, make_writer=lambda: writer)
     rates = rates_of(schedules.create("cosine", 1e-3, 5, 20), 20)
     for step, rate in writer.scalars["train/learning_rate"].items():
-        assert rate == pytest.approx(rates[step - 1], rel=1e-6)
+        # Float32, of which the last rates of a cosine are small differences.
+        assert rate == pytest.approx(rates[step - 1], abs=1e-9)
     assert list(writer.scalars["train/learning_rate"]) == list(range(9, 21))
 
     # On the device: one step from a fresh Adam at step 10.

@@ -110,11 +110,14 @@ def resume(workdir: epath.PathLike, check: Callable[[SavedConfig], None]) -> Che
     checkpoints = _finished(directory)
 
     def like(config: SavedConfig) -> Tree:
-        if "batch_size" not in config or "seed" not in config:
-            raise _inference_only(checkpoints[0])
         check(config)
         return vars(train_state.abstract_train_state(_abstract_model(config)))
 
+    if checkpoints and not _has_optimizer(checkpoints[0]):
+        raise UserError(
+            f"{checkpoints[0]} has no optimizer, so that no run can resume from it: start one from "
+            f"its parameters, in another --workdir, with --config.init_from={checkpoints[0]}"
+        )
     remedy = "delete what is damaged to start anew, or use another --workdir"
     found = _newest_sound(directory, checkpoints, like, remedy)
     if found is None:
@@ -147,11 +150,13 @@ def _abstract_model(config: SavedConfig) -> VQVAE:
         raise ValueError(str(error)) from error
 
 
-def _inference_only(checkpoint: epath.Path) -> UserError:
-    return UserError(
-        f"{checkpoint} has no optimizer, so that no run can resume from it: start one from its "
-        f"parameters, in another --workdir, with --config.init_from={checkpoint}"
-    )
+def _has_optimizer(checkpoint: epath.Path) -> bool:
+    """Whether a checkpoint is of a run; a damaged one counts as such."""
+    try:
+        _, _, saved_digests = _read_json(checkpoint)
+    except Exception:
+        return True
+    return saved_digests is None or "opt_state" in saved_digests
 
 
 def _set_aside(checkpoint: epath.Path, reason: DamageError, newest: epath.Path) -> None:
