@@ -35,7 +35,7 @@ find_python() {
 }
 
 make_venv() {
-    cat llvq/requirements.txt requirements.txt | cmp -s - .venv/requirements.installed && return
+    cat llvq/requirements.txt llvq/train-requirements.txt requirements.txt | cmp -s - .venv/requirements.installed && return
     python=$(find_python)
     say "Making .venv with $("$python" --version) and installing requirements.txt"
     if ! "$python" -m venv .venv; then
@@ -43,7 +43,7 @@ make_venv() {
         exit 1
     fi
     .venv/bin/python -m pip install --quiet --requirement requirements.txt
-    cat llvq/requirements.txt requirements.txt >.venv/requirements.installed
+    cat llvq/requirements.txt llvq/train-requirements.txt requirements.txt >.venv/requirements.installed
 }
 
 # Gets FashionMNIST from Debian's package mirror, without root; elsewhere TFDS downloads it.

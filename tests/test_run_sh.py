@@ -12,6 +12,7 @@ from llvq.config import RECIPES
 from llvq.quantizers import QUANTIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
+REQUIREMENTS = ("llvq/requirements.txt", "llvq/train-requirements.txt", "requirements.txt")
 
 # Training leaves a checkpoint unless there is one, evaluation a report.
 PYTHON = f"""#!/bin/sh
@@ -39,7 +40,7 @@ fi
 
 @pytest.fixture
 def checkout(tmp_path):
-    for name in ("run.sh", "configs", "llvq/requirements.txt", "requirements.txt"):
+    for name in ("run.sh", "configs", *REQUIREMENTS):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         (tmp_path / name).parent.mkdir(exist_ok=True)
         copy(ROOT / name, tmp_path / name)
@@ -48,9 +49,7 @@ def checkout(tmp_path):
     (environment / "bin").mkdir(parents=True)
     (environment / "bin/python").write_text(PYTHON)
     (environment / "bin/python").chmod(0o755)
-    installed = [
-        (ROOT / name).read_text() for name in ("llvq/requirements.txt", "requirements.txt")
-    ]
+    installed = [(ROOT / name).read_text() for name in REQUIREMENTS]
     (environment / "requirements.installed").write_text("".join(installed))
     return tmp_path
 

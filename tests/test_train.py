@@ -8,16 +8,16 @@ import jax
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, struct
 from jax import numpy as jnp
 
 from llvq import checkpointing, evaluate, train
-from llvq.config import of_saved
+from llvq.config import of_saved, parse
 from llvq.data import ArrayDataset, order
 from llvq.errors import DivergenceError, UserError
 from llvq.fields import flatten
 from llvq.runtime import sharding
-from llvq.training import schedules, train_state
+from llvq.training import feeding, schedules, train_state
 from llvq.training.train_step import make_train_step
 from tests import tiny
 from tests.runs import (
@@ -444,3 +444,61 @@ def test_another_models_parameters_are_refused(tmp_path):
     config = tiny.config("vq_ema", init_from=str(tmp_path / "vq"))
     with pytest.raises(UserError, match=r"init_from=.* holds a run with quantizer.name='vq'"):
         train.train_and_evaluate(config, tmp_path / "run", tiny.dataset())
+
+
+class Descent(struct.PyTreeNode):
+    """The state of a model that is no VQ-VAE."""
+
+    step: jax.Array
+    weights: jax.Array
+
+
+class DescentTask:
+    """Gradient descent on ‖weights − 1‖², a step per call; see `train.Task`."""
+
+    num_steps, images_per_step = 6, 1
+
+    def __init__(self, state):
+        self.state = state
+
+    def describe(self):
+        return "a parabola"
+
+    def calls(self):
+        for step in range(int(self.state.step) + 1, self.num_steps + 1):
+            yield feeding.Call(step, 1, (), lambda: None)
+
+    def step(self, state, call):
+        loss = jnp.sum((state.weights - 1) ** 2)
+        weights = state.weights - 0.2 * (state.weights - 1)
+        return Descent(state.step + 1, weights), {"loss": loss, "learning_rate": jnp.float32(0.1)}
+
+    def measure_batch(self, state, call):
+        return {"loss": float(jnp.sum((state.weights - 1) ** 2))}
+
+    def validate(self, state, is_time_to_stop):
+        loss = float(jnp.sum((state.weights - 1) ** 2))
+        return train.Validation({"reconstruction_loss": loss}, {}, {})
+
+
+def test_the_loop_trains_any_task(tmp_path):
+    start = Descent(jnp.int32(0), jnp.zeros(3))
+    config = parse(tiny.config("vq"))
+    mesh = sharding.make_mesh()
+
+    def run(task):
+        writer = Recorder()
+        state = train.run(task, config, tmp_path, mesh, {"task": "parabola"}, lambda: writer)
+        return state, writer
+
+    task = DescentTask(start)
+    task.num_steps = 4
+    run(task)
+    found = checkpointing.resume(tmp_path, lambda saved: jax.eval_shape(lambda: start))
+    assert found.config == {"task": "parabola"}
+    state, writer = run(DescentTask(jax.device_put(found.state)))
+    np.testing.assert_allclose(state.weights, np.full(3, 1 - 0.8**6), rtol=1e-6)  # closed form
+    assert list(writer.scalars["train/loss"]) == [6]
+    assert writer.scalars["validation/reconstruction_loss"][6] == pytest.approx(
+        3 * 0.8**12, rel=1e-5
+    )

@@ -93,7 +93,9 @@ def load(path: epath.PathLike) -> Checkpoint:
     return Checkpoint(checkpoint, config, TrainState(**state, opt_state=()))
 
 
-def resume(workdir: epath.PathLike, check: Callable[[SavedConfig], None]) -> Checkpoint | None:
+def resume(
+    workdir: epath.PathLike, make_like: Callable[[SavedConfig], TrainState]
+) -> Checkpoint | None:
     """What a run resumes from: its newest checkpoint that is sound, whole; None if it has none.
 
     Damaged ones, which would be in the way when their steps are saved again, are renamed to
@@ -101,19 +103,23 @@ def resume(workdir: epath.PathLike, check: Callable[[SavedConfig], None]) -> Che
 
     Args:
       workdir: of the run.
-      check: raises UserError if the run cannot go on from a checkpoint with this config.
+      make_like: maps the config of a checkpoint to the structure, shapes and dtypes of its state
+        (see `abstract_state`); raises UserError if the run cannot resume from it.
 
     Raises:
-      UserError: if `check` does, or no checkpoint is sound, or the newest is for inference only.
+      UserError: if `make_like` does, if no checkpoint is sound, or if the newest is for inference
+        only.
     """
     directory = absolute(workdir) / "checkpoints"
     checkpoints = _finished(directory)
+    kinds = []
 
     def like(config: SavedConfig) -> Tree:
-        check(config)
-        return vars(train_state.abstract_train_state(_abstract_model(config)))
+        abstract = make_like(config)
+        kinds.append(type(abstract))
+        return vars(abstract)
 
-    if checkpoints and not _has_optimizer(checkpoints[0]):
+    if checkpoints and _is_for_inference(checkpoints[0]):
         raise UserError(
             f"{checkpoints[0]} has no optimizer, so that no run can resume from it: start one from "
             f"its parameters, in another --workdir, with --config.init_from={checkpoints[0]}"
@@ -133,7 +139,12 @@ def resume(workdir: epath.PathLike, check: Callable[[SavedConfig], None]) -> Che
         for checkpoint, reason in damage.items():
             _set_aside(checkpoint, reason, newest)
     multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
-    return Checkpoint(newest, config, TrainState(**state))
+    return Checkpoint(newest, config, kinds[0](**state))
+
+
+def abstract_state(config: SavedConfig) -> TrainState:
+    """The train state of a VQ-VAE's run, with shapes and dtypes in place of arrays."""
+    return train_state.abstract_train_state(_abstract_model(config))
 
 
 def model_of(checkpoint: Checkpoint) -> VQVAE:
@@ -150,13 +161,13 @@ def _abstract_model(config: SavedConfig) -> VQVAE:
         raise ValueError(str(error)) from error
 
 
-def _has_optimizer(checkpoint: epath.Path) -> bool:
-    """Whether a checkpoint is of a run; a damaged one counts as such."""
+def _is_for_inference(checkpoint: epath.Path) -> bool:
+    """Whether `save_for_inference` wrote a checkpoint, as far as can be told if it is damaged."""
     try:
         _, _, saved_digests = _read_json(checkpoint)
     except Exception:
-        return True
-    return saved_digests is None or "opt_state" in saved_digests
+        return False
+    return "params" in (saved_digests or {}) and "opt_state" not in (saved_digests or {})
 
 
 def _set_aside(checkpoint: epath.Path, reason: DamageError, newest: epath.Path) -> None:
