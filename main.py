@@ -193,7 +193,7 @@ def _run() -> None:
         results = evaluate(config, workdir, data, checkpoint=_CHECKPOINT.value or None)
     printed = {name: results[name] for name in _PRINTED_RESULTS}
     rows = [(k, f"{v:.5g}" if isinstance(v, float) else v) for k, v in printed.items()]
-    table = console.markdown_table(("metric", "value"), rows)
+    table = console.markdown_table(("metric", "value"), rows, aligned=True)
     logging.info("%s has all results, among them\n%s", f"{workdir}/evaluation.json", table)
 
 

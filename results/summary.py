@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
     workdirs = parser.parse_args(arguments).workdirs
     with one_line_exit(parser.prog):
-        print(markdown_table(_COLUMNS, map(cells, workdirs)))
+        print(markdown_table(_COLUMNS, map(cells, workdirs), aligned=True))
     names = "\n".join(f"    {workdir}" for workdir in workdirs)
     print(_FOOTER.format(workdirs=names, root=os.path.commonpath(workdirs)))
 

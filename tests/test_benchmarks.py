@@ -174,6 +174,7 @@ def test_on_a_gpu_fashion_mnist_is_trained_in_calls_of_several_steps(monkeypatch
     assert case.contenders["llvq, 5 steps per call"].keywords == {"steps_per_call": 5}
 
 
+@pytest.mark.slow
 def test_a_contender_can_take_several_steps_per_call():
     config = settings.get_config("fashion_mnist", "vq", batch_size=2, image_size=12)
     contender = benchmark.prepare_llvq(config, "train", steps_per_call=5)
@@ -303,6 +304,7 @@ def test_figures_are_kept_as_they_come_and_replaced_when_measured_again(
         record("a.py", 1)
 
 
+@pytest.mark.slow
 def test_the_steps_command_runs(tmp_path, capsys):
     output = f"--output={tmp_path / 'benchmarks.json'}"
     arguments = ["--datasets", "fashion_mnist", "--quantizers", "sparse_lattice", output]
@@ -315,6 +317,7 @@ def test_the_steps_command_runs(tmp_path, capsys):
         assert row in table
 
 
+@pytest.mark.slow
 def test_the_quantizers_command_runs(tmp_path, capsys):
     pytest.importorskip("vector_quantize_pytorch", reason="the benchmark compares with it")
     output = f"--output={tmp_path / 'benchmarks.json'}"
@@ -352,6 +355,7 @@ def test_the_loops_share_is_that_of_the_gaps_and_of_slower_steps():
     )
 
 
+@pytest.mark.slow
 def test_the_loops_command_runs(tmp_path):
     output = tmp_path / "train_loop.json"
     script = ROOT / "benchmarks/train_loop.py"
@@ -374,6 +378,7 @@ def test_the_loops_command_runs(tmp_path):
     assert 0 < row["share"] < 0.5
 
 
+@pytest.mark.slow
 def test_the_sweep_runs_and_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "SWEEPS", {sweep.CODEBOOK_SIZE: (16,), sweep.IMAGE_SIZE: (12,)})
     output = tmp_path / "benchmarks.json"

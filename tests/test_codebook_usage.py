@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks import codebook_usage as benchmark
 from llvq.runtime import sharding
+from llvq.usage import table
 from llvq.usage.counting import fingerprints, position_offsets
 from llvq.usage.table import CodebookUsage
 from tests.counting import count, counting_step
@@ -108,6 +109,7 @@ def test_more_different_codes_in_a_batch_than_its_head_holds():
         assert usage.entropy == pytest.approx(entropy_of(counter.values()), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_more_codes_than_wait_unmerged():
     """Beyond the size at which batches are merged: every second code comes twice."""
     codes = np.arange(5_100_000, dtype=np.int32) // 3 * 2 + np.arange(5_100_000) % 3 % 2
@@ -161,7 +163,7 @@ def kept_by(codes, level):
 @pytest.mark.parametrize("pending", [500, 2**22])
 def test_the_sample_depends_on_the_codes_alone(pending, monkeypatch):
     """Not on their order, on devices, on batches, or on when the level rises, in mid-stream."""
-    monkeypatch.setattr(codebook_usage, "_PENDING", pending)
+    monkeypatch.setattr(table, "_PENDING", pending)
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 9, (20_000, 4)).astype(np.int32)
     usages = [
@@ -180,6 +182,7 @@ def test_the_sample_depends_on_the_codes_alone(pending, monkeypatch):
         assert usage.entropy == pytest.approx(math.log2(20_000) - total / 20_000, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_errors_are_as_large_as_the_theory_says():
     """Over streams whose lengths are evenly spread, as logarithms, over one doubling.
 

@@ -176,9 +176,9 @@ def test_the_console_shows_five_figures(scalars, line, caplog):
 
 
 def test_a_markdown_table_is_aligned_and_escapes_bars():
-    assert console.markdown_table(("name", "n"), [("a|b", 12345), ("longer", "")]) == (
-        "| name   | n     |\n| ------ | ----- |\n| a\\|b   | 12345 |\n| longer |       |"
-    )
+    assert console.markdown_table(
+        ("name", "n"), [("a|b", 12345), ("longer", "")], aligned=True
+    ) == ("| name   | n     |\n| ------ | ----- |\n| a\\|b   | 12345 |\n| longer |       |")
 
 
 def test_tqdm_is_imported_only_when_something_is_shown():

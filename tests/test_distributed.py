@@ -144,6 +144,7 @@ def test_only_a_broken_connection_is_a_loss(message, expected, monkeypatch):
     assert not distributed.is_loss(ValueError(message.replace("Gloo", "")))
 
 
+@pytest.mark.slow
 @real_data.needs_files
 def test_main_under_slurm_on_the_real_data(tmp_path):
     """Two tasks: one run, one TensorBoard file, one voice."""

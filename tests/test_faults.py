@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+SLOW = pytest.mark.slow
 CASES = ("kills", "damage", "full_disk", "read_only", "clock", "removed")
 
 
@@ -20,9 +21,11 @@ def run(*arguments):
     )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [name if name == "read_only" else pytest.param(name, marks=SLOW) for name in CASES]
+)
 def test_a_run_survives(case):
-    ended = run(case, "--kills=6", "--flips=2")
+    ended = run(case, "--kills=10", "--flips=2")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     rows = ended.stdout.splitlines()[2:]
     assert rows

@@ -199,6 +199,7 @@ def test_what_is_accepted_can_be_given_to_xla(child, config):
     assert kind == "done", result
 
 
+@pytest.mark.slow
 @settings(max_examples=max(EXAMPLES // 150, 1))
 @given(possible(sizes=[1, 3, 8], batch_sizes=[8, 16, 104], image_shapes=[(12, 12, 1)]))
 def test_what_is_accepted_trains(child, tmp_path_factory, config):
@@ -209,6 +210,7 @@ def test_what_is_accepted_trains(child, tmp_path_factory, config):
     assert result == 2 if kind == "done" else "stopped" in result
 
 
+@pytest.mark.slow
 @settings(max_examples=max(EXAMPLES // 100, 1))
 @given(command_lines())
 def test_command_lines_as_a_user_types_them(line):

@@ -24,7 +24,7 @@ from tests.runs import fitted_graphdef
 HIDDEN_DIMS = {"fashion_mnist": (64,), "ffhq1024": (16, 32)}
 
 
-def write(path, quantizer="vq", channels=1, hidden_dims=(8,), num_blocks=2, **sizes):
+def write(path, quantizer="vq", channels=1, hidden_dims=(8,), num_blocks=1, **sizes):
     """A Lightning file at a path, and the model in it."""
     torch.manual_seed(0)
     model = torch_model.Model(quantizer, channels, hidden_dims, num_blocks, **sizes)

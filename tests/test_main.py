@@ -58,6 +58,7 @@ def events(workdir):
     return {tag: len(accumulator.Tensors(tag)) for tag in accumulator.Tags()["tensors"]}
 
 
+@pytest.mark.slow
 @needs_files
 def test_train_resume_extend_and_evaluate_on_the_real_data(tmp_path):
     relative = os.path.relpath(tmp_path, ROOT)  # as people type it
@@ -97,6 +98,7 @@ def test_train_resume_extend_and_evaluate_on_the_real_data(tmp_path):
         assert "oneDNN" not in line
 
 
+@pytest.mark.slow
 def test_what_is_compiled_is_kept_for_the_next_run(tmp_path):
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     del environment["JAX_COMPILATION_CACHE_DIR"]
@@ -141,10 +143,7 @@ def test_a_mistake_in_the_flags_is_one_line(arguments, words, monkeypatch):
     ("arguments", "words"),
     [
         ([f"{FASHION}:vq", "--config.nope=1"], ["no field 'nope'"]),
-        ([f"{FASHION}:vq", "--mode=play"], ["mode", "train|evaluate"]),
-        ([f"{FASHION}:vq", "--config.dataset.name=mnist"], ["unknown data set 'mnist'"]),
         ([f"{FASHION}:vq", "--config.dataset.manual_dir=/nowhere"], ["manual_dir=/nowhere"]),
-        ([f"{FASHION}:vq", "--mode=evaluate", "--checkpoint=/nowhere"], ["no checkpoint in"]),
         ([f"{FASHION}:vq", "--mode=evaluate"], ["no checkpoint in", "train first"]),
     ],
 )
@@ -205,6 +204,7 @@ def test_missing_flags_are_named():
     assert_one_line(main("--workdir=/tmp"), "--config is missing")
 
 
+@pytest.mark.slow
 @needs_files
 @pytest.mark.parametrize("mode", ["train", "evaluate"])
 def test_an_unwritable_workdir_is_one_line(mode, tmp_path):
@@ -216,18 +216,21 @@ def test_an_unwritable_workdir_is_one_line(mode, tmp_path):
     assert blocked.read_text() == "in the way"
 
 
+@pytest.mark.slow
 @needs_files
 def test_an_image_shape_that_is_not_the_data_sets_is_one_line(tmp_path):
     arguments = [f"{FASHION}:vq", f"--workdir={tmp_path}", "--config.model.image_shape=(32, 32, 1)"]
     assert_one_line(main(*arguments), "config.model.image_shape", "(28, 28, 1)")
 
 
+@pytest.mark.slow
 @needs_files
 def test_divergence_is_one_line(tmp_path):
     arguments = [f"{FASHION}:vq", f"--workdir={tmp_path}", *SMALL, "--config.learning_rate=1e30"]
     assert_one_line(main(*arguments), "step", "no checkpoint was saved before it")
 
 
+@pytest.mark.slow
 def test_float64_switches_double_precision_on(tmp_path):
     arguments = [f"{FASHION}:vq", f"--workdir={tmp_path}", "--config.compute_dtype=float64"]
     result = main(*arguments, "--mode=evaluate")
@@ -241,6 +244,7 @@ def test_help_explains_itself():
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 @needs_files
 def test_a_run_that_no_machine_has_the_memory_for_is_one_line(tmp_path):
     sizes = ["--config.quantizer.codebook_size=16777216", "--config.model.latent_dim=65536"]

@@ -74,6 +74,7 @@ def run(workdir, quantizer, batch_size):
 
 
 # On eight devices a batch of 8 is an image each; of 2 four of them share one.
+@pytest.mark.slow
 @pytest.mark.parametrize(("quantizer", "batch_size"), [("vq_ema", 2), ("dense_lattice", 8)])
 def test_a_run_is_the_same(quantizer, batch_size, tmp_path, monkeypatch):
     plain_state, plain_results = run(tmp_path / "plain", quantizer, batch_size)

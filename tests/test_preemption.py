@@ -34,6 +34,7 @@ def run(workdir, num_steps, *options):
     return errors
 
 
+@pytest.mark.slow
 def test_one_process_saves_and_goes_on_bit_identical(tmp_path):
     """Stopped in the middle, asked twice; then stopped in a validation; then left alone."""
     run(tmp_path / "whole", 40)
@@ -68,6 +69,7 @@ def test_one_process_saves_and_goes_on_bit_identical(tmp_path):
     assert_identical(*states)
 
 
+@pytest.mark.slow
 def test_before_the_first_step_and_while_evaluating(tmp_path):
     with group(command(tmp_path, 40, SLOW)) as processes:
         wait_for(processes[0], "Starting at step 0")  # it compiles now
@@ -109,7 +111,7 @@ def test_two_processes_stop_at_one_step_and_go_on(tmp_path):
     assert newest(tmp_path / "checkpoints") == step + 2
 
 
-@pytest.mark.parametrize(("count", "lost"), [(4, 3), (2, 0)])
+@pytest.mark.parametrize(("count", "lost"), [pytest.param(4, 3, marks=pytest.mark.slow), (2, 0)])
 def test_where_a_process_is_lost_the_others_end_in_one_line(count, lost, tmp_path):
     """The last of four, and of two the first, which JAX's clients cannot do without."""
     commands = [command(tmp_path, 10_000, SLOW, *options) for options in groups.options(count)]
@@ -130,6 +132,7 @@ def test_where_a_process_is_lost_the_others_end_in_one_line(count, lost, tmp_pat
             assert "stack trace" not in errors
 
 
+@pytest.mark.slow
 def test_stopped_in_the_last_validation(tmp_path, monkeypatch):
     """The run is at its end: what is saved stays, and the next call has nothing left to do."""
     config = tiny.config("vq", num_train_steps=4, eval_every_steps=4)

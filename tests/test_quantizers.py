@@ -309,8 +309,10 @@ class TestLattice:
     def test_lookup_is_float32_whatever_the_latents_are(self):
         quantizer = make("dense_lattice")
         quantized, codes, _ = quantizer(make_latents().astype(jnp.bfloat16))
-        assert quantized.dtype == jnp.float32
-        np.testing.assert_array_equal(quantizer.lookup(codes), quantized)
+        assert quantized.dtype == jnp.bfloat16
+        looked_up = quantizer.lookup(codes)
+        assert looked_up.dtype == jnp.float32
+        np.testing.assert_array_equal(looked_up.astype(jnp.bfloat16), quantized)
 
 
 @pytest.mark.parametrize("name", NAMES)

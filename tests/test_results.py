@@ -53,6 +53,7 @@ def train(workdir, seed, num_train_steps=4):
     return recorder.losses, evaluate(config, workdir, data)
 
 
+@pytest.mark.slow
 def test_runs_become_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(RECIPES, "tiny", tiny)
     monkeypatch.setattr(report, "DIRECTORY", tmp_path / "results")

@@ -410,7 +410,7 @@ def test_a_missing_split_is_named_before_anything_is_done(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("quantizer", ["vq", "vq_ema"])
+@pytest.mark.parametrize("quantizer", [pytest.param("vq", marks=pytest.mark.slow), "vq_ema"])
 def test_a_run_may_start_from_a_models_parameters(quantizer, tmp_path):
     data, config = tiny.dataset(), tiny.config(quantizer)
     first = train.train_and_evaluate(config, tmp_path / "first", data)

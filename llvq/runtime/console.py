@@ -34,9 +34,7 @@ def set_up() -> None:
     handler = _Handler()
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.addFilter(_concerns_user)
-    root = python_logging.getLogger()
-    root.removeHandler(logging.get_absl_handler())
-    root.addHandler(handler)
+    python_logging.getLogger().handlers = [handler]
     logging.set_verbosity(logging.INFO)
     sys.excepthook = _show_exception
 
@@ -204,15 +202,18 @@ class ConsoleWriter:
         """Does nothing."""
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown, without a final line break; columns are aligned to be read as they are.
+def markdown_table(
+    header: Sequence[str], rows: Iterable[Sequence[object]], *, aligned: bool = False
+) -> str:
+    """A table in Markdown, without a final line break.
 
     Args:
       header: the columns' names.
       rows: cells, as many as the header has; anything that has a `str`.
+      aligned: whether all cells of a column are as wide, to be read in a terminal.
     """
     cells = [[*header], *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
+    widths = [max(3, *map(len, column)) if aligned else 0 for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * max(width, 3) for width in widths])
     lines = (" | ".join(map(str.ljust, line, widths)) for line in cells)
     return "\n".join(f"| {line} |" for line in lines)
