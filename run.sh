@@ -1,6 +1,6 @@
 #!/bin/sh
-# Sets up, gets the data, trains, evaluates and shows the result. Run it again: what is done is
-# skipped, what was stopped goes on.
+# Sets up, gets the data, trains, evaluates and shows the results. A second call skips what is done
+# and resumes what was stopped.
 set -eu
 cd "$(dirname "$0")"
 
@@ -12,9 +12,11 @@ usage: ./run.sh [--quick] [--recipe=RECIPE] [--seeds=SEED,…] [DATA SET …] [Q
 Trains each quantizer on each data set (by default sparse_lattice on fashion_mnist) and evaluates
 it, in runs/DATA SET/RECIPE/QUANTIZER/seed_SEED.
 
-  --quick    200 steps only, in runs/quick/…
-  --recipe   of configs/default.py; by default paper
-  --seeds    by default 0; with this option results/README.md is written anew from the runs
+  DATA SET   a file of configs/, e.g. celeba
+  QUANTIZER  of llvq/quantizers/registry.py, e.g. vq
+  --quick    only 200 steps, in runs/quick/…
+  --recipe   of llvq/config.py; by default paper
+  --seeds    by default 0; with this option, results/README.md is written anew from the runs
   --setup    only make .venv and get FashionMNIST
 END
 }
@@ -33,7 +35,7 @@ find_python() {
 }
 
 make_venv() {
-    cat llvq/requirements.txt requirements.txt | cmp -s - .venv/requirements.installed && return
+    cat llvq/requirements.txt llvq/train-requirements.txt requirements.txt | cmp -s - .venv/requirements.installed && return
     python=$(find_python)
     say "Making .venv with $("$python" --version) and installing requirements.txt"
     if ! "$python" -m venv .venv; then
@@ -41,10 +43,10 @@ make_venv() {
         exit 1
     fi
     .venv/bin/python -m pip install --quiet --requirement requirements.txt
-    cat llvq/requirements.txt requirements.txt >.venv/requirements.installed
+    cat llvq/requirements.txt llvq/train-requirements.txt requirements.txt >.venv/requirements.installed
 }
 
-# FashionMNIST from Debian's package mirror, without root; elsewhere TFDS downloads it from the web.
+# Gets FashionMNIST from Debian's package mirror, without root; elsewhere TFDS downloads it.
 get_fashion_mnist() {
     data_dir=${TFDS_DATA_DIR:-$HOME/tensorflow_datasets}
     manual_dir=$data_dir/downloads/manual/fashion_mnist
@@ -68,7 +70,7 @@ download_debian_package() {
     apt="apt-get --quiet=2 -o APT::Sandbox::User=root"
     # shellcheck disable=SC2086
     if ! $apt download "$1"; then
-        # No package lists on this machine yet: fetch them to a place of our own.
+        # This machine has no package lists yet: fetch them to a place of our own.
         mkdir -p lists/partial cache/archives/partial
         own="-o Dir::State::Lists=$PWD/lists -o Dir::Cache=$PWD/cache"
         # shellcheck disable=SC2086
@@ -77,10 +79,35 @@ download_debian_package() {
     dpkg-deb --extract "$1"_*.deb .
 }
 
-# What is evaluated already: the newest checkpoint is older than the evaluation.
+# Whether a run is evaluated already: its newest checkpoint is older than the evaluation.
 is_evaluated() {
     [ -f "$1/evaluation.json" ] &&
         [ -z "$(find "$1/checkpoints" -mindepth 1 -maxdepth 1 -newer "$1/evaluation.json")" ]
+}
+
+# Sorts names into data sets and quantizers. A name that is neither, or an unknown recipe, ends the
+# program.
+sort_names() {
+    known=" $(.venv/bin/python -c '
+from llvq import config, quantizers
+print(*(f"quantizer:{name}" for name in quantizers.QUANTIZERS))
+print(*(f"recipe:{name}" for name in config.RECIPES))' | tr '\n' ' ') "
+    case $known in
+    *" recipe:$recipe "*) ;;
+    *) echo "run.sh: no recipe is called $recipe" >&2 && exit 2 ;;
+    esac
+    for name; do
+        case $known in
+        *" quantizer:$name "*) quantizers="$quantizers $name" ;;
+        *)
+            if [ ! -f "configs/$name.py" ] || [ "$name" = default ]; then
+                echo "run.sh: no data set or quantizer is called $name" >&2
+                exit 2
+            fi
+            datasets="$datasets $name"
+            ;;
+        esac
+    done
 }
 
 workdir() { echo "$runs/$1/$recipe/$2/seed_$3"; }
@@ -97,16 +124,7 @@ run() {
     fi
 }
 
-summary() {
-    workdir=$(workdir "$@")
-    say "$workdir"
-    cat "$workdir/evaluation.json"
-    echo "pictures:    $workdir/reconstructions.png (originals above reconstructions)"
-    echo "checkpoints: $workdir/checkpoints"
-    echo "TensorBoard: .venv/bin/tensorboard --logdir=$workdir"
-}
-
-# Calls a function with every data set, quantizer and seed.
+# Calls a function for every data set, quantizer and seed.
 for_each() {
     for dataset in ${datasets:-fashion_mnist}; do
         for quantizer in ${quantizers:-sparse_lattice}; do
@@ -117,7 +135,7 @@ for_each() {
     done
 }
 
-datasets='' quantizers='' seeds='' recipe=paper overrides='' runs=runs only_set_up=''
+names='' datasets='' quantizers='' seeds='' recipe=paper overrides='' runs=runs only_set_up=''
 for argument; do
     case $argument in
     --quick) overrides=--config.num_train_steps=200 runs=runs/quick ;;
@@ -126,25 +144,23 @@ for argument; do
     --seeds=*) seeds=$(echo "${argument#*=}" | tr , ' ') ;;
     --help | -h) usage && exit ;;
     -*) usage >&2 && exit 2 ;;
-    vq | vq_ema | sparse_lattice | dense_lattice) quantizers="$quantizers $argument" ;;
-    *)
-        if [ -f "configs/$argument.py" ] && [ "$argument" != default ]; then
-            datasets="$datasets $argument"
-        else
-            echo "run.sh: no data set or quantizer is called $argument" >&2
-            exit 2
-        fi
-        ;;
+    *) names="$names $argument" ;;
     esac
 done
 
 make_venv
+if [ -z "$only_set_up" ]; then
+    # shellcheck disable=SC2086
+    sort_names $names
+fi
 case "$datasets" in
 '' | *fashion_mnist*) get_fashion_mnist ;;
 esac
 [ "$only_set_up" ] && exit
 for_each run
-for_each summary
+say "Results"
+# shellcheck disable=SC2046
+.venv/bin/python -m results.summary $(for_each workdir)
 if [ "$seeds" ]; then
     say "Collecting results"
     .venv/bin/python -m results.collect "$runs"

@@ -3,14 +3,15 @@
     python benchmarks/codebook_usage.py accuracy --max-cardinality=1e9
     python benchmarks/codebook_usage.py cost --batch-size=2
 
-accuracy: streams whose distinct codes and entropy are known, through device and table as in an
-evaluation. Either every code occurs once; or there are four times as many vectors as codes and the
-k-th code occurs about k^(−2/3) as often as the first (up to a tenth of --max-cardinality).
+accuracy: streams with a known number of distinct codes and a known entropy pass through device and
+table as in an evaluation. Either every code occurs once; or there are four times as many vectors as
+codes, and the k-th code occurs about k^(−2/3) times as often as the first (up to a tenth of
+--max-cardinality).
 
-cost: of counting the codes of images of FFHQ's shape with FFHQ's network, in percent of what the
-same pass takes without: one pass measures images, the other only encodes them. Nothing overlaps,
-and merging the table counts, so an evaluation pays less. In a dense lattice almost all codes
-differ, which is the worst case. Steps with and without counting take turns.
+cost: what counting adds to a pass over images of FFHQ's shape with FFHQ's network, in percent. One
+pass measures images, the other only encodes them. Here nothing overlaps, and merging the table
+counts, so an evaluation pays less. In a dense lattice almost all codes differ, which is the worst
+case. Steps with and without counting take turns.
 """
 
 import argparse
@@ -34,17 +35,16 @@ from jaxtyping import Array, Int32
 sys.path.insert(0, os.fspath(pathlib.Path(__file__).parents[1]))
 
 from benchmarks import measure
-from llvq import VQVAE, LatticeQuantizer
-from llvq.evaluate import measure_images
+from benchmarks.settings import get_config
+from benchmarks.train_step import random_images
+from llvq.evaluation.steps import measure_images
+from llvq.models import VQVAE
 from llvq.runtime import sharding
-from llvq.training.train_step import scale_images
-from llvq.usage.counting import CodeCounts, count_codes
-from llvq.usage.table import CodebookUsage
+from llvq.runtime.console import markdown_table
+from llvq.training import train_state
+from llvq.usage import CodebookUsage, CodeCounts, count_codes
 
 _STREAM_BATCH = 2**21
-_LATENT_DIM = 64
-_HIDDEN_DIMS = (16, 32)
-_IMAGE_SHAPE = (1024, 1024, 3)
 
 Codes = Int32[np.ndarray, "n"]
 
@@ -58,12 +58,12 @@ def _skewed(cardinality: int) -> Iterator[Codes]:
     num_vectors = 4 * cardinality
     for start in range(0, num_vectors, _STREAM_BATCH):
         positions = np.arange(start, min(start + _STREAM_BATCH, num_vectors))
-        # The cube rises by at most 3/4 from one position to the next: no code is left out.
+        # From one position to the next, the cube rises by at most 3/4, so no code is left out.
         yield (cardinality * (positions / num_vectors) ** 3).astype(np.int32)
 
 
 def _entropy(stream: Iterator[Codes], cardinality: int) -> float:
-    """In bits, with a counter for each code: the codes ascend."""
+    """The entropy of ascending codes in bits, with a counter for each code."""
     counts = np.zeros(cardinality, np.int32)
     for codes in stream:
         first = int(codes[0])
@@ -83,7 +83,7 @@ def _count_stream(
     for codes in stream:
         mask = np.arange(_STREAM_BATCH) < len(codes)
         padded = np.pad(codes, (0, _STREAM_BATCH - len(codes)))
-        # Each code as an image of a single row.
+        # Each code is an image of a single row.
         current = step(padded[:, None], mask, usage.levels(mesh))
         if previous is not None:
             usage.add(previous)
@@ -94,119 +94,108 @@ def _count_stream(
 
 
 def measure_accuracy(max_cardinality: int) -> None:
-    """Prints a row for each stream: figures, their errors and the standard errors stated."""
+    """Prints a row for each stream: figures, their errors, and the standard errors stated."""
     mesh = sharding.make_mesh(jax.local_devices()[:1])
     step = jax.jit(functools.partial(count_codes, code_width=1, mesh=mesh))
     _count_stream(step, _each_once(1), mesh)  # compiles
-    print(
-        "| stream | distinct | counted | error | stated | entropy | error | stated | ns a vector |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    lines = []
     for name, make_stream, largest in (
         ("each once", _each_once, max_cardinality),
         ("skewed", _skewed, max_cardinality // 10),
     ):
         cardinality = 10**5
         while cardinality <= largest:
-            stream = make_stream(cardinality)
+            print(f"{name}: {cardinality:,} codes", file=sys.stderr, flush=True)
             start = time.perf_counter()
-            usage = _count_stream(step, stream, mesh)
+            usage = _count_stream(step, make_stream(cardinality), mesh)
             counted = usage.num_distinct
             nanoseconds = 1e9 * (time.perf_counter() - start) / usage.num_vectors
-            once = make_stream is _each_once
-            entropy = (
-                float(np.log2(cardinality))
-                if once
-                else _entropy(make_stream(cardinality), cardinality)
-            )
-            print(
-                f"| {name} | {cardinality:,} | {counted:,} | {counted / cardinality - 1:+.4%} "
-                f"| {'exact' if usage.is_exact else f'±{usage.standard_error:.4%}'} "
-                f"| {entropy:.5f} | {usage.entropy - entropy:+.1e} "
-                f"| ±{usage.entropy_standard_error:.1e} | {nanoseconds:.0f} |",
-                flush=True,
-            )
+            if make_stream is _each_once:
+                entropy = float(np.log2(cardinality))
+            else:
+                entropy = _entropy(make_stream(cardinality), cardinality)
+            line = [name, f"{cardinality:,}", f"{counted:,}", f"{counted / cardinality - 1:+.4%}"]
+            line.append("exact" if usage.is_exact else f"±{usage.standard_error:.4%}")
+            line += [f"{entropy:.5f}", f"{usage.entropy - entropy:+.1e}"]
+            line += [f"±{usage.entropy_standard_error:.1e}", f"{nanoseconds:.0f}"]
+            lines.append(line)
             cardinality *= 10
+    header = ["stream", "distinct", "counted", "error", "stated", "entropy", "error", "stated"]
+    print(markdown_table([*header, "ns per vector"], lines))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"\nPeak memory of the process: {peak:.2f} GiB")
 
 
-def _model(basis: float) -> VQVAE:
-    """FFHQ's network with its initial weights, and a lattice as fine as asked."""
-    rngs = nnx.Rngs(0)
-    quantizer = LatticeQuantizer(_LATENT_DIM, rngs=rngs)
-    quantizer.basis[...] = jnp.full(_LATENT_DIM, basis)
-    return VQVAE(quantizer, image_channels=3, hidden_dims=_HIDDEN_DIMS, rngs=rngs)
-
-
-def _encode(model: VQVAE, images: Array, mask: Array, mesh: Mesh) -> tuple[tuple[()], Array]:
+def _encode(model: VQVAE, images: Array, mask: Array) -> tuple[tuple[()], Array]:
     del mask
-    images, packing = model.pack(images, mesh)
-    return (), model.encode(scale_images(images, (0.0, 1.0), jnp.float32), packing)
-
-
-def _measure(
-    model: VQVAE, images: Array, mask: Array, mesh: Mesh
-) -> tuple[dict[str, Array], Array]:
-    return measure_images(model, images, mask, (0.0, 1.0), jnp.float32, mesh)
+    return (), model.encode(model.pack(images))
 
 
 def _cost(
-    model: VQVAE, work: Callable[..., Any], images: np.ndarray, repeats: int
+    work: Callable[..., Any], basis: float, batch_size: int, repeats: int
 ) -> tuple[float, float, float, float]:
-    """(different codes, all as 1; seconds a batch without counting; with it; for merging)."""
+    """(share of codes that differ; seconds per batch without and with counting; for merging).
+
+    Args:
+      work: maps (model, images, mask) to (results, codes).
+      basis: every entry of the lattice's basis.
+      batch_size: images per step.
+      repeats: how often each step is timed.
+    """
+    config = get_config("ffhq1024", "sparse_lattice", batch_size=batch_size)
     mesh = sharding.make_mesh(jax.local_devices()[:1])
+    model = train_state.create_model(config.architecture, config.seed)
+    train_state.fit_to_mesh(model, mesh, config.latent_shape)
+    quantizer: Any = model.quantizer
+    quantizer.basis[...] = jnp.full_like(quantizer.basis[...], basis)
     graphdef, params = nnx.split(model)
-    inputs = [sharding.to_devices(x, mesh) for x in (images, np.ones(len(images), bool))]
+    mask = np.ones(batch_size, bool)
+    inputs = [sharding.to_devices(x, mesh) for x in (random_images(config), mask)]
 
     @jax.jit
     def without(params: Any, images: Array, mask: Array) -> Any:
-        return work(nnx.merge(graphdef, params), images, mask, mesh)
+        return work(nnx.merge(graphdef, params), images, mask)
 
     @jax.jit
     def counting(params: Any, images: Array, mask: Array, levels: Array) -> Any:
-        results, codes = work(nnx.merge(graphdef, params), images, mask, mesh)
-        return results, count_codes(codes, mask, levels, code_width=_LATENT_DIM, mesh=mesh)
+        results, codes = work(nnx.merge(graphdef, params), images, mask)
+        width = model.quantizer.code_width
+        return results, count_codes(codes, mask, levels, code_width=width, mesh=mesh)
 
-    def run_without(num_steps: int) -> None:
-        for _ in range(num_steps):
-            jax.block_until_ready(without(params, *inputs))
+    def count_into(usage: CodebookUsage) -> Any:
+        results, counts = counting(params, *inputs, usage.levels(mesh))
+        usage.add(counts)
+        return results
 
-    def run_counting(num_steps: int) -> None:
-        for _ in range(num_steps):
-            results, counts = counting(params, *inputs, usage.levels(mesh))
-            usage.add(counts)
-            jax.block_until_ready(results)
-
-    runs = {"without": run_without, "with": run_counting}
+    run_without = measure.calls(functools.partial(without, params, *inputs))
     usage = CodebookUsage()
-    measure.interleave(runs, 1)
-    usage = CodebookUsage()  # what compiles does not count
-    times = measure.interleave(runs, repeats)
+    run_counting = measure.calls(functools.partial(count_into, usage))
+    run_without(1)
+    measure.calls(functools.partial(count_into, CodebookUsage()))(1)  # compiles
+    times = measure.interleave({"without": run_without, "with": run_counting}, repeats)
     start = time.perf_counter()
     distinct = usage.num_distinct / (usage.num_vectors / repeats)
     merging = (time.perf_counter() - start) / repeats
-    without_counting, with_counting = map(statistics.median, times.values())
-    return distinct, without_counting, with_counting, merging
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    return distinct, seconds["without"], seconds["with"], merging
 
 
 def measure_cost(batch_size: int, repeats: int) -> None:
     """Prints a row for each lattice and pass: seconds without counting, and what it adds."""
-    images = np.random.default_rng(0).integers(0, 256, (batch_size, *_IMAGE_SHAPE), np.uint8)
-    print("| lattice | different codes | pass | without | with | merging | cost |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    lines = []
     for lattice, basis in (("dense", 1e-5), ("sparse", 0.1)):
-        for name, work in (("measure", _measure), ("encode", _encode)):
-            distinct, without, counting, merging = _cost(_model(basis), work, images, repeats)
-            print(
-                f"| {lattice} | {distinct:.2%} | {name} | {without:.3f} s | {counting:.3f} s "
-                f"| {merging:.3f} s | {(counting + merging) / without - 1:+.1%} |",
-                flush=True,
-            )
+        for name, work in (("measure", measure_images), ("encode", _encode)):
+            print(f"{lattice} lattice, {name}", file=sys.stderr, flush=True)
+            distinct, without, counting, merging = _cost(work, basis, batch_size, repeats)
+            line = [lattice, f"{distinct:.2%}", name]
+            line += [f"{seconds:.3f} s" for seconds in (without, counting, merging)]
+            lines.append([*line, f"{(counting + merging) / without - 1:+.1%}"])
+    header = ["lattice", "different codes", "pass", "without", "with", "merging", "cost"]
+    print(markdown_table(header, lines))
 
 
 def main() -> None:
-    """Runs one of the two."""
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -215,7 +204,7 @@ def main() -> None:
     accuracy.add_argument("--max-cardinality", type=float, default=1e7)
     accuracy.set_defaults(run=lambda options: measure_accuracy(int(options.max_cardinality)))
     cost = commands.add_parser("cost")
-    cost.add_argument("--batch-size", type=int, default=2, help="images a step")
+    cost.add_argument("--batch-size", type=int, default=2, help="images per step")
     cost.add_argument("--repeats", type=int, default=5)
     cost.set_defaults(run=lambda options: measure_cost(options.batch_size, options.repeats))
     options = parser.parse_args()

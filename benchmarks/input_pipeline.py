@@ -3,10 +3,10 @@
     python benchmarks/input_pipeline.py [--cores=1] [--seconds=5] [--rounds=3]
 
 Makes small data sets in the official layouts, with images that are as large as the real ones and
-compress about as well, and reads them in training's random order: decode, crop, flip, stack into
-batches. Every reader runs in a process of its own that may use `--cores` cores, in turns; printed
-are medians. Memory is that process's, without the DataLoader's workers. The files are in the page
-cache: what a disk needs comes on top. PyTorch is needed for the DataLoader's rows only.
+compress about as well, and reads them in the random order of training: decode, crop, flip, stack
+into batches. Every reader runs in a process of its own that may use `--cores` cores, in turns. The
+figures are medians. Memory is that process's, without the DataLoader's workers. The files are in
+the page cache; reading them from a disk comes on top. Only the DataLoader's rows need PyTorch.
 """
 
 import argparse
@@ -33,14 +33,15 @@ from PIL import Image
 sys.path.insert(0, os.fspath(pathlib.Path(__file__).parents[1]))
 
 from llvq.data import order
+from llvq.runtime.console import markdown_table
 
-STEPS_PER_SECOND = (1, 5, 20)  # of the table of cores that feed them
-_NUM_PHOTOS = 8  # different ones; files repeat them
+STEPS_PER_SECOND = (1, 5, 20)  # for which a table says how many cores feed them
+_NUM_PHOTOS = 8  # how many differ; the files repeat them
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A data set to read, small but for its images.
+    """A data set to read: it has few images, but of the real size.
 
     Attributes:
       name: of the data set, and of the files' encoding if there is a choice.
@@ -48,7 +49,7 @@ class Kind:
       batch_size: the config's.
       num_images: in the training split.
       stored_shape: of an image in its file, (height, width, channels).
-      crop: (top, left, height, width) of what is used of it.
+      crop: (top, left, height, width) of the part that is used.
       encoding: for Pillow; empty for arrays in memory.
     """
 
@@ -60,27 +61,45 @@ class Kind:
     crop: tuple[int, int, int, int]
     encoding: dict[str, Any]
 
-    @property
-    def flips(self) -> bool:
-        """Whether training mirrors half of the images."""
-        return bool(self.encoding)
 
-
+_FFHQ = Kind(
+    "FFHQ-1024 (PNG)",
+    "ffhq1024",
+    batch_size=32,
+    num_images=96,
+    stored_shape=(1024, 1024, 3),
+    crop=(0, 0, 1024, 1024),
+    encoding={"format": "PNG"},
+)
 # The official files take 7.1 KB (CelebA's JPEG) and 1.27 MB (FFHQ's PNG) on average.
-_FFHQ = ("ffhq1024", 32, 96, (1024, 1024, 3), (0, 0, 1024, 1024))
 KINDS = (
-    Kind("FashionMNIST", "fashion_mnist", 64, 55_000, (28, 28, 1), (0, 0, 28, 28), {}),
     Kind(
-        *("CelebA", "celeba", 64, 2_048, (218, 178, 3), (35, 15, 148, 148)),
-        {"format": "JPEG", "quality": 80},
+        "FashionMNIST",
+        "fashion_mnist",
+        batch_size=64,
+        num_images=55_000,
+        stored_shape=(28, 28, 1),
+        crop=(0, 0, 28, 28),
+        encoding={},
     ),
-    Kind("FFHQ-1024 (PNG)", *_FFHQ, {"format": "PNG"}),
-    Kind("FFHQ-1024 (WebP)", *_FFHQ, {"format": "WEBP", "lossless": True}),
+    Kind(
+        "CelebA",
+        "celeba",
+        batch_size=64,
+        num_images=2_048,
+        stored_shape=(218, 178, 3),
+        crop=(35, 15, 148, 148),
+        encoding={"format": "JPEG", "quality": 80},
+    ),
+    _FFHQ,
+    dataclasses.replace(
+        _FFHQ, name="FFHQ-1024 (WebP)", encoding={"format": "WEBP", "lossless": True}
+    ),
 )
 
 
 def _photo(seed: int, height: int, width: int) -> Image.Image:
-    """Noise with the falling spectrum of a photograph, and some of a camera's own noise."""
+    """Noise with the falling spectrum of a photograph, and some of a camera's noise."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = 1.0
@@ -92,14 +111,14 @@ def _photo(seed: int, height: int, width: int) -> Image.Image:
 
 
 def _path(kind: Kind, directory: pathlib.Path, index: int) -> pathlib.Path:
-    """Of an image, as the official release has it."""
+    """The file of an image, as in the official release."""
     if kind.module == "celeba":
         return directory / f"img_align_celeba/{index + 1:06d}.jpg"
     return directory / f"images1024x1024/{index - index % 1000:05d}/{index:05d}.png"
 
 
 def write_files(kind: Kind, directory: pathlib.Path) -> float:
-    """Writes the training images and one for each other split; returns their mean size."""
+    """Writes the training images and one for each other split; returns their mean size in bytes."""
     photos = []
     for seed in range(_NUM_PHOTOS):
         buffer = io.BytesIO()
@@ -121,8 +140,9 @@ def _pixels(kind: Kind) -> np.ndarray:
 
 
 def open_pipeline(kind: Kind, directory: pathlib.Path) -> Any:
-    """The data set as main.py would open it; prepared the first time."""
-    from input_pipeline import Arrays, celeba, ffhq1024
+    """The data set as main.py would open it; the first call prepares it."""
+    from input_pipeline import celeba, ffhq1024
+    from input_pipeline.pipeline import Pipeline
 
     manual_dir = os.fspath(directory)
     data_dir = os.fspath(directory / "prepared")
@@ -132,12 +152,12 @@ def open_pipeline(kind: Kind, directory: pathlib.Path) -> Any:
     if kind.module == "ffhq1024":
         return ffhq1024.load(data_dir, manual_dir, num_images=num_images)
     pixels = _pixels(kind)
-    return Arrays({"train": pixels, "validation": pixels[:1]})
+    return Pipeline({"train": pixels, "validation": pixels[:1]}, kind.stored_shape)
 
 
 def _prepare(kind: Kind, directory: pathlib.Path) -> float:
-    """Writes what is read later; returns the seconds of all cores together that an image takes."""
-    import input_pipeline  # noqa: F401 (what takes time, but not an image's)
+    """Prepares the files; returns the seconds per image, summed over all cores."""
+    import input_pipeline  # noqa: F401 (the import takes time that is not an image's)
 
     start = time.process_time()
     open_pipeline(kind, directory)
@@ -153,7 +173,7 @@ def _read_one(kind: Kind, directory: pathlib.Path, index: int, flip: bool) -> np
 
 
 def _llvq(kind: Kind, directory: pathlib.Path, cores: int) -> Iterator[np.ndarray]:
-    del cores  # TensorFlow takes all that it may use
+    del cores  # TensorFlow uses all that the process may use
     batches = order.training_batches(kind.num_images, kind.batch_size, seed=0)
     for _, images in open_pipeline(kind, directory).batches("train", batches):
         yield images
@@ -175,7 +195,7 @@ def _loop(kind: Kind, directory: pathlib.Path, cores: int) -> Iterator[np.ndarra
 
 
 class _TorchDataset:
-    """The same images for a DataLoader, which asks for them one by one."""
+    """The same images for a DataLoader, which reads them one by one."""
 
     def __init__(self, kind: Kind, directory: pathlib.Path) -> None:
         self._kind, self._directory = kind, directory
@@ -229,7 +249,7 @@ def _measure(
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     batches = READERS[reader](kind, directory, cores)
     shape = (kind.batch_size, *kind.crop[2:], kind.stored_shape[2])
-    for _ in range(4):  # what was read ahead by the time the clock starts
+    for _ in range(4):  # which may have been read ahead before the clock starts
         assert next(batches).shape == shape
     start, num_batches = time.perf_counter(), 0
     while time.perf_counter() - start < seconds or num_batches < 4:
@@ -249,10 +269,10 @@ def _measure_in_own_process(*arguments: Any) -> tuple[float, float]:
 
 def main() -> None:
     """Prints two tables in Markdown: rates, and the cores that feed a training."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cores", type=int, default=1, help="for each reader")
-    parser.add_argument("--seconds", type=float, default=5.0, help="that each measurement takes")
-    parser.add_argument("--rounds", type=int, default=3, help="of every reader in turns")
+    parser.add_argument("--seconds", type=float, default=5.0, help="per measurement")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each reader")
     options = parser.parse_args()
     available = len(os.sched_getaffinity(0))
     if not 1 <= options.cores <= available:
@@ -262,16 +282,14 @@ def main() -> None:
         print("PyTorch is not installed: no DataLoader", file=sys.stderr)
         readers = [reader for reader in readers if "DataLoader" not in reader]
 
-    rates: dict[tuple[str, str], float] = {}
-    preparing: dict[str, float] = {}
-    print(f"{platform.processor() or platform.machine()}, {options.cores} of {available} cores\n")
-    print("| data set | bytes an image | reader | images/s | ms × cores an image | peak memory |")
-    print("|---|---|---|---|---|---|")
+    reading: list[list[str]] = []
+    feeding: list[list[str]] = []
     for kind in KINDS:
+        print(kind.name, file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as temporary:
             directory = pathlib.Path(temporary)
             size = write_files(kind, directory) if kind.encoding else math.prod(kind.stored_shape)
-            preparing[kind.name] = _prepare(kind, directory)
+            preparing = _prepare(kind, directory)
             measured: dict[str, list[tuple[float, float]]] = {reader: [] for reader in readers}
             for _ in range(options.rounds):
                 for reader in readers:
@@ -280,25 +298,25 @@ def main() -> None:
                             reader, kind, directory, options.cores, options.seconds
                         )
                     )
+        rates: dict[str, float] = {}
         for reader, runs in measured.items():
-            rate, memory = (statistics.median(values) for values in zip(*runs, strict=True))
-            rates[kind.name, reader] = rate
-            print(
-                f"| {kind.name} | {size:,.0f} | {reader} | {rate:,.1f} | "
-                f"{1e3 * options.cores / rate:.3g} | {memory / 1e9:.2f} GB |",
-                flush=True,
+            rates[reader], memory = (
+                statistics.median(values) for values in zip(*runs, strict=True)
             )
+            line = [kind.name, f"{size:,.0f}", reader, f"{rates[reader]:,.1f}"]
+            line += [f"{1e3 * options.cores / rates[reader]:.3g}", f"{memory / 1e9:.2f} GB"]
+            reading.append(line)
+        per_core = rates["llvq"] / options.cores
+        cores = [math.ceil(kind.batch_size * steps / per_core) for steps in STEPS_PER_SECOND]
+        line = [kind.name, str(kind.batch_size), *map(str, cores), f"{1e3 * preparing:.2g}"]
+        feeding.append(line)
 
+    print(f"{platform.processor() or platform.machine()}, {options.cores} of {available} cores\n")
+    header = ["data set", "bytes per image", "reader", "images/s"]
+    print(markdown_table([*header, "ms × cores per image", "peak memory"], reading))
     print("\nCores that feed a training with llvq's pipeline, and what preparing takes, once:\n")
-    columns = "".join(f" {rate} steps/s |" for rate in STEPS_PER_SECOND)
-    print(f"| data set | batch |{columns} preparing, ms × cores an image |")
-    print("|---|---|" + "---|" * (len(STEPS_PER_SECOND) + 1))
-    for kind in KINDS:
-        per_core = rates[kind.name, "llvq"] / options.cores
-        needed = [math.ceil(kind.batch_size * steps / per_core) for steps in STEPS_PER_SECOND]
-        cells = "".join(f" {cores} |" for cores in needed)
-        milliseconds = 1e3 * preparing[kind.name]
-        print(f"| {kind.name} | {kind.batch_size} |{cells} {milliseconds:.2g} |")
+    header = ["data set", "batch", *(f"{steps} steps/s" for steps in STEPS_PER_SECOND)]
+    print(markdown_table([*header, "preparing, ms × cores per image"], feeding))
 
 
 if __name__ == "__main__":

@@ -5,16 +5,17 @@ r"""The quantizers alone, forward and backward, next to vector-quantize-pytorch,
         [--output=results/benchmarks.json]
 
 Needs PyTorch and the package: pip install "torch>=2.6" vector-quantize-pytorch. A step takes random
-vectors of 64 numbers, as of 64 images, and the gradient of what becomes of them, and gives
-quantized vectors, codes, losses, the gradients of vectors and parameters, and what an EMA learns;
-all in float32, PyTorch's eagerly and llvq's compiled.
+vectors of 64 numbers, as 64 images would have them, and the gradient of a loss with respect to the
+quantized vectors. It returns quantized vectors, codes, losses, the gradients of vectors and
+parameters, and the updated statistics of an EMA. All of it is in float32; PyTorch runs eagerly,
+llvq compiled.
 
-Each quantizer is compared with the same in PyTorch (benchmarks/torch_model.py), and with the
+Each quantizer is compared with the same in PyTorch (benchmarks/torch_model.py) and with the
 package's: VQ and VQ-EMA with its VectorQuantize, told to pass gradients straight through (its
-rotation trick, the default, costs more); the lattice, which needs no codebook either, with FSQ and
-LFQ with as many codes. Those two project the vectors to as many numbers as their codes have, and
-back; LFQ's entropy loss goes through all codes, unlike the others. --codebook-sizes of a lattice
-only set how its basis is initialised.
+default, the rotation trick, costs more); the lattice with FSQ and LFQ, which need no codebook
+either, with as many codes. FSQ and LFQ project the vectors to as many numbers as their codes have,
+and back; only LFQ's entropy loss visits all codes. For a lattice, --codebook-sizes only sets the
+initial basis.
 """
 
 import argparse
@@ -37,23 +38,21 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 
-from benchmarks import measure
+from benchmarks import figures, measure
 from benchmarks.measure import Case, Contender
-from benchmarks.train_step import add_options, check_options, require_torch
 from llvq import quantizers
-from llvq.errors import UserError
+from llvq.errors import UserError, one_line_exit
 from llvq.quantizers import QUANTIZERS
 from llvq.runtime import host_memory
 
 LATENT_DIM = 64
-_NUM_IMAGES = 64  # at most; of one image's vectors XLA's sums are slow on a CPU
+_MOST_IMAGES = 64  # XLA's sums over the vectors of a single image are slow on a CPU
 
-# The package's classes that each is compared with.
+# The classes of the package that a quantizer is compared with.
 _PACKAGE = {
     "vq": ("VectorQuantize",),
     "vq_ema": ("VectorQuantize",),
     "sparse_lattice": ("FSQ", "LFQ"),
-    "dense_lattice": (),
 }
 
 
@@ -63,8 +62,8 @@ def _options(quantizer: str, codebook_size: int) -> dict[str, Any]:
 
 
 def _random(num_vectors: int) -> np.ndarray:
-    """Vectors, and the gradient of what becomes of them: [2, images, of each, LATENT_DIM]."""
-    num_images = math.gcd(num_vectors, _NUM_IMAGES)
+    """Vectors, and the gradient of their quantized vectors: [2, images, per image, LATENT_DIM]."""
+    num_images = math.gcd(num_vectors, _MOST_IMAGES)
     shape = 2, num_images, num_vectors // num_images, LATENT_DIM
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
@@ -95,21 +94,13 @@ def prepare_llvq(quantizer: str, codebook_size: int, num_vectors: int) -> Conten
 
     arguments = (params, statistics, vectors, gradient)
     compiled = step.lower(*arguments).compile()
-    is_cpu = jax.default_backend() == "cpu"
-
-    def run(num_steps: int) -> None:
-        for _ in range(num_steps):
-            results = compiled(*arguments)
-            if is_cpu:  # it might take several steps at once
-                jax.block_until_ready(results)
-        jax.block_until_ready(results)
-
+    run = measure.calls(functools.partial(compiled, *arguments))
     run(1)
     return Contender(run, measure.compiled_memory(compiled))
 
 
 def fsq_levels(codebook_size: int) -> list[int]:
-    """At most 8 levels for each entry of a code, powers of two whose product is codebook_size."""
+    """At most 8 levels per entry of a code: powers of two whose product is codebook_size."""
     bits = round(math.log2(codebook_size))
     smaller, num_larger = divmod(bits, math.ceil(bits / 3))
     num_smaller = math.ceil(bits / 3) - num_larger
@@ -137,41 +128,43 @@ def _create_torch(kind: str, quantizer: str, codebook_size: int) -> Any:
         return package.FSQ(fsq_levels(codebook_size), dim=LATENT_DIM)
     if kind == "LFQ":
         return package.LFQ(dim=LATENT_DIM, codebook_size=codebook_size)
-    return torch_model.create_quantizer(quantizer, LATENT_DIM, **options)
+    return torch_model.QUANTIZERS[quantizer](LATENT_DIM, **options)
 
 
 def prepare_torch(kind: str, quantizer: str, codebook_size: int, num_vectors: int) -> Contender:
-    """One of the package's, by the name of its class, or the same quantizer in PyTorch."""
+    """A quantizer of the package, by the name of its class, or the same quantizer in PyTorch."""
     import torch
 
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    device = measure.torch_device()
     torch.manual_seed(0)
     model = _create_torch(kind, quantizer, codebook_size).to(device).train()
     vectors, gradient = (torch.from_numpy(x).to(device) for x in _random(num_vectors))
     vectors.requires_grad_()
 
-    def run(num_steps: int) -> None:
-        for _ in range(num_steps):
-            quantized, _, *losses = model(vectors)
-            losses = [loss for loss in losses if loss.requires_grad]
-            torch.autograd.backward([quantized, *losses], [gradient, *[None] * len(losses)])
-            model.zero_grad()
-            vectors.grad = None
-        if device == "cuda":
-            torch.cuda.synchronize()
+    def take_step() -> None:
+        quantized, _, *losses = model(vectors)
+        losses = [loss for loss in losses if loss.requires_grad]
+        torch.autograd.backward([quantized, *losses], [gradient, *[None] * len(losses)])
+        model.zero_grad()
+        vectors.grad = None
 
+    run = measure.torch_calls(take_step)
     run(1)
     tensors = (vectors, gradient, *model.parameters(), *model.buffers())
     return Contender(run, measure.torch_memory(run, tensors))
 
 
 def _case(quantizer: str, codebook_size: int, num_vectors: int) -> Case:
-    sizes = codebook_size, num_vectors
+    from benchmarks import torch_model
+
     contenders: dict[str, Callable[[], Contender]] = {
-        "llvq": functools.partial(prepare_llvq, quantizer, *sizes)
+        "llvq": functools.partial(prepare_llvq, quantizer, codebook_size, num_vectors)
     }
-    for kind in ("PyTorch", *_PACKAGE[quantizer]):
-        contenders[kind] = functools.partial(prepare_torch, kind, quantizer, *sizes)
+    same = ("PyTorch",) if quantizer in torch_model.QUANTIZERS else ()
+    for kind in (*same, *_PACKAGE.get(quantizer, ())):
+        contenders[kind] = functools.partial(
+            prepare_torch, kind, quantizer, codebook_size, num_vectors
+        )
     setting = {"quantizer": quantizer, "K": codebook_size, "vectors": num_vectors}
     return Case(setting, num_vectors, contenders)
 
@@ -186,19 +179,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     is_cpu = jax.default_backend() == "cpu"
     title, *_ = (__doc__ or "").splitlines()
     parser = argparse.ArgumentParser(prog="quantizer.py", description=title)
-    parser.add_argument(
-        "--quantizers",
-        nargs="+",
-        choices=list(QUANTIZERS),
-        default=["vq", "vq_ema", "sparse_lattice"],
-    )
+    parser.add_argument("--quantizers", nargs="+", choices=list(QUANTIZERS), default=list(_PACKAGE))
     parser.add_argument(
         "--codebook-sizes", type=int, nargs="+", default=[64, 1024, 8192, 65536], help="powers of 2"
     )
     parser.add_argument(
         "--vectors", type=int, nargs="+", default=[2048] if is_cpu else [2**17, 2**21]
     )
-    add_options(parser)
+    figures.add_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -206,28 +194,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     host_memory.keep_freed_memory()  # as main.py does
     options = _parse(arguments)
-    try:
-        require_torch()
+    with one_line_exit("quantizer.py"):
+        figures.require_torch()
         if importlib.util.find_spec("vector_quantize_pytorch") is None:
             raise UserError(
                 "vector-quantize-pytorch is not installed: pip install vector-quantize-pytorch"
             )
-        check_options(options, "vectors")
+        figures.check_options(options, "vectors")
         for size in options.codebook_sizes:
             if not 4 <= size <= 2**24 or size.bit_count() != 1:
                 raise UserError(
                     f"--codebook-sizes: {size} must be a power of 2 from 4 to {2**24}, for LFQ"
                 )
         cases = [
-            _case(*choices)
-            for choices in itertools.product(
+            _case(quantizer, codebook_size, num_vectors)
+            for quantizer, codebook_size, num_vectors in itertools.product(
                 options.quantizers, options.codebook_sizes, options.vectors
             )
         ]
         packages = ("jax", "torch", "vector-quantize-pytorch")
-        measure.record("quantizer.py", packages, cases, "vectors", options, _empty_cache)
-    except UserError as error:
-        sys.exit(f"quantizer.py: {error}")
+        figures.record("quantizer.py", packages, cases, "vectors", options, _empty_cache)
 
 
 if __name__ == "__main__":

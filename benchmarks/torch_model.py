@@ -1,18 +1,20 @@
-"""LL-VQ-VAE and its steps in PyTorch, as one would write them there: what llvq is compared with.
+"""LL-VQ-VAE and its steps in idiomatic PyTorch, for comparison with llvq.
 
-The method is llvq's (see llvq/quantizers), layers and buffers have the names of the authors' files.
-Modules take images NCHW, in the channels-last memory format as a rule, so that the quantizers'
-[batch, height, width, latent_dim] is a view of what the encoder returns.
+The method is llvq's (see llvq/quantizers); layers and buffers have the names of the authors' files.
+Modules take images NCHW, usually in the channels-last memory format, so that the quantizers'
+[batch, height, width, latent_dim] is a view of the encoder's output.
 """
 
+import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from llvq.config import Architecture
 from llvq.quantizers.lattice import SMALLEST_BASIS, sparse_basis_bound
 
 Step = Callable[[torch.Tensor], torch.Tensor]
@@ -49,7 +51,7 @@ class _Codebook(nn.Module):
 
 
 class VectorQuantizer(_Codebook):
-    """VQ: (quantized, codes, loss) of latents [..., latent_dim]; so the other quantizers."""
+    """VQ. All quantizers here map latents [..., latent_dim] to (quantized, codes, loss)."""
 
     def __init__(self, latent_dim: int, codebook_size: int, commitment_cost: float) -> None:
         super().__init__(codebook_size, latent_dim, commitment_cost)
@@ -125,16 +127,17 @@ class Lattice(nn.Module):
         return z + (quantized - z).detach(), codes, loss
 
 
-def create_quantizer(name: str, latent_dim: int, **options: Any) -> nn.Module:
-    """The counterpart of `llvq.quantizers.create`, with the same options."""
-    if name == "vq":
-        return VectorQuantizer(latent_dim, **options)
-    if name == "vq_ema":
-        return EMAVectorQuantizer(latent_dim, **options)
-    if name == "sparse_lattice":
-        bound = sparse_basis_bound(options.pop("codebook_size"), latent_dim)
-        return Lattice(latent_dim, bound, **options)
-    return Lattice(latent_dim, 1.0, **options)
+def _sparse_lattice(latent_dim: int, codebook_size: int, **options: float) -> Lattice:
+    return Lattice(latent_dim, sparse_basis_bound(codebook_size, latent_dim), **options)
+
+
+# The counterparts of those in llvq.quantizers.QUANTIZERS, with the same options.
+QUANTIZERS: dict[str, Callable[..., nn.Module]] = {
+    "vq": VectorQuantizer,
+    "vq_ema": EMAVectorQuantizer,
+    "sparse_lattice": _sparse_lattice,
+    "dense_lattice": functools.partial(Lattice, basis_bound=1.0),
+}
 
 
 class VQVAE(nn.Module):
@@ -181,14 +184,15 @@ class VQVAE(nn.Module):
         return self._decoder(quantized.permute(0, 3, 1, 2)), codes, loss
 
 
-def create(model: Mapping[str, Any], quantizer: Mapping[str, Any]) -> VQVAE:
-    """A freshly initialised model from a config's `model` and `quantizer` sections."""
+def create(architecture: Architecture) -> VQVAE:
+    """A freshly initialised model with the architecture of a config."""
+    model, quantizer, _ = architecture
     return VQVAE(
-        create_quantizer(latent_dim=model["latent_dim"], **quantizer),
-        model["latent_dim"],
-        image_channels=model["image_shape"][-1],
-        hidden_dims=model["hidden_dims"],
-        num_residual_blocks=model["num_residual_blocks"],
+        QUANTIZERS[quantizer.name](model.latent_dim, **quantizer.options),
+        model.latent_dim,
+        image_channels=model.image_shape[-1],
+        hidden_dims=model.hidden_dims,
+        num_residual_blocks=model.num_residual_blocks,
     )
 
 
@@ -204,7 +208,7 @@ def make_losses(model: nn.Module, value_range: Sequence[float], *, amp: bool) ->
     dtype = next(model.parameters()).dtype
 
     def losses(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # Of NHWC memory this is a view in channels-last format.
+        # The transposed images are a view in channels-last format.
         targets = low + images.permute(0, 3, 1, 2).to(dtype) / 255.0 * (high - low)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
             reconstructions, _, quantizer_loss = model(targets)
@@ -214,7 +218,7 @@ def make_losses(model: nn.Module, value_range: Sequence[float], *, amp: bool) ->
 
 
 def make_train_step(losses: Callable[..., Any], optimizer: torch.optim.Optimizer) -> Step:
-    """One step of training, from images, uint8 NHWC, to the loss."""
+    """A training step, which maps images, uint8 NHWC, to the loss."""
 
     def train_step(images: torch.Tensor) -> torch.Tensor:
         loss = sum(losses(images))
@@ -227,5 +231,5 @@ def make_train_step(losses: Callable[..., Any], optimizer: torch.optim.Optimizer
 
 
 def make_evaluate_step(losses: Callable[..., Any]) -> Step:
-    """The reconstruction and the quantizer loss, from images, uint8 NHWC."""
+    """A step that maps images, uint8 NHWC, to the reconstruction and the quantizer loss."""
     return torch.inference_mode()(losses)

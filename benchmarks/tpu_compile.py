@@ -1,22 +1,23 @@
-r"""What the steps of training and evaluation take on TPUs, by the TPU compiler's own account.
+r"""What the steps of training and evaluation cost on TPUs, as reported by the TPU compiler.
 
     python benchmarks/tpu_compile.py [--datasets ffhq1024] [--quantizers vq sparse_lattice] \
         [--topologies v5e:1x1 v5e:2x4] [--steps train] [--compute-dtype=bfloat16] \
         [--batch-size=32] [--output=results/tpu_compile.json]
 
-Needs no TPU, but the TPU's compiler: pip install "jax[tpu]". Memory, bytes, FLOPs and cycles are
-what the compiler counts in the compiled program of one chip. The times are what those bytes at the
-speed of the chip's memory, that arithmetic and the collectives take at best (a roofline), not
-measurements. Both have their flaws: accesses to buffers that fit on the chip count among the bytes,
-though they are faster; the cycles, by which the compiler plans, leave out the collectives.
+Needs no TPU, only its compiler: pip install "jax[tpu]". Memory, bytes, FLOPs and cycles are what
+the compiler counts in the compiled program of one chip. The times are estimates, not measurements:
+the least time that those bytes take at the speed of the chip's memory, that arithmetic at the
+chip's peak, and the collectives (a roofline). Both have their flaws: accesses to buffers that fit
+on the chip count among the bytes, though they are faster; the cycles, by which the compiler plans,
+leave out the collectives.
 
-A batch is the config's, over all chips of the slice. Where it cannot be shared by so many, each
-gets what one of eight chips would get of it. Efficiency (weak scaling) is the time of one chip with
-as many images over the slice's; the one chip is compiled for it besides.
+A batch is the config's, over all chips of the slice. If it cannot be shared by so many chips, each
+chip gets an eighth of it. Efficiency (weak scaling) is the time of one chip with as many images
+over the time of the slice; the program of that one chip is compiled, too.
 
-Compiling takes from seconds to minutes a step. --output keeps every figure as it comes, and a
-table beside it in Markdown; called again, it goes on: what the same compiler compiled already is
-not compiled again. Delete the file after a change to the network.
+Compiling takes from seconds to minutes per step. --output keeps every figure as soon as it is
+known, and a table beside it in Markdown. A second call compiles only what the same compiler has not
+compiled yet. Delete the file after a change to the network.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple
 
-# The compiler is all that is used of libtpu: no search for a TPU and its hosts, none to be locked.
+# Only libtpu's compiler is used: it must not search for a TPU and its hosts, nor lock one.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
@@ -44,22 +45,22 @@ sys.path.insert(0, os.fspath(pathlib.Path(__file__).parents[1]))
 
 import jax
 import optax
+from flax import nnx
 from jax import numpy as jnp
 from jax.experimental import topologies
 
-from benchmarks import measure
-from benchmarks.measure import Row
-from benchmarks.train_step import get_config
-from llvq import config as configuration
-from llvq.errors import UserError, first_line
-from llvq.evaluate import Evaluator
+from benchmarks import figures, measure
+from benchmarks.figures import Row
+from benchmarks.settings import DATASETS, get_config
+from benchmarks.train_step import STEPS
+from llvq.errors import UserError, first_line, one_line_exit
+from llvq.evaluation.steps import make_steps
 from llvq.quantizers import QUANTIZERS
 from llvq.runtime import sharding
+from llvq.runtime.console import markdown_table
 from llvq.training import train_state
 from llvq.training.train_step import make_train_step
 
-DATASETS = ("fashion_mnist", "celeba", "ffhq1024")
-STEPS = ("train", "evaluate")
 TOPOLOGIES = ("v5e:2x4", "v5e:4x8", "v5e:16x16")
 
 _LIMITS = ("memory", "arithmetic", "collective")
@@ -72,9 +73,9 @@ class Chip(NamedTuple):
     Attributes:
       memory: in GB.
       bandwidth: of the memory, in GB/s.
-      arithmetic: in bfloat16, which convolutions of float32 use as well, in TFLOP/s.
-      interconnect: what the chip can send over all its links to neighbours at once, in GB/s.
-      largest: the largest slice there is.
+      arithmetic: in bfloat16, which float32 convolutions use as well, in TFLOP/s.
+      interconnect: what the chip can send over all its links at once, in GB/s.
+      largest: the largest slice.
     """
 
     memory: int
@@ -91,8 +92,8 @@ CHIPS = {
     "v6e": Chip(32, 1640, 918, 400, "16x16"),
 }
 
-# How often the bytes of a collective's result leave each chip, at least: those of an all-reduce to
-# be summed, and again as sums.
+# How often the bytes of a collective's result leave each chip, at least. Those of an all-reduce
+# leave it twice: to be summed, and as sums.
 _COLLECTIVES = {
     "all-reduce": 2,
     "all-gather": 1,
@@ -100,7 +101,7 @@ _COLLECTIVES = {
     "all-to-all": 1,
     "collective-permute": 1,
 }
-_SECONDS_A_HOP = 1e-6  # https://jax-ml.github.io/scaling-book/sharding
+_SECONDS_PER_HOP = 1e-6  # https://jax-ml.github.io/scaling-book/sharding
 
 
 def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
@@ -126,7 +127,7 @@ def get_devices(topology: str) -> Sequence[jax.Device]:
       UserError: if the compiler knows no such slice.
     """
     _, shape = parse_topology(topology)
-    # The two cores of a v4 chip appear as two devices otherwise; a host has four chips as a rule.
+    # Otherwise the two cores of a v4 chip appear as two devices. Most hosts have four chips.
     options: dict[str, Any] = {"chip_config_name": "megacore"} if topology[:2] == "v4" else {}
     if math.prod(shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
@@ -140,66 +141,63 @@ def get_devices(topology: str) -> Sequence[jax.Device]:
 
 def lower(row: Row) -> jax.stages.Lowered:
     """The step of a row, ready to be compiled."""
-    config = get_config(row["dataset"], row["quantizer"])
-    config.compute_dtype, config.batch_size = row["compute_dtype"], row["batch_size"]
-    configuration.validate(config)
-    _, param_dtype = train_state.DTYPES[config.compute_dtype]
-    graphdef, params, statistics = train_state.abstract_model(
-        config.model, config.quantizer, config.compute_dtype
+    config = get_config(
+        row["dataset"],
+        row["quantizer"],
+        batch_size=row["batch_size"],
+        compute_dtype=row["compute_dtype"],
     )
-    optimizer = optax.adam(config.learning_rate)
-    step_number: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    opt_state = jax.eval_shape(optimizer.init, params)
-    state = train_state.TrainState(step_number, params, statistics, opt_state)
-    mesh = sharding.mesh_for_batches(
-        config.batch_size, configuration.latent_height(config), get_devices(row["topology"])
-    )
+    devices = get_devices(row["topology"])
+    mesh = sharding.mesh_for_batches(config.batch_size, config.latent_shape[0], devices)
+    model = train_state.abstract_model(config.architecture)
+    train_state.fit_to_mesh(model, mesh, config.latent_shape)
+    graphdef, state = nnx.graphdef(model), train_state.abstract_train_state(model)
     images = jax.ShapeDtypeStruct((config.batch_size, *config.model.image_shape), jnp.uint8)
     step: Any
     if row["step"] == "train":
-        step, _ = make_train_step(graphdef, optimizer, config.model.value_range, param_dtype, mesh)
+        step, _ = make_train_step(graphdef, optax.constant_schedule(config.learning_rate), mesh)
         return step.lower(state, images)
-    step = Evaluator(graphdef, config.model.value_range, param_dtype, mesh).metrics_step
+    step = make_steps(graphdef, mesh).measure
     mask = jax.ShapeDtypeStruct((config.batch_size,), jnp.bool)
     return step.lower(state, images, mask, jax.ShapeDtypeStruct((mesh.size,), jnp.int32))
 
 
 def count_collectives(program: str) -> dict[str, dict[str, int]]:
-    """Number and bytes of the results of each kind of collective in a compiled program's text."""
+    """How many collectives of each kind a compiled program has, and the bytes of their results."""
     counted: dict[str, dict[str, int]] = {}
-    # An asynchronous one counts where it is done: what starts it returns its operands, too.
+    # An asynchronous collective counts where it ends; its start returns the operands, too.
     pattern = rf" = (.*?) ({'|'.join(_COLLECTIVES)})(?:-done)?\("
     for shapes, kind in re.findall(pattern, program):
-        of_kind = counted.setdefault(kind, {"count": 0, "bytes": 0})
-        of_kind["count"] += 1
+        total = counted.setdefault(kind, {"count": 0, "bytes": 0})
+        total["count"] += 1
         for bits, shape in re.findall(r"\b[a-z]+(\d*)\[([\d,]*)\]", shapes):
             size = math.prod(int(n) for n in shape.split(",") if n)
-            of_kind["bytes"] += size * max(int(bits or 8) // 8, 1)
+            total["bytes"] += size * max(int(bits or 8) // 8, 1)
     return counted
 
 
 def count_cycles(program: str) -> int:
-    """What a compiled program's text says its instructions take, collectives aside."""
+    """The cycles of a compiled program's instructions, without the collectives."""
     return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', program)))
 
 
 def _collective_seconds(
     chip: Chip, shape: Sequence[int], collectives: dict[str, dict[str, int]]
 ) -> float:
-    """Each takes as long as its bytes take to leave the chip, and to reach the farthest chip."""
+    """Each takes as long as its bytes need to leave the chip, or to reach the farthest chip."""
     hops = sum(length // 2 for length in shape)  # every dimension of a slice is a ring
     return sum(
         _COLLECTIVES[kind]
         * max(
-            of_kind["bytes"] / chip.interconnect / 1e9,
-            of_kind["count"] * _SECONDS_A_HOP * (1 if kind == "collective-permute" else hops),
+            total["bytes"] / chip.interconnect / 1e9,
+            total["count"] * _SECONDS_PER_HOP * (1 if kind == "collective-permute" else hops),
         )
-        for kind, of_kind in collectives.items()
+        for kind, total in collectives.items()
     )
 
 
 def compile_row(setting: Row) -> Row:
-    """A setting with what the compiler says of it."""
+    """A setting with the compiler's figures."""
     chip, shape = parse_topology(setting["topology"])
     start = time.monotonic()
     try:
@@ -238,7 +236,7 @@ def _one_chip(topology: str) -> str:
 
 
 def settings(options: argparse.Namespace) -> Iterator[Row]:
-    """All that was asked for, and the one chip to compare each slice's training step with.
+    """All settings asked for, and the one chip that each slice's training step is compared with.
 
     Raises:
       UserError: if a batch cannot be split over the chips.
@@ -251,7 +249,7 @@ def settings(options: argparse.Namespace) -> Iterator[Row]:
         config = get_config(dataset, quantizer)
         batch_size = options.batch_size or config.batch_size
         try:
-            sharding.mesh_for_batches(batch_size, configuration.latent_height(config), devices)
+            sharding.mesh_for_batches(batch_size, config.latent_shape[0], devices)
         except UserError as error:
             if options.batch_size:
                 raise UserError(f"{topology}: {error}") from error
@@ -260,8 +258,8 @@ def settings(options: argparse.Namespace) -> Iterator[Row]:
         images, remainder = divmod(batch_size, len(devices))
         if step == "train" and len(devices) > 1 and not remainder:
             wanted.insert(0, (_one_chip(topology), images))
-        for of_slice in wanted:
-            values = dataset, quantizer, step, *of_slice, options.compute_dtype, compiler
+        for name, size in wanted:
+            values = dataset, quantizer, step, name, size, options.compute_dtype, compiler
             yield dict(zip(_SETTING, values, strict=True))
 
 
@@ -270,12 +268,12 @@ def _key(setting: Row) -> tuple[Any, ...]:
 
 
 def _roofline_seconds(row: Row) -> float:
-    # One after the other: while the gradients are summed nothing is left to compute.
+    # The collectives come last: while the gradients are summed, nothing is left to compute.
     return max(row["memory_seconds"], row["arithmetic_seconds"]) + row["collective_seconds"]
 
 
 def _efficiency(row: Row, by_key: Mapping[tuple[Any, ...], Row]) -> float | None:
-    """Time of one chip with as many images over the row's, for a slice, where both are known."""
+    """Time of one chip with as many images over the slice's; None if either is unknown."""
     chips = math.prod(parse_topology(row["topology"])[1])
     alone = {"topology": _one_chip(row["topology"]), "batch_size": row["batch_size"] / chips}
     one_chip = by_key.get(_key({**row, **alone}))
@@ -285,7 +283,7 @@ def _efficiency(row: Row, by_key: Mapping[tuple[Any, ...], Row]) -> float | None
 
 
 def _position(row: Row) -> tuple[Any, ...]:
-    """By which the table is sorted."""
+    """What the table is sorted by."""
     chips = math.prod(parse_topology(row["topology"])[1])
     kind, _, _ = row["topology"].partition(":")
     places = ((DATASETS, "dataset"), (STEPS, "step"), (tuple(QUANTIZERS), "quantizer"))
@@ -294,48 +292,56 @@ def _position(row: Row) -> tuple[Any, ...]:
 
 
 _COLUMNS = (
-    *("data set", "step", "quantizer", "slice", "images a chip", "dtype", "memory, GB"),
-    *("GB accessed", "GFLOP", "million cycles", "memory, ms", "arithmetic, ms", "collectives, ms"),
-    *("images/s a chip", "efficiency", "collectives"),
+    "data set",
+    "step",
+    "quantizer",
+    "slice",
+    "images per chip",
+    "dtype",
+    "memory, GB",
+    "GB accessed",
+    "GFLOP",
+    "million cycles",
+    "memory, ms",
+    "arithmetic, ms",
+    "collectives, ms",
+    "images/s per chip",
+    "efficiency",
+    "collectives",
 )
 
 
 def table(rows: Sequence[Row]) -> str:
-    """All rows in Markdown; bytes, FLOPs and times are of one chip and one step."""
+    """All rows in Markdown; bytes, FLOPs and times are per chip and step."""
     by_key = {_key(row): row for row in rows}
     lines = []
     for row in sorted(rows, key=_position):
         chip, shape = parse_topology(row["topology"])
         images = row["batch_size"] / math.prod(shape)
         memory = f"{row['memory_bytes'] / 1e9:.3g} of {chip.memory}"
-        cells = [
-            *(row["dataset"], row["step"], f"`{row['quantizer']}`", row["topology"]),
-            *(f"{images:g}", row["compute_dtype"]),
-        ]
+        cells = [row["dataset"], row["step"], f"`{row['quantizer']}`", row["topology"]]
+        cells += [f"{images:g}", row["compute_dtype"]]
         if row["fits"]:
             efficiency = _efficiency(row, by_key)
-            cells += [
-                memory,
-                f"{row['bytes_accessed'] / 1e9:.3g}",
-                f"{row['flops'] / 1e9:.3g}",
-                f"{row['cycles'] / 1e6:.3g}",
-                *(f"{1e3 * row[f'{what}_seconds']:.3g}" for what in _LIMITS),
-                f"{images / _roofline_seconds(row):,.0f}",
-                "" if efficiency is None else f"{efficiency:.1%}",
-                "; ".join(
-                    f"{of_kind['count']} {kind}, {of_kind['bytes']:,} B"
-                    for kind, of_kind in row["collectives"].items()
-                ),
-            ]
+            collectives = (
+                f"{total['count']} {kind}, {total['bytes']:,} B"
+                for kind, total in row["collectives"].items()
+            )
+            cells += [memory, f"{row['bytes_accessed'] / 1e9:.3g}", f"{row['flops'] / 1e9:.3g}"]
+            cells.append(f"{row['cycles'] / 1e6:.3g}")
+            cells += [f"{1e3 * row[f'{limit}_seconds']:.3g}" for limit in _LIMITS]
+            cells.append(f"{images / _roofline_seconds(row):,.0f}")
+            cells.append("" if efficiency is None else f"{efficiency:.1%}")
+            cells.append("; ".join(collectives))
         else:
             cells += [f"**{memory}: does not fit**", *[""] * 9]
         lines.append(cells)
-    return measure.table(_COLUMNS, lines)
+    return markdown_table(_COLUMNS, lines)
 
 
-_HEADER = """# The steps on TPUs, by the TPU compiler's account
+_HEADER = """# The steps on TPUs, as reported by the TPU compiler
 
-Written by benchmarks/tpu_compile.py, which says what the columns mean; not to be edited by hand.
+benchmarks/tpu_compile.py wrote this page and says what the columns mean; do not edit it by hand.
 Compiled with {compilers}.
 
 """
@@ -365,12 +371,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     options = _parse(arguments)
-    try:
+    with one_line_exit("tpu_compile.py"):
         for topology in options.topologies:
             parse_topology(topology)
         if importlib.util.find_spec("libtpu") is None:
             raise UserError('the TPU compiler is not installed: pip install "jax[tpu]"')
-        rows = measure.read_rows(options.output, _report) if options.output else []
+        rows = figures.read_rows(options.output, _report) if options.output else []
         done = {_key(row) for row in rows}
         wanted = {_key(setting): setting for setting in settings(options)}
         for number, (key, setting) in enumerate(wanted.items(), start=1):
@@ -379,10 +385,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{number}/{len(wanted)}", *key, file=sys.stderr, flush=True)
             rows.append(compile_row(setting))
             if options.output:
-                measure.write_rows(options.output, rows, _report(rows))
-    except UserError as error:
-        sys.exit(f"tpu_compile.py: {error}")
-    print(table([row for row in rows if _key(row) in wanted]))
+                figures.write_rows(options.output, rows, _report(rows))
+        print(table([row for row in rows if _key(row) in wanted]))
 
 
 if __name__ == "__main__":

@@ -3,22 +3,21 @@
     python benchmarks/train_loop.py [--datasets fashion_mnist celeba] [--num-steps=64] \
         [--output=results/train_loop.json] [--trace-dir=/tmp/train_loop]
 
-Trains as main.py does on a CPU, a call for each step, from files in the official layouts (see
-input_pipeline.py) to checkpoints and TensorBoard, and traces the steps after the first ones. A gap
-is the time from the end of one step's program to the start of the next one's; while it lasts the
-device has no step to take: waiting for input, copying images, logging and saving all end up in it.
-Logs and checkpoints come more often here than in the config, so that there are several; the loop's
-cost is reckoned with the config's intervals. Validation is left out.
+Trains as main.py does on a CPU, with one step per call, from files in the official layouts (see
+input_pipeline.py) to checkpoints and TensorBoard, and traces all steps but the first ones. A gap is
+the time from the end of one step's program to the start of the next one's. While it lasts the
+device has no step to take: waiting for input, copying images, logging and saving all count. Logs
+and checkpoints come more often here than in the config, so that there are several of them; the cost
+of the loop is computed with the config's intervals. Validation is left out.
 
-What the host does during a log or a checkpoint while the device is at work costs nothing, but a
-checkpoint is written in the background: where cores are few, as on a CPU, the steps meanwhile take
-longer, which counts as well. Where a checkpoint takes longer to write than there are steps to the
-next one here, its share comes out too high. On a CPU, of which JAX must see one device, the batches
-are train_step.py's; traces of GPUs cannot be read yet.
+Logging and saving cost nothing while the device is at work. But a checkpoint is written in the
+background, and on few cores the steps meanwhile take longer, which counts as well. If writing a
+checkpoint takes longer than the steps up to the next one here, its share comes out too high. JAX
+must see one CPU device; the batches are those of train_step.py. Traces of GPUs cannot be read yet.
 
---output keeps the figures, a table beside it in Markdown, and for each data set a picture of the
-trace around a checkpoint; what it has of other data sets and machines stays. --trace-dir keeps the
-traces themselves, for https://ui.perfetto.dev (*.trace.json.gz) or TensorBoard.
+--output keeps the figures, and a table beside it in Markdown; figures of other data sets and
+machines stay. --trace-dir keeps the traces for https://ui.perfetto.dev (*.trace.json.gz) or
+TensorBoard, which show what the host does in the gaps.
 """
 
 import argparse
@@ -38,58 +37,56 @@ sys.path.insert(0, os.fspath(pathlib.Path(__file__).parents[1]))
 
 import jax
 
-from benchmarks import measure
+from benchmarks import figures
+from benchmarks.figures import Row
 from benchmarks.input_pipeline import KINDS, Kind, open_pipeline, write_files
-from benchmarks.measure import Row
-from benchmarks.train_step import DATASETS, ON_CPU, get_config
-from llvq.data import Dataset, Images
-from llvq.data.order import IndexBatch
-from llvq.errors import UserError
+from benchmarks.settings import get_config
+from benchmarks.train_step import default_sizes
+from llvq.data import Dataset, Images, IndexBatch
+from llvq.errors import UserError, one_line_exit
 from llvq.runtime import console, host_memory
+from llvq.runtime.console import markdown_table
 from llvq.train import train_and_evaluate
 
-_FIRST_TRACED = 4  # what compiles and what fills buffers is over by then
+DATASETS = {kind.module: kind for kind in reversed(KINDS)}
+
+_QUANTIZER = "sparse_lattice"
+_FIRST_TRACED = 5  # by then everything is compiled and all buffers are full
 _LOG_EVERY, _SAVE_EVERY = 6, 20
-_SLOWED = 4  # steps that a checkpoint may still be written during
-_TIMES = ("step", "gap", "gap_after_log", "gap_after_checkpoint", "slower_steps_after_checkpoint")
-_HOST = ("input", "to_devices", "train", "measure_batch", "save")
+_SLOWED = 4  # how many steps may run while a checkpoint is written
+_TIMES = {
+    "step": "step, ms",
+    "gap": "gap, ms",
+    "gap_after_log": "after a log, ms",
+    "gap_after_checkpoint": "after a checkpoint, ms",
+    "slower_steps_after_checkpoint": "steps after it longer by, ms",
+}
 
 
 class Span(NamedTuple):
-    """Something that took time: from when to when, in seconds of one clock."""
+    """A period of time: from when to when, in seconds of one clock."""
 
     start: float
     end: float
 
 
-class Trace(NamedTuple):
-    """Attributes:
-    steps: the programs of the training steps, by the step's number.
-    others: the device's other programs.
-    host: what the host did, by name.
-    """
+class _Traced:
+    """A data set that starts the profiler when a training step reads its batch, and stops it."""
 
-    steps: dict[int, Span]
-    others: list[Span]
-    host: dict[str, list[Span]]
-
-
-class _Annotated:
-    """A data set whose reading of batches shows in the trace."""
-
-    def __init__(self, data: Dataset) -> None:
-        self._data = data
+    def __init__(self, data: Dataset, num_steps: int, trace_dir: pathlib.Path) -> None:
+        self._data, self._num_steps, self._trace_dir = data, num_steps, trace_dir
         self.num_images, self.image_shape = data.num_images, data.image_shape
 
     def batches(
         self, split: str, index_batches: Iterable[IndexBatch]
     ) -> Iterator[tuple[IndexBatch, Images]]:
-        batches = self._data.batches(split, index_batches)
-        while True:
-            with jax.profiler.TraceAnnotation("input"):
-                item = next(batches, None)
-            if item is None:
-                return
+        for step, item in enumerate(self._data.batches(split, index_batches), start=1):
+            if split == "train" and step == _FIRST_TRACED:
+                options: Any = jax.profiler.ProfileOptions()
+                options.python_tracer_level = 0  # tracing every call of a function costs time
+                jax.profiler.start_trace(os.fspath(self._trace_dir), profiler_options=options)
+            if split == "train" and step == self._num_steps:
+                jax.profiler.stop_trace()
             yield item
 
     def resident(self, split: str) -> Images | None:
@@ -100,95 +97,79 @@ def record(kind: Kind, num_steps: int, directory: pathlib.Path, trace_dir: pathl
     """Trains in a directory, and leaves the trace in another."""
     from clu import metric_writers
 
-    config = get_config(kind.module, "sparse_lattice")
-    config.batch_size = kind.batch_size
-    config.num_train_steps = num_steps
-    config.steps_per_call = 1  # steps are what is looked for in the trace
-    config.log_every_steps, config.checkpoint_every_steps = _LOG_EVERY, _SAVE_EVERY
-    config.eval_every_steps = num_steps
+    config = dataclasses.replace(
+        get_config(kind.module, _QUANTIZER, batch_size=kind.batch_size),
+        num_train_steps=num_steps,
+        log_every_steps=_LOG_EVERY,
+        checkpoint_every_steps=_SAVE_EVERY,
+        eval_every_steps=num_steps,
+    )
     workdir = directory / "workdir"
 
     def make_writer() -> Any:
         writers = [console.ConsoleWriter(), metric_writers.SummaryWriter(os.fspath(workdir))]
         return metric_writers.AsyncMultiWriter(writers)
 
-    options: Any = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # every call of a function otherwise: that costs, too
-
-    def make_progress(total: int) -> Callable[[int], Any]:
-        def report(step: int) -> None:
-            if total == num_steps and step == _FIRST_TRACED:
-                jax.profiler.start_trace(os.fspath(trace_dir), profiler_options=options)
-            if total == num_steps and step == num_steps - 1:
-                jax.profiler.stop_trace()
-
-        return report
-
     files = directory / "files"
     files.mkdir()
     if kind.encoding:
         write_files(kind, files)
-    data = _Annotated(open_pipeline(kind, files))
+    data = _Traced(open_pipeline(kind, files), num_steps, trace_dir)
     try:
-        train_and_evaluate(config, workdir, data, make_writer=make_writer, progress=make_progress)
+        train_and_evaluate(config, workdir, data, make_writer=make_writer)
     finally:
-        with contextlib.suppress(RuntimeError):  # it has been stopped
+        with contextlib.suppress(RuntimeError):  # it has been stopped already
             jax.profiler.stop_trace()
 
 
-def read(trace_dir: pathlib.Path) -> Trace:
-    """The newest trace that `record` left.
+def read(trace_dir: pathlib.Path) -> dict[int, Span]:
+    """The programs of the training steps, by the step's number, in the newest trace of `record`.
 
     Raises:
-      UserError: if programs of the steps that it knows of are not in it.
+      UserError: if programs of steps that the trace knows of are missing.
     """
     *_, path = sorted(trace_dir.glob("**/*.xplane.pb"))
-    programs: list[tuple[Span, str]] = []
-    host: dict[str, list[Span]] = {name: [] for name in _HOST}
-    called: list[tuple[int, Span]] = []
-    is_of_step: list[float] = []
+    programs: list[Span] = []
+    called: list[tuple[int, float]] = []
+    operations: list[float] = []  # when those of training steps start
     for plane in jax.profiler.ProfileData.from_file(os.fspath(path)).planes:
         for line in plane.lines:
             for event in line.events:
-                span = Span(event.start_ns / 1e9, (event.start_ns + event.duration_ns) / 1e9)
-                if plane.name.startswith("/device:"):
-                    if line.name == "XLA Modules" and plane.name.endswith(":0"):
-                        programs.append((span, event.name))
-                elif "PjRtCpuClient" in line.name and "wait for completion" in event.name:
-                    programs.append((span, ""))
-                elif event.name in host:
-                    host[event.name].append(span)
-                    if event.name == "train":
-                        called.append((int(dict(event.stats)["step_num"]), span))
+                start = event.start_ns / 1e9
+                if "PjRtCpuClient" in line.name and "wait for completion" in event.name:
+                    programs.append(Span(start, start + event.duration_ns / 1e9))
+                elif event.name == "train":
+                    called.append((int(dict(event.stats)["step_num"]), start))
                 elif dict(event.stats).get("hlo_module") == "jit_train_step":
-                    is_of_step.append(span.start)
-    is_of_step.sort()
+                    operations.append(start)
+    operations.sort()
 
-    def is_step(span: Span, name: str) -> bool:
-        if name:
-            return name.startswith("jit_train_step")
-        place = bisect.bisect_left(is_of_step, span.start)
-        return place < len(is_of_step) and is_of_step[place] < span.end
+    def is_step(program: Span) -> bool:
+        place = bisect.bisect_left(operations, program.start)
+        return place < len(operations) and operations[place] < program.end
 
-    runs = sorted(span for span, name in programs if is_step(span, name))
-    others = sorted(span for span, name in programs if not is_step(span, name))
-    # A step's program is the first one to end after it was called for, once the one before has.
+    remaining = sorted(filter(is_step, programs))
     steps: dict[int, Span] = {}
-    for number, call in sorted(called):
-        later = [run for run in runs if run.end > call.start and run not in steps.values()]
-        if later:
-            steps[number] = later[0]
+    # A step's program is the first one, after that of the step before, to end after its call.
+    for number, start in sorted(called):
+        remaining = [program for program in remaining if program.end > start]
+        if remaining:
+            steps[number] = remaining.pop(0)
     if len(steps) < len(called) - 1:  # the last one may not have ended
         raise UserError(f"{path}: of {len(called)} steps it has the programs of {len(steps)}")
-    return Trace(steps, others, host)
+    return steps
 
 
-def figures(trace: Trace, log_every: int, save_every: int) -> dict[str, float]:
-    """Of a step and of the gaps after it, in seconds, and the loop's share of the time.
+def summarise(steps: dict[int, Span], log_every: int, save_every: int) -> dict[str, float]:
+    """Seconds of a step and of the gaps after it, and the loop's share of the time.
 
-    Medians, but for the steps that a checkpoint slows down: all of them together, on average.
+    All are medians, except that the steps that a checkpoint slows down are averaged.
+
+    Args:
+      steps: as `read` returns them.
+      log_every: the interval of logs for which the share is computed.
+      save_every: the same for checkpoints.
     """
-    steps = trace.steps
     seconds = {number: run.end - run.start for number, run in steps.items()}
     gaps = {
         number: max(steps[number + 1].start - run.end, 0.0)
@@ -216,133 +197,88 @@ def figures(trace: Trace, log_every: int, save_every: int) -> dict[str, float]:
         if number + n in seconds
     ]
     slower = max(statistics.mean(slowed), 0.0) * _SLOWED
-    # A log's gap includes an ordinary one; so a checkpoint's, which includes a log's.
+    # A log's gap includes an ordinary one; so does a checkpoint's, which also includes a log's.
     loop = ordinary + (log - ordinary) / log_every + (save - ordinary + slower) / save_every
-    return {
-        "step": step,
-        "gap": ordinary,
-        "gap_after_log": log,
-        "gap_after_checkpoint": save,
-        "slower_steps_after_checkpoint": slower,
-        "share": loop / (step + loop),
-    }
-
-
-def draw(trace: Trace, title: str, path: pathlib.Path) -> None:
-    """The trace around a checkpoint, as a picture."""
-    import matplotlib.pyplot as plt
-
-    saves = [number for number in trace.steps if number % _SAVE_EVERY == 0]
-    first, last = saves[0] - 3, saves[0] + 4
-    start, end = trace.steps[first].start, trace.steps[last].end
-    lanes = {"device: training step": list(trace.steps.values()), "device: other": trace.others}
-    lanes |= {f"host: {name}": trace.host[name] for name in _HOST}
-    figure, axes = plt.subplots(figsize=(9, 2.6), layout="constrained")
-    for height, (name, spans) in enumerate(lanes.items()):
-        shown = [span for span in spans if span.end > start and span.start < end]
-        bars = [(1e3 * (s.start - start), 1e3 * max(s.end - s.start, 1e-5)) for s in shown]
-        color = "tab:blue" if name.startswith("device") else "tab:orange"
-        axes.broken_barh(bars, (height - 0.4, 0.8), color=color, edgecolor="white", linewidth=0.3)
-    axes.set_yticks(range(len(lanes)), list(lanes))
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1e3 * (end - start))
-    axes.set_xlabel("ms")
-    axes.set_title(f"{title}: steps {first} to {last}, a checkpoint after {saves[0]}", fontsize=9)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    times = dict(zip(_TIMES, (step, ordinary, log, save, slower), strict=True))
+    return {**times, "share": loop / (step + loop)}
 
 
 def table(rows: Sequence[Row]) -> str:
     """All rows in Markdown."""
-    header = (
-        *("data set", "batch", "step, ms", "gap, ms", "after a log, ms", "logs every"),
-        *("after a checkpoint, ms", "steps after it longer by, ms", "checkpoints every"),
-        "loop's share",
-    )
+    header = ["data set", "batch", *_TIMES.values()]
+    header += ["logs every", "checkpoints every", "loop's share"]
     lines = []
     for row in rows:
-        ms = {name: f"{1e3 * row[name]:.2f}" for name in _TIMES}
-        cells = [row["dataset"], row["batch_size"], ms["step"], ms["gap"]]
-        cells += [ms["gap_after_log"], row["log_every_steps"], ms["gap_after_checkpoint"]]
-        cells += [ms["slower_steps_after_checkpoint"], row["checkpoint_every_steps"]]
-        lines.append([*map(str, cells), f"{row['share']:.2%}"])
-    return measure.table(header, lines)
+        line = [row["dataset"], str(row["batch_size"])]
+        line += [f"{1e3 * row[name]:.2f}" for name in _TIMES]
+        line += [str(row["log_every_steps"]), str(row["checkpoint_every_steps"])]
+        lines.append([*line, f"{row['share']:.2%}"])
+    return markdown_table(header, lines)
 
 
 _HEADER = """# What the loop around the training steps costs
 
-Written by benchmarks/train_loop.py, which says what is measured; not to be edited by hand.
+benchmarks/train_loop.py wrote this page and says what is measured; do not edit it by hand.
 """
 
 
 def _report(rows: Sequence[Row]) -> str:
-    by_source: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        source = row["command"], row["machine"], row["versions"]
-        by_source.setdefault(source, []).append(row)
     return _HEADER + "".join(
-        f"\n    {command}\n\n{machine}; {versions}\n\n{table(part)}\n"
-        for (command, machine, versions), part in by_source.items()
+        f"\n    {where['command']}\n\n{where['machine']}; {where['versions']}\n\n{table(part)}\n"
+        for where, part in figures.by_source(rows)
     )
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     title, *_ = (__doc__ or "").splitlines()
     parser = argparse.ArgumentParser(prog="train_loop.py", description=title)
-    on_cpu = jax.default_backend() == "cpu"
-    parser.add_argument(
-        "--datasets",
-        nargs="+",
-        choices=DATASETS,
-        default=["fashion_mnist", "celeba"] if on_cpu else list(DATASETS),
-    )
+    default = ["fashion_mnist", "celeba"]
+    parser.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=default)
     parser.add_argument("--num-steps", type=int, default=3 * _SAVE_EVERY + 4)
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file to keep the figures in")
     parser.add_argument("--trace-dir", type=pathlib.Path, help="where to leave the traces")
     return parser.parse_args(arguments)
 
 
+def _measure(dataset: str, num_steps: int, trace_dir: pathlib.Path | None) -> Row:
+    config = get_config(dataset, _QUANTIZER)
+    batch_size, _ = default_sizes(config)
+    kind = dataclasses.replace(
+        DATASETS[dataset], batch_size=batch_size, num_images=batch_size * num_steps
+    )
+    with tempfile.TemporaryDirectory(prefix="train_loop_") as temporary:
+        directory = pathlib.Path(temporary)
+        traces = (trace_dir or directory / "trace") / dataset
+        record(kind, num_steps, directory, traces)
+        steps = read(traces)
+    log_every, save_every = config.log_every_steps, config.checkpoint_every_steps
+    row: Row = {**figures.source("train_loop.py", "jax", "flax"), "dataset": dataset}
+    row |= {"batch_size": batch_size, **summarise(steps, log_every, save_every)}
+    return {**row, "log_every_steps": log_every, "checkpoint_every_steps": save_every}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     host_memory.keep_freed_memory()  # as main.py does
     options = _parse(arguments)
-    try:
+    with one_line_exit("train_loop.py"):
         fewest = _SAVE_EVERY + _SLOWED + 2
         if options.num_steps < fewest:
             raise UserError(f"--num-steps={options.num_steps}: must be at least {fewest}")
         backend, num_devices = jax.default_backend(), jax.device_count()
-        if backend == "gpu" or (backend == "cpu" and num_devices > 1):
+        if backend != "cpu" or num_devices > 1:
             raise UserError(f"it cannot read traces of {num_devices} devices of kind {backend}")
-        kept = measure.read_rows(options.output, _report) if options.output else []
+        kept = figures.read_rows(options.output, _report) if options.output else []
         rows: list[Row] = []
-        for name in options.datasets:
-            kind = next(kind for kind in KINDS if kind.module == name)
-            batch_size = ON_CPU[name][0] if jax.default_backend() == "cpu" else kind.batch_size
-            kind = dataclasses.replace(
-                kind, batch_size=batch_size, num_images=batch_size * options.num_steps
-            )
-            print(name, file=sys.stderr, flush=True)
-            with tempfile.TemporaryDirectory(prefix="train_loop_") as temporary:
-                directory = pathlib.Path(temporary)
-                trace_dir = (options.trace_dir or directory / "trace") / name
-                record(kind, options.num_steps, directory, trace_dir)
-                trace = read(trace_dir)
-            config = get_config(name, "sparse_lattice")
-            every = config.log_every_steps, config.checkpoint_every_steps
-            row: Row = {"dataset": name, "batch_size": batch_size, **figures(trace, *every)}
-            row |= {"log_every_steps": every[0], "checkpoint_every_steps": every[1]}
-            row |= {"machine": measure.machine(), "versions": measure.versions("jax", "flax")}
-            rows.append({**row, "command": " ".join(["python", *sys.argv])})
+        for dataset in options.datasets:
+            print(dataset, file=sys.stderr, flush=True)
+            row = _measure(dataset, options.num_steps, options.trace_dir)
+            rows.append(row)
+            same = dataset, row["machine"]
+            kept = [old for old in kept if (old["dataset"], old["machine"]) != same] + [row]
             if options.output:
-                same = name, rows[-1]["machine"]
-                kept = [old for old in kept if (old["dataset"], old["machine"]) != same]
-                kept.append(rows[-1])
-                path = options.output.with_name(f"{options.output.stem}_{name}.png")
-                draw(trace, f"{name}, {measure.machine()}", path)
-                measure.write_rows(options.output, kept, _report(kept))
-    except UserError as error:
-        sys.exit(f"train_loop.py: {error}")
-    print(table(rows))
+                figures.write_rows(options.output, kept, _report(kept))
+        print(table(rows))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """CelebA (Liu et al. 2015): 202,599 aligned faces of 218×178, of which the centre is used.
 
-Wherever the images come from, those of a split are in the order of their file names. On disk they
-are in TFDS's order (by a hash of the file name), in its own directories and in ours alike.
+The images of a split are read in the order of their file names, whatever their origin. On disk
+they are in TFDS's order (by a hash of the file name), in its own directories and in ours alike.
 """
 
 import functools
@@ -15,11 +15,10 @@ from absl import logging
 from etils import epath
 from tensorflow_datasets.core import hashing
 
-from input_pipeline import image_files, prepare, records, web
-from input_pipeline.errors import DataError
-from input_pipeline.image_files import ImageFiles
+from input_pipeline import image_files, prepare, tfds_builders
 from input_pipeline.pipeline import Pipeline
 from input_pipeline.records import RecordSource
+from llvq.errors import UserError
 
 IMAGE_SHAPE = (148, 148, 3)
 STORED_SHAPE = (218, 178, 3)
@@ -46,32 +45,31 @@ _FETCH = (
 def load(
     data_dir: str = "", manual_dir: str = "", *, num_images: Mapping[str, int] = NUM_IMAGES
 ) -> Pipeline:
-    """CelebA from wherever it is: prepared, TFDS's `celeb_a`, official files, TFDS's download.
+    """Opens CelebA: as prepared before, TFDS's `celeb_a`, official files, or TFDS's download.
 
-    What is not in ArrayRecord yet is written so, once, into DATA_DIR/celeba.
+    Images that are not in ArrayRecord yet are converted once, into DATA_DIR/celeba.
 
     Args:
-      data_dir: of TFDS; its default if empty.
-      manual_dir: where img_align_celeba.zip (or the folder img_align_celeba) and
-        list_eval_partition.txt lie. If empty: DATA_DIR/downloads/manual/celeba.
-      num_images: in each split.
+      data_dir: directory of TFDS; its default if empty.
+      manual_dir: directory of img_align_celeba.zip (or the folder img_align_celeba) and
+        list_eval_partition.txt. If empty: DATA_DIR/downloads/manual/celeba.
+      num_images: the number of images in each split.
 
     Raises:
-      DataError: if the data is nowhere to be had, or what is there is not CelebA.
+      UserError: if the data cannot be found or downloaded, or is not CelebA.
     """
-    root = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-    sources = _open(root, manual_dir, num_images)
+    sources = _open(tfds_builders.root(data_dir), manual_dir, num_images)
     return Pipeline(sources, IMAGE_SHAPE, _decode)
 
 
 def _decode(encoded: tf.Tensor) -> tf.Tensor:
-    """The centre of an image; integer-accurate as Pillow decodes, where TensorFlow would hurry."""
+    """Decodes the centre of an image, as accurately as Pillow; TensorFlow's default is not."""
     crop = (_TOP, _LEFT, *IMAGE_SHAPE[:2])
     return tf.io.decode_and_crop_jpeg(encoded, crop, channels=3, dct_method="INTEGER_ACCURATE")
 
 
 def _decode_whole(encoded: bytes) -> tf.Tensor:
-    """All of an image, with the channels it has; nothing but JPEG passes."""
+    """Decodes all of an image, with the channels it has, and refuses anything but JPEG."""
     height, width, _ = tf.io.extract_jpeg_shape(encoded)
     return tf.io.decode_and_crop_jpeg(encoded, (0, 0, height, width))
 
@@ -83,16 +81,21 @@ def _open(
     order = {split: np.argsort(names) for split, names in stored.items()}
     directory = root / "celeba" / prepare.VERSION
     if prepare.is_prepared(directory):
-        logging.info("Reading CelebA from %s, where it was prepared", directory)
         return prepare.open_prepared(directory, num_images, order)
 
-    builder = records.find_builder("celeb_a", root)
+    builder = tfds_builders.find("celeb_a", root)
     files = None
     if not builder.is_prepared():
-        files = _find_files(root, manual_dir, num_images)
-        builder = builder if files else _download(root)
+        manual = image_files.manual_directory("celeba", root, manual_dir)
+        files = image_files.find(manual, _IMAGES, required=bool(manual_dir))
+        if files:
+            _check_partition(manual / _PARTITION, num_images)
+        else:
+            builder = tfds_builders.download(
+                "celeb_a", root, _PROBE_URL, f"Google Drive limits downloads, so {_FETCH}"
+            )
     if files:
-        read = functools.partial(_read_files, files, stored)
+        read = functools.partial(files.read, stored)
         num_bytes = files.num_bytes(itertools.chain(*stored.values()))
     elif builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
         return {
@@ -119,7 +122,7 @@ def _open(
 
 
 def _file_names(num_images: Mapping[str, int]) -> dict[str, list[str]]:
-    """The official file names of each split: numbered through, one split after the other."""
+    """The official file names of each split, numbered consecutively across the splits."""
     numbers = itertools.count(1)
     return {
         split: [f"{number:06d}.jpg" for number in itertools.islice(numbers, count)]
@@ -128,30 +131,15 @@ def _file_names(num_images: Mapping[str, int]) -> dict[str, list[str]]:
 
 
 def _stored_names(num_images: Mapping[str, int]) -> dict[str, list[str]]:
-    """The file names of each split in the order in which TFDS stores the images."""
+    """The file names of each split, in the order in which TFDS stores the images."""
     return {
         split: sorted(names, key=hashing.Hasher(split).hash_key)
         for split, names in _file_names(num_images).items()
     }
 
 
-def _find_files(
-    root: epath.Path, manual_dir: str, num_images: Mapping[str, int]
-) -> ImageFiles | None:
-    directory = epath.Path(manual_dir or root / "downloads/manual/celeba").expanduser()
-    files = image_files.find(directory, _IMAGES)
-    if files:
-        _check_partition(directory / _PARTITION, num_images)
-    elif manual_dir:
-        raise DataError(
-            f"--config.dataset.manual_dir={manual_dir}: found neither {_IMAGES}.zip nor a folder "
-            f"{_IMAGES} in it"
-        )
-    return files
-
-
 def _check_partition(path: epath.Path, num_images: Mapping[str, int]) -> None:
-    """The official list names every file once, numbered through, with the number of its split."""
+    """Raises UserError unless every line names the next file and the number of its split."""
     expected = [
         f"{name} {number}"
         for number, names in enumerate(_file_names(num_images).values())
@@ -160,20 +148,13 @@ def _check_partition(path: epath.Path, num_images: Mapping[str, int]) -> None:
     try:
         found = [" ".join(line.split()) for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}): {_FETCH}") from error
+        raise UserError(f"{path} cannot be read ({error}): {_FETCH}") from error
     for i, (want, have) in enumerate(itertools.zip_longest(expected, found), start=1):
         if want != have:
-            raise DataError(
+            raise UserError(
                 f"{path}, line {i}: expected {want or 'no more lines'}, found "
                 f"{have or 'nothing'}; it is not the official list: {_FETCH}"
             )
-
-
-def _read_files(
-    files: ImageFiles, stored: Mapping[str, list[str]], split: str, positions: range
-) -> Iterator[tuple[str, bytes]]:
-    for position in positions:
-        yield files.read(stored[split][position])
 
 
 def _read_tfds(
@@ -182,12 +163,12 @@ def _read_tfds(
     split: str,
     positions: range,
 ) -> Iterator[tuple[str, bytes]]:
-    """Images of a TFRecord directory, in the order in which they are stored."""
+    """Reads images of a TFRecord directory, in the order in which they are stored."""
     names = stored[split][positions.start : positions.stop]
     dataset = builder.as_dataset(
         split=f"{split}[{positions.start}:{positions.stop}]",
         shuffle_files=False,
-        read_config=tfds.ReadConfig(interleave_cycle_length=1),  # else shards are read mixed
+        read_config=tfds.ReadConfig(interleave_cycle_length=1),  # otherwise TFDS mixes the shards
         decoders=tfds.decode.PartialDecoding(
             {"image": True}, decoders={"image": tfds.decode.SkipDecoding()}
         ),
@@ -198,30 +179,12 @@ def _read_tfds(
             yield f"{name} in {builder.data_path}", example["image"]
             num_read += 1
     except tf.errors.OpError as error:
-        raise DataError(
+        raise UserError(
             f"{builder.data_path}, {split} record {positions.start + num_read} or its file cannot "
             f"be read: {_PREPARE_AGAIN}"
         ) from error
     if num_read != len(names):
-        raise DataError(
+        raise UserError(
             f"{builder.data_path} lacks {split} records from {positions.start + num_read} on: "
             f"{_PREPARE_AGAIN}"
         )
-
-
-def _download(root: epath.Path) -> tfds.core.DatasetBuilder:
-    """TFDS's own download, not begun without the web: TFDS would retry for minutes."""
-    builder = tfds.builder(
-        "celeb_a", data_dir=root, file_format=tfds.core.FileFormat.ARRAY_RECORD, try_gcs=False
-    )
-    try:
-        if (problem := web.cannot_reach(_PROBE_URL)) is not None:
-            raise OSError(problem)
-        builder.download_and_prepare()
-    except Exception as error:  # TFDS's own, its HTTP library's, and those of its parsers
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"CelebA is not in {root} and cannot be downloaded from Google Drive, which limits how "
-            f"often ({reason:.200}): {_FETCH}"
-        ) from error
-    return builder

@@ -1,7 +1,7 @@
 """FashionMNIST (Xiao et al. 2017, arXiv 1708.07747): 28×28 greyscale images of clothes.
 
-Wherever the images come from they end in the official order, so that the split (the first 55,000
-and the last 5,000 training images; 10,000 test images) is the same for everyone.
+Images from any place end up in the official order, so that the splits (the first 55,000 and the
+last 5,000 training images; 10,000 test images) are the same for everyone.
 """
 
 import gzip
@@ -14,18 +14,18 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
-from jaxtyping import UInt8
 
-from input_pipeline import records, web
-from input_pipeline.arrays import Arrays
-from input_pipeline.errors import DataError
+from input_pipeline import image_files, tfds_builders
+from input_pipeline.pipeline import Pipeline
+from llvq.data import Images
+from llvq.errors import UserError, first_line
 
 IMAGE_SHAPE = (28, 28, 1)
 NUM_TRAIN = 55_000
-NUM_IMAGES = {"train": 60_000, "test": 10_000}  # as published; the last ones are for validation
+NUM_IMAGES = {"train": 60_000, "test": 10_000}  # as published, validation images among train
 
-# TFDS's split: the IDX file's name, its length in bytes and SHA-256, both once decompressed:
-# distributors recompress the files.
+# For each published split: name of the IDX file, and length in bytes and SHA-256 of its
+# decompressed content, because distributors recompress the files.
 _FILES = {
     "train": (
         "train-images-idx3-ubyte",
@@ -40,53 +40,56 @@ _FILES = {
 }
 _HEADER_BYTES = 16
 _DEBIAN_DIR = epath.Path("/usr/share/datasets/fashion-mnist")
-
-Images = UInt8[np.ndarray, "n 28 28 1"]
+_REMEDY = (
+    "either fetch its IDX files (Debian: apt-get download dataset-fashion-mnist) and name their "
+    "directory with --config.dataset.manual_dir, or name a TFDS directory where it is prepared "
+    "with --config.dataset.data_dir"
+)
 
 
 def load(
     data_dir: str = "", manual_dir: str = "", *, num_images: Mapping[str, int] = NUM_IMAGES
-) -> Arrays:
-    """FashionMNIST from wherever it is: TFDS's directory, local IDX files, or TFDS's download.
+) -> Pipeline:
+    """Reads FashionMNIST from TFDS's directory, local IDX files, or TFDS's download.
 
     Args:
-      data_dir: of TFDS; its default if empty.
-      manual_dir: where the IDX files lie (train-images-idx3-ubyte and t10k-images-idx3-ubyte, with
-        or without .gz). If empty: DATA_DIR/downloads/manual/fashion_mnist, as TFDS has it, then
-        where Debian's package `dataset-fashion-mnist` puts them.
-      num_images: in each split of what TFDS prepared.
+      data_dir: directory of TFDS; its default if empty.
+      manual_dir: directory of the IDX files (train-images-idx3-ubyte and t10k-images-idx3-ubyte,
+        with or without .gz). If empty: DATA_DIR/downloads/manual/fashion_mnist, as TFDS has it,
+        then the directory of Debian's package `dataset-fashion-mnist`.
+      num_images: the number of images in each split that TFDS prepared.
 
     Raises:
-      DataError: if the data is nowhere to be had, or what is there is not FashionMNIST.
+      UserError: if the data cannot be found or downloaded, or is not FashionMNIST.
     """
-    data_dir = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-    builder = records.find_builder("fashion_mnist", data_dir)
+    root = tfds_builders.root(data_dir)
+    builder = tfds_builders.find("fashion_mnist", root)
     if not manual_dir and builder.is_prepared():
         images = _read_tfds(builder, num_images)
-    elif (idx_dir := _find_idx_files(manual_dir, data_dir)) is not None:
+    elif (idx_dir := _find_idx_files(manual_dir, root)) is not None:
         logging.info("Reading FashionMNIST from %s", idx_dir)
         images = {split: _read_idx(idx_dir, split) for split in _FILES}
     else:
-        images = _read_tfds(_download(data_dir), num_images)
-    return Arrays(
-        {
-            "train": images["train"][:NUM_TRAIN],
-            "validation": images["train"][NUM_TRAIN:],
-            "test": images["test"],
-        }
-    )
+        url = f"{builder.URL}{_FILES['train'][0]}.gz"
+        builder = tfds_builders.download("fashion_mnist", root, url, _REMEDY)
+        images = _read_tfds(builder, num_images)
+    splits = {
+        "train": images["train"][:NUM_TRAIN],
+        "validation": images["train"][NUM_TRAIN:],
+        "test": images["test"],
+    }
+    return Pipeline(splits, IMAGE_SHAPE)
 
 
-def _find_idx_files(manual_dir: str, data_dir: epath.Path) -> epath.Path | None:
-    if manual_dir:
-        candidates = [epath.Path(manual_dir).expanduser()]
-    else:
-        candidates = [data_dir / "downloads/manual/fashion_mnist", _DEBIAN_DIR]
+def _find_idx_files(manual_dir: str, root: epath.Path) -> epath.Path | None:
+    candidates = [image_files.manual_directory("fashion_mnist", root, manual_dir)]
+    if not manual_dir:
+        candidates.append(_DEBIAN_DIR)
     for directory in candidates:
         if _idx_file(directory, "train") is not None:
             return directory
     if manual_dir:
-        raise DataError(
+        raise UserError(
             f"--config.dataset.manual_dir={manual_dir}: found no {_FILES['train'][0]} or "
             f"{_FILES['train'][0]}.gz in it"
         )
@@ -101,39 +104,39 @@ def _idx_file(directory: epath.Path, split: str) -> epath.Path | None:
 
 
 def _read_idx(directory: epath.Path, split: str) -> Images:
-    """The images of an IDX file, which must be the official one byte for byte."""
+    """Reads the images of an IDX file, whose content must be the official one."""
     name, num_bytes, digest = _FILES[split]
     path = _idx_file(directory, split)
     if path is None:
-        raise DataError(f"{directory} lacks {name} (or {name}.gz)")
+        raise UserError(f"{directory} lacks {name} (or {name}.gz)")
     remedy = "fetch it again (see README, Data)"
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error}): {remedy}") from error
+        raise UserError(f"{path} cannot be read ({error}): {remedy}") from error
     if len(content) != num_bytes:
-        raise DataError(f"{path} has {len(content)} bytes of data, not {num_bytes}: {remedy}")
+        raise UserError(f"{path} has {len(content)} bytes of data, not {num_bytes}: {remedy}")
     if hashlib.sha256(content).hexdigest() != digest:
-        raise DataError(f"{path} is not FashionMNIST's {name}: its content differs; {remedy}")
+        raise UserError(f"{path} is not FashionMNIST's {name}: its content differs; {remedy}")
     return np.frombuffer(content, np.uint8, offset=_HEADER_BYTES).reshape(-1, *IMAGE_SHAPE)
 
 
 def _read_tfds(
     builder: tfds.core.DatasetBuilder, num_images: Mapping[str, int]
 ) -> dict[str, Images]:
-    """The images that TFDS prepared, put back from its shuffled into the official order."""
+    """Reads the images that TFDS prepared, and undoes its shuffling."""
     images = {}
     for split in _FILES:
         try:
             shuffled = _read_tfds_split(builder, split)
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DataError(
-                f"{builder.data_path} cannot be read ({reason}): delete it to have it prepared anew"
+            raise UserError(
+                f"{builder.data_path} cannot be read ({first_line(error)}): delete it to have it "
+                "prepared anew"
             ) from error
         if len(shuffled) != num_images[split]:
-            raise DataError(
+            raise UserError(
                 f"{builder.data_path} has {len(shuffled)} images in split {split!r}, not "
                 f"{num_images[split]}: delete it to have it prepared anew"
             )
@@ -153,29 +156,3 @@ def _read_tfds_split(builder: tfds.core.DatasetBuilder, split: str) -> Images:
     dataset = tf.data.Dataset.from_tensor_slices(encoded)
     dataset = dataset.map(tf.io.decode_png, num_parallel_calls=tf.data.AUTOTUNE)
     return dataset.batch(len(encoded)).get_single_element().numpy()
-
-
-def _download(data_dir: epath.Path) -> tfds.core.DatasetBuilder:
-    """TFDS's own download, not begun without the web: TFDS would retry for minutes."""
-    builder = tfds.builder(
-        "fashion_mnist",
-        data_dir=data_dir,
-        file_format=tfds.core.FileFormat.ARRAY_RECORD,
-        try_gcs=False,
-    )
-    remedy = (
-        "either fetch its IDX files (Debian: apt-get download dataset-fashion-mnist) and name "
-        "their directory with --config.dataset.manual_dir, or name a TFDS directory where it "
-        "is prepared with --config.dataset.data_dir"
-    )
-    url = f"{builder.URL}{_FILES['train'][0]}.gz"
-    if (problem := web.cannot_reach(url)) is not None:
-        raise DataError(
-            f"FashionMNIST is not in {data_dir} and {url} cannot be reached ({problem}): {remedy}"
-        )
-    try:
-        builder.download_and_prepare()
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"FashionMNIST's download failed ({reason}): {remedy}") from error
-    return builder

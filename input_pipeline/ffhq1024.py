@@ -1,8 +1,8 @@
 """FFHQ (Karras et al. 2019, arXiv 1812.04948): 70,000 faces of 1024×1024.
 
-The first 60,000 are the training split, the last 10,000 the validation split, as published. They
-stay encoded as they come, PNG or lossless WebP: the pixels are the same. Where the release's
-ffhq-dataset-v2.json is at hand they are compared with its MD5s.
+The first 60,000 are the training split, the last 10,000 the validation split, as published. Their
+encoding, PNG or lossless WebP, is kept. If the release's ffhq-dataset-v2.json is at hand, their
+pixels are compared with its MD5s.
 """
 
 import functools
@@ -17,18 +17,16 @@ from typing import Any
 
 import huggingface_hub
 import tensorflow as tf
-import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from input_pipeline import image_files, prepare
-from input_pipeline.errors import DataError
-from input_pipeline.image_files import ImageFiles
+from input_pipeline import image_files, prepare, tfds_builders
 from input_pipeline.pipeline import Pipeline
+from llvq.errors import UserError, first_line
 
 IMAGE_SHAPE = (1024, 1024, 3)
 NUM_IMAGES = {"train": 60_000, "validation": 10_000}  # in the order of their indices
-IMAGES_PER_GROUP = 1_000  # in every folder of the official release and every tar of the hub
+IMAGES_PER_GROUP = 1_000  # in every folder of the official release and every tar on the hub
 
 _FOLDER = "images1024x1024"
 _METADATA = "ffhq-dataset-v2.json"
@@ -55,42 +53,35 @@ def load(
     images_per_group: int = IMAGES_PER_GROUP,
     image_shape: tuple[int, int, int] = IMAGE_SHAPE,
 ) -> Pipeline:
-    """FFHQ-1024: prepared, from the official release, or from the Hugging Face hub.
+    """Opens FFHQ-1024: as prepared before, the official release, or the Hugging Face hub's copy.
 
-    What is not prepared yet is written, once, into DATA_DIR/ffhq1024.
+    Images that are not prepared yet are converted once, into DATA_DIR/ffhq1024.
 
     Args:
-      data_dir: of TFDS; its default if empty.
-      manual_dir: where the official folder images1024x1024 lies, or images1024x1024.zip. If empty:
-        DATA_DIR/downloads/manual/ffhq1024, then the hub. The official ffhq-dataset-v2.json is used
-        from there if it is there.
-      num_images: in each split.
-      images_per_group: in every folder of the release, tar of the hub and shard.
-      image_shape: of every image, (height, width, channels).
+      data_dir: directory of TFDS; its default if empty.
+      manual_dir: directory of the official folder images1024x1024 or of images1024x1024.zip, and of
+        the official ffhq-dataset-v2.json, which is optional. If empty:
+        DATA_DIR/downloads/manual/ffhq1024, then the hub.
+      num_images: the number of images in each split.
+      images_per_group: the number of images in every folder of the release, tar and shard.
+      image_shape: the shape of every image, (height, width, channels).
 
     Raises:
-      DataError: if the data is nowhere to be had, or what is there is not FFHQ-1024.
+      UserError: if the data cannot be found or downloaded, or is not FFHQ-1024.
     """
-    root = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    root = tfds_builders.root(data_dir)
     directory = root / "ffhq1024" / prepare.VERSION
-    if prepare.is_prepared(directory):
-        logging.info("Reading FFHQ-1024 from %s, where it was prepared", directory)
-    else:
+    if not prepare.is_prepared(directory):
         indices = _indices(num_images)
         scratch = _scratch(directory)
-        manual = epath.Path(manual_dir or root / "downloads/manual/ffhq1024").expanduser()
-        files = image_files.find(manual, _FOLDER)
-        if manual_dir and not files:
-            raise DataError(
-                f"--config.dataset.manual_dir={manual_dir}: found neither a folder {_FOLDER} nor "
-                f"{_FOLDER}.zip in it"
-            )
+        manual = image_files.manual_directory("ffhq1024", root, manual_dir)
+        files = image_files.find(manual, _FOLDER, required=bool(manual_dir))
         if files:
-            read: prepare.ReadImages = functools.partial(
-                _read_release, files, indices, images_per_group
-            )
-            paths = (_path(i, images_per_group) for i in itertools.chain(*indices.values()))
-            num_bytes, scratch_bytes = files.num_bytes(paths), 0
+            names = {
+                split: [_path(i, images_per_group) for i in part] for split, part in indices.items()
+            }
+            read: prepare.ReadImages = functools.partial(files.read, names)
+            num_bytes, scratch_bytes = files.num_bytes(itertools.chain(*names.values())), 0
         else:
             hub = _Hub(scratch, indices, images_per_group)
             read, num_bytes, scratch_bytes = hub.read, hub.num_bytes, hub.largest_tar
@@ -114,12 +105,12 @@ def load(
 
 
 def _decode(encoded: tf.Tensor | bytes) -> tf.Tensor:
-    """PNG or WebP, with the channels it has."""
+    """Decodes PNG or WebP, with the channels it has."""
     return tf.io.decode_image(encoded, expand_animations=False)
 
 
 def _decode_lossless(encoded: bytes) -> tf.Tensor:
-    """The same, but nothing that may have lost something passes, as JPEG and lossy WebP may."""
+    """Does the same, but refuses encodings that may be lossy, such as JPEG and lossy WebP."""
     pixels = _decode(encoded)
     is_png_of_8_bits = encoded[:8] == b"\x89PNG\r\n\x1a\n" and encoded[24] == 8
     is_webp = encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP"
@@ -129,7 +120,7 @@ def _decode_lossless(encoded: bytes) -> tf.Tensor:
 
 
 def _webp_chunks(encoded: bytes) -> Iterator[bytes]:
-    """The types of a WebP's chunks: pixels are in VP8L if lossless, in VP8 if not (RFC 9649)."""
+    """The types of a WebP's chunks: VP8L holds lossless pixels, VP8 lossy ones (RFC 9649)."""
     place = 12
     while place < len(encoded):
         yield encoded[place : place + 4]
@@ -138,14 +129,14 @@ def _webp_chunks(encoded: bytes) -> Iterator[bytes]:
 
 
 def _scratch(directory: epath.Path) -> epath.Path:
-    """Where a tar is kept while it is converted: the hub's client writes to local disks only."""
+    """The directory for downloaded tars, on a local disk, as the hub's client requires."""
     if prepare.is_local(directory):
         return directory / "download"
     return epath.Path(tempfile.gettempdir()) / "ffhq1024-download"
 
 
 def _indices(num_images: Mapping[str, int]) -> dict[str, range]:
-    """The official indices of each split's images."""
+    """The official indices of the images in each split."""
     ends = itertools.accumulate(num_images.values())
     return {
         split: range(end - count, end)
@@ -154,52 +145,46 @@ def _indices(num_images: Mapping[str, int]) -> dict[str, range]:
 
 
 def _read_md5s(path: epath.Path, indices: Mapping[str, range]) -> dict[str, list[str]] | None:
-    """The MD5 of every image's pixels, as published; None if the file is not there."""
+    """The published MD5 of every image's pixels; None if there is no such file."""
     if not path.exists():
-        logging.info("Pixels are not compared with the published MD5s: there is no %s", path)
+        logging.info("Pixels are not compared with the published MD5s: %s does not exist", path)
         return None
 
     def keep_md5(entry: dict[str, Any]) -> Any:
-        """Of the many things in an image's entry; the whole file would take gigabytes."""
+        """Drops the rest of an image's entry: the whole file would take gigabytes of memory."""
         return entry.get("image", entry.get("pixel_md5", entry))
 
     try:
         md5s = json.loads(path.read_text(), object_hook=keep_md5)
         return {split: [str(md5s[str(i)]) for i in part] for split, part in indices.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
+        raise UserError(
             f"{path} cannot be read ({type(error).__name__}: {error}): fetch it again, or remove "
             "it to do without"
         ) from error
 
 
 def _path(index: int, images_per_group: int) -> str:
-    """Of an image in the official release."""
+    """The path of an image within the official release."""
     return f"{index - index % images_per_group:05d}/{index:05d}.png"
 
 
-def _read_release(
-    files: ImageFiles,
-    indices: Mapping[str, range],
-    images_per_group: int,
-    split: str,
-    positions: range,
-) -> Iterator[tuple[str, bytes]]:
-    for index in indices[split][positions.start : positions.stop]:
-        yield files.read(_path(index, images_per_group))
-
-
 class _Hub:
-    """The tars of the data set on the hub, fetched one at a time."""
+    """The hub's copy of the data set: tars, fetched one at a time.
+
+    Attributes:
+      num_bytes: the total size of the tars.
+      largest_tar: the size of the largest one, in bytes.
+    """
 
     def __init__(self, scratch: epath.Path, indices: Mapping[str, range], per_tar: int) -> None:
         """Args:
-        scratch: a local directory for the tar at hand.
-        indices: of each split's images.
-        per_tar: how many images a tar holds.
+        scratch: a local directory for the current tar.
+        indices: the indices of the images in each split.
+        per_tar: the number of images in a tar.
 
         Raises:
-          DataError: if the hub cannot be reached, or lacks a tar.
+          UserError: if the hub cannot be reached, or lacks a tar.
         """
         self._scratch = scratch
         self._indices = indices
@@ -217,11 +202,11 @@ class _Hub:
             starts = range(0, sum(map(len, indices.values())), per_tar)
             self._tars = {start: files[f"{start:05d}.tar"] for start in starts}
         except KeyError as error:
-            raise DataError(f"{self._where} lacks {error.args[0]}: {_WAYS_OUT}") from error
+            raise UserError(f"{self._where} lacks {error.args[0]}: {_WAYS_OUT}") from error
         for tar in self._tars.values():
             if tar.size is None or tar.lfs is None:
-                raise DataError(
-                    f"{self._where} does not tell size and checksum of {tar.rfilename}: {_WAYS_OUT}"
+                raise UserError(
+                    f"{self._where} lacks size or checksum of {tar.rfilename}: {_WAYS_OUT}"
                 )
         sizes = [tar.size for tar in self._tars.values()]
         self.num_bytes, self.largest_tar = sum(sizes), max(sizes)
@@ -233,12 +218,13 @@ class _Hub:
     def _ask(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         try:
             return call(*arguments, **options)
-        except Exception as error:  # the client's own, its HTTP library's, and those of the system
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"{self._where} cannot be read ({reason:.300}): {_WAYS_OUT}") from error
+        except Exception as error:  # the client and its HTTP library raise errors of many types
+            raise UserError(
+                f"{self._where} cannot be read ({first_line(error)}): {_WAYS_OUT}"
+            ) from error
 
     def read(self, split: str, positions: range) -> Iterator[tuple[str, bytes]]:
-        """The images of one tar, which is deleted behind the last, or when something is wrong."""
+        """Reads the images of one tar, and deletes it at the end or after an error."""
         indices = self._indices[split][positions.start : positions.stop]
         path = self._fetch(self._tars[indices.start])
         try:
@@ -249,7 +235,7 @@ class _Hub:
                     assert file is not None  # a regular file: see _members
                     yield f"{members[index].name} of {path.name}", file.read()
         except (OSError, tarfile.TarError) as error:
-            raise DataError(f"{path} cannot be read ({error}): {_WAYS_OUT}") from error
+            raise UserError(f"{path} cannot be read ({error}): {_WAYS_OUT}") from error
         finally:
             path.unlink()
 
@@ -268,12 +254,14 @@ class _Hub:
         # Lossless WebP has no checksum of its own.
         if prepare.sha256(path) != tar.lfs.sha256:
             path.unlink()
-            raise DataError(f"{path} was damaged on its way: the same command fetches it again")
+            raise UserError(
+                f"{path} was damaged in transfer: run the same command to fetch it again"
+            )
         return path
 
 
 def _members(tar: tarfile.TarFile, path: epath.Path, indices: range) -> dict[int, tarfile.TarInfo]:
-    """A tar's images by index: exactly these, each once."""
+    """A tar's images by index; raises UserError unless it holds exactly these, each once."""
     members: dict[int, tarfile.TarInfo] = {}
     for member in tar:
         stem, _, suffix = pathlib.PurePosixPath(member.name).name.partition(".")
@@ -282,9 +270,9 @@ def _members(tar: tarfile.TarFile, path: epath.Path, indices: range) -> dict[int
         index = int(stem) if stem.isdecimal() else -1
         if index in members or index not in indices:
             what = "twice" if index in members else f"outside {indices[0]:05d} … {indices[-1]:05d}"
-            raise DataError(f"{path.name} of {_HUB_DATASET} has {member.name} {what}: {_WAYS_OUT}")
+            raise UserError(f"{path.name} of {_HUB_DATASET} has {member.name} {what}: {_WAYS_OUT}")
         members[index] = member
     for index in indices:
         if index not in members:
-            raise DataError(f"{path.name} of {_HUB_DATASET} lacks {index:05d}.webp: {_WAYS_OUT}")
+            raise UserError(f"{path.name} of {_HUB_DATASET} lacks {index:05d}.webp: {_WAYS_OUT}")
     return members

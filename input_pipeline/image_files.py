@@ -1,22 +1,22 @@
-"""Image files as people hold them: in a folder, or in a zip of that folder."""
+"""Images that people fetched by hand: in a folder, or in a zip of that folder."""
 
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from etils import epath
 
-from input_pipeline.errors import DataError
+from llvq.errors import UserError
 
 
 class ImageFiles:
-    """Reads files of a folder, or of the zip of it, by their path within the folder."""
+    """Reads the files of a folder or of its zip, by their paths within the folder."""
 
     def __init__(self, path: epath.Path) -> None:
         """Args:
           path: the folder, or its zip.
 
         Raises:
-          DataError: if it is a zip that is damaged or has a file twice.
+          UserError: if it is a zip that is damaged or has a file twice.
         """
         self._path = path
         self._zip = None if path.is_dir() else _open_zip(path)
@@ -24,37 +24,49 @@ class ImageFiles:
         for member in self._zip.infolist() if self._zip else ():
             name = member.filename.removeprefix(f"{path.stem}/")
             if name in self._members:
-                raise DataError(f"{path} has {name} twice: fetch it again")
+                raise UserError(f"{path} has {name} twice: fetch it again")
             self._members[name] = member
 
     def num_bytes(self, names: Iterable[str]) -> int:
-        """The size of some files together.
+        """The total size of some files.
 
         Raises:
-          DataError: if one is missing; it is named.
+          UserError: if one is missing; the message names it.
         """
         total = 0
         for name in names:
             try:
                 total += self._size(name)
             except (OSError, KeyError) as error:
-                raise DataError(f"{self._path} lacks {name}: fetch it again") from error
+                raise UserError(f"{self._path} lacks {name}: fetch it again") from error
         return total
 
-    def read(self, name: str) -> tuple[str, bytes]:
-        """The file's name in messages, and its content.
+    def read(
+        self, names: Mapping[str, Sequence[str]], split: str, positions: range
+    ) -> Iterator[tuple[str, bytes]]:
+        """Reads some files of a split; with `names` bound it is a `prepare.ReadImages`.
+
+        Args:
+          names: the names of each split's files.
+          split: a key of `names`.
+          positions: which of the split's files to read.
+
+        Yields:
+          For each file its name in messages and its content.
 
         Raises:
-          DataError: if it is missing or cannot be read.
+          UserError: if a file is missing or cannot be read.
         """
+        for position in positions:
+            name = names[split][position]
+            yield str(self._path / name), self._read(name)
+
+    def _read(self, name: str) -> bytes:
         path = self._path / name
         try:
-            content = (
-                path.read_bytes() if self._zip is None else self._zip.read(self._members[name])
-            )
-        except Exception as error:  # zipfile raises whatever it meets in a damaged file
+            return path.read_bytes() if self._zip is None else self._zip.read(self._members[name])
+        except Exception as error:  # zipfile raises errors of many types for damaged files
             raise _unreadable(path, error) from error
-        return str(path), content
 
     def _size(self, name: str) -> int:
         if self._zip is None:
@@ -62,20 +74,34 @@ class ImageFiles:
         return self._members[name].file_size
 
 
-def find(directory: epath.Path, stem: str) -> ImageFiles | None:
-    """The folder of a name in a directory, or else its zip, if there is one."""
+def manual_directory(name: str, root: epath.Path, manual_dir: str) -> epath.Path:
+    """The directory of a data set's files fetched by hand: `manual_dir`, or TFDS's if empty."""
+    return epath.Path(manual_dir or root / "downloads/manual" / name).expanduser()
+
+
+def find(directory: epath.Path, stem: str, *, required: bool) -> ImageFiles | None:
+    """The folder named `stem` in a directory, or else its zip; None if there is neither.
+
+    Raises:
+      UserError: if there is neither although it is required, or if the zip is damaged.
+    """
     for path in (directory / stem, directory / f"{stem}.zip"):
         if path.exists():
             return ImageFiles(path)
+    if required:
+        raise UserError(
+            f"--config.dataset.manual_dir={directory}: found neither a folder {stem} nor "
+            f"{stem}.zip in it"
+        )
     return None
 
 
 def _open_zip(path: epath.Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path.open("rb"))
-    except Exception as error:  # as above
+    except Exception as error:  # as in _read
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: epath.Path, error: Exception) -> DataError:
-    return DataError(f"{path} cannot be read ({error!s:.200}): fetch it again")
+def _unreadable(path: epath.Path, error: Exception) -> UserError:
+    return UserError(f"{path} cannot be read ({error!s:.200}): fetch it again")

@@ -4,58 +4,49 @@ import collections
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol, TypeVar
 
 import numpy as np
 import tensorflow as tf
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Int
 
 from input_pipeline import records
-from input_pipeline.errors import DataError
 from input_pipeline.records import RecordSource
+from llvq.data import Images, IndexBatch
+from llvq.errors import UserError
 
-# What bounds the memory: encoded batches being read, and decoded ones that wait. Decoding takes
-# one image a core besides.
+# These bound the memory: encoded batches being read, and finished reads that wait. Decoding holds
+# one image per core besides.
 _READS_AT_ONCE = 4
-_BATCHES_AHEAD = 2
+_READS_AHEAD = 2
+# Images in memory are gathered for many batches at once, because every element of a tf.data
+# pipeline costs some 0.5 ms, as much as gathering 500 images of 28×28.
+_BYTES_PER_GATHER = 8 << 20
 
 
-class Batch(Protocol):
-    """Which images to read, and which of them to mirror."""
-
-    @property
-    def index(self) -> Int[np.ndarray, "n"]: ...
-
-    @property
-    def flip(self) -> Bool[np.ndarray, "n"]: ...
-
-
-BatchT = TypeVar("BatchT", bound=Batch)
-
-
-def _one_line(error: Exception) -> str:
+def _message(error: Exception) -> str:
     """What an error says, without the names of TensorFlow's operations."""
     return " ".join(re.sub(r"{{.*?}}|\[Op:.*", "", str(error)).split())[:200]
 
 
 class Pipeline:
-    """A data set of encoded images in several splits, read batch by batch.
+    """A data set of several splits, read batch by batch through tf.data; see llvq.data.Dataset.
 
     Attributes:
       num_images: the number of images in each split.
-      image_shape: of every image, (height, width, channels).
+      image_shape: the shape of every image, (height, width, channels).
     """
 
     def __init__(
         self,
-        sources: Mapping[str, RecordSource],
+        sources: Mapping[str, RecordSource | Images],
         image_shape: tuple[int, int, int],
-        decode: Callable[[tf.Tensor], tf.Tensor],
+        decode: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
     ) -> None:
         """Args:
-        sources: the images of each split.
-        image_shape: of every image, (height, width, channels), once decoded.
-        decode: an encoded image (a string tensor) to its pixels (uint8), in TensorFlow.
+        sources: for each split its encoded images, or all of its images in memory. Images in
+          memory are never mirrored.
+        image_shape: the shape of every decoded image, (height, width, channels).
+        decode: turns an encoded image (a string tensor) into its pixels (uint8), in TensorFlow.
         """
         self._sources = sources
         self._decode = decode
@@ -63,28 +54,69 @@ class Pipeline:
         self.num_images = {split: len(source) for split, source in sources.items()}
 
     def batches(
-        self, split: str, index_batches: Iterable[BatchT]
-    ) -> Iterator[tuple[BatchT, UInt8[np.ndarray, "n height width channels"]]]:
-        """Each index batch with its images, in order, read ahead in the background.
+        self, split: str, index_batches: Iterable[IndexBatch]
+    ) -> Iterator[tuple[IndexBatch, Images]]:
+        """Yields each index batch with its images, in order, read ahead in the background.
 
         Args:
           split: a key of `num_images`.
-          index_batches: may be endless; read a few batches ahead. All of one size.
+          index_batches: batches of one size; may be endless. Some are taken ahead of time.
 
         Raises:
-          DataError: if an image is damaged.
+          UserError: if an image is damaged.
         """
         source = self._sources[split]
-        under_way: collections.deque[BatchT] = collections.deque()
-        upcoming = iter(index_batches)
-        first = next(upcoming, None)
+        iterator = iter(index_batches)
+        first = next(iterator, None)
         if first is None:
             return
+        batch_size = len(first.index)
+        batches_per_read = 1
+        if isinstance(source, np.ndarray):
+            batches_per_read = max(1, _BYTES_PER_GATHER // (batch_size * source[0].nbytes))
+        remaining = itertools.chain([first], iterator)
+        under_way: collections.deque[list[IndexBatch]] = collections.deque()
 
-        def indices() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for batch in itertools.chain([first], upcoming):
-                under_way.append(batch)
-                yield batch.index, batch.flip
+        def reads() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            while batches := list(itertools.islice(remaining, batches_per_read)):
+                under_way.append(batches)
+                yield (
+                    np.concatenate([batch.index for batch in batches]),
+                    np.concatenate([batch.flip for batch in batches]),
+                )
+
+        dataset = tf.data.Dataset.from_generator(
+            reads,
+            output_signature=(tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.bool)),
+        )
+        if isinstance(source, np.ndarray):
+            dataset = _gather(dataset, source)
+        else:
+            dataset = self._read_and_decode(dataset, source, batch_size)
+        arrays = dataset.prefetch(_READS_AHEAD).as_numpy_iterator()
+        while True:
+            try:
+                images = next(arrays, None)
+            except tf.errors.OpError as error:
+                if isinstance(source, np.ndarray):
+                    raise
+                raise self._explain(split, source, under_way[0][0].index, error) from error
+            if images is None:
+                return
+            batches = under_way.popleft()
+            yield from zip(
+                batches, images.reshape(len(batches), -1, *self.image_shape), strict=True
+            )
+
+    def resident(self, split: str) -> Images | None:
+        """All images of a split if they are in memory, else None."""
+        source = self._sources[split]
+        return source if isinstance(source, np.ndarray) else None
+
+    def _read_and_decode(
+        self, dataset: tf.data.Dataset, source: RecordSource, batch_size: int
+    ) -> tf.data.Dataset:
+        """From batches of (index, flip) to batches of images."""
 
         def read(index: tf.Tensor, flip: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             examples = tf.numpy_function(lambda i: source[i], [index], tf.string, stateful=False)
@@ -92,41 +124,32 @@ class Pipeline:
 
         def finish(encoded: tf.Tensor, flip: tf.Tensor) -> tf.Tensor:
             image = tf.ensure_shape(self._decode(encoded), self.image_shape)
-            # Along no axis or along the width: many times faster than choosing between the image
-            # and its mirror image.
+            # Reverses no axis or the width, many times faster than choosing between the image and
+            # its mirror image.
             return tf.reverse(image, axis=tf.fill([tf.cast(flip, tf.int32)], 1))
 
-        dataset = tf.data.Dataset.from_generator(
-            indices,
-            output_signature=(tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.bool)),
-        )
         dataset = dataset.map(read, num_parallel_calls=_READS_AT_ONCE, deterministic=True)
         dataset = dataset.unbatch()
         dataset = dataset.map(finish, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        dataset = dataset.batch(len(first.index)).prefetch(_BATCHES_AHEAD)
-        batches = dataset.as_numpy_iterator()
-        while True:
-            try:
-                images = next(batches, None)
-            except tf.errors.OpError as error:
-                raise self._explain(split, under_way[0].index, error) from error
-            if images is None:
-                return
-            yield under_way.popleft(), images
+        return dataset.batch(batch_size)
 
-    def resident(self, split: str) -> None:
-        """None: images are read as they are needed."""
-
-    def _explain(self, split: str, batch: Int[np.ndarray, "n"], error: Exception) -> DataError:
-        """Finds the damaged image of a batch, one by one, for an error that names it."""
-        source = self._sources[split]
+    def _explain(
+        self, split: str, source: RecordSource, batch: Int[np.ndarray, "n"], error: Exception
+    ) -> UserError:
+        """Reads a batch's images one by one, and returns an error that names the damaged one."""
         for index in batch:
             try:
                 (encoded,) = records.image_bytes(source[np.array([index])])
                 tf.ensure_shape(self._decode(encoded), self.image_shape)
-            except Exception as cause:  # whatever ArrayRecord and TensorFlow raise
-                return DataError(
+            except Exception as cause:  # ArrayRecord and TensorFlow raise errors of many types
+                return UserError(
                     f"{source.where(index)}: image {index} of split {split!r} cannot be read: "
-                    f"{_one_line(cause)}; {source.remedy}"
+                    f"{_message(cause)}; {source.remedy}"
                 )
-        return DataError(f"images of split {split!r} cannot be read: {_one_line(error)}")
+        return UserError(f"images of split {split!r} cannot be read: {_message(error)}")
+
+
+def _gather(dataset: tf.data.Dataset, images: Images) -> tf.data.Dataset:
+    """From batches of (index, flip) to batches of images in memory."""
+    tensor = tf.constant(images)
+    return dataset.map(lambda index, _: tf.gather(tensor, index))

@@ -1,8 +1,8 @@
-"""Writes a data set's images, once and checked, as ArrayRecord shards in a directory of TFDS's.
+"""Checks a data set's images and writes them, once, as ArrayRecord shards that TFDS can read.
 
-The directory is complete when dataset_info.json is in it, which is written last. Until then every
-finished shard stands in checksums.json, so that whoever comes next, after a kill or an error,
-goes on behind the last of them.
+The directory is complete once it has dataset_info.json, which is written last. Until then
+checksums.json lists every finished shard, so that the next process, after a kill or an error,
+continues after the last of them.
 """
 
 import collections
@@ -25,15 +25,16 @@ from array_record.python import array_record_module
 from etils import epath
 from tqdm import tqdm
 
-from input_pipeline.errors import DataError
 from input_pipeline.records import RecordSource
+from llvq.data.files import replacing
+from llvq.errors import UserError
 
-VERSION = "1.0.0"  # of the directories; a new one whenever what is written changes
+VERSION = "1.0.0"  # names the directories; raise it whenever the files' content changes
 
 _CHECKSUMS = "checksums.json"
 _BLOCK_BYTES = 1 << 20
 
-# (split, positions within it) -> (name of the image in messages, its bytes) of each, in order.
+# (split, positions within it) -> each image's (name in messages, encoded bytes), in order.
 ReadImages = Callable[[str, range], Iterable[tuple[str, bytes]]]
 
 
@@ -41,11 +42,11 @@ ReadImages = Callable[[str, range], Iterable[tuple[str, bytes]]]
 class _Shard:
     file_name: str
     split: str
-    positions: range  # of its images within the split
+    positions: range  # its images' positions within the split
 
 
 def is_prepared(directory: epath.Path) -> bool:
-    """Whether a directory is complete: one half prepared is not."""
+    """Whether a directory is completely prepared."""
     return all((directory / name).exists() for name in ("dataset_info.json", "features.json"))
 
 
@@ -54,20 +55,26 @@ def open_prepared(
     num_images: Mapping[str, int],
     order: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, RecordSource]:
-    """The splits of a complete directory; see RecordSource.
+    """Opens the splits of a complete directory.
+
+    Args:
+      directory: where the data set was prepared.
+      num_images: the number of images that each split must have.
+      order: the stored position of each image of each split; the stored order if None.
 
     Raises:
-      DataError: if they are not whole.
+      UserError: if a split is missing, incomplete or damaged.
     """
+    logging.info("Reading %s", directory)
     try:
         builder = tfds.builder_from_directory(directory)
         unknown = set(num_images) - set(builder.info.splits)
-    except Exception as error:  # TFDS and its JSON and protobuf parsers raise whatever they like
-        raise DataError(
+    except Exception as error:  # TFDS and its parsers raise errors of many types
+        raise UserError(
             f"{directory / 'dataset_info.json'} cannot be read: delete it to have it written again"
         ) from error
     if unknown:
-        raise DataError(f"{directory} has no split {unknown.pop()!r}: move it away")
+        raise UserError(f"{directory} has no split {unknown.pop()!r}: move it away")
     return {
         split: RecordSource(builder, split, count, order[split] if order else None)
         for split, count in num_images.items()
@@ -89,29 +96,29 @@ def prepare(
     pixel_md5: Mapping[str, Sequence[str]] | None = None,
     about: Mapping[str, str],
 ) -> None:
-    """Completes a directory; the shards that are finished already stay as they are.
+    """Completes a directory; finished shards stay as they are.
 
     Holds a few images in memory at a time. On a file system with locks (not gs://) several
     processes may call it at once: one prepares, the others wait for it.
 
     Args:
-      directory: where to write, made if need be.
-      name: of the data set.
-      num_images: in each split.
-      read: gives the encoded images, asked for one shard's worth at a time.
-      decode: an encoded image to its pixels, whole and strictly; each is checked with it. Raises
-        ValueError, saying why, for an encoding that the data set must not have.
-      image_shape: that every image must have, (height, width, channels).
-      images_per_shard: in every shard but a split's last.
-      num_bytes: of all images together, as read.
-      seconds_per_image: that one core needs to read, check and write one.
-      scratch_bytes: that `read` needs on the same disk besides.
-      pixel_md5: what the pixels of each split's images must have, in hexadecimal, if it is known.
+      directory: where to write; created if need be.
+      name: the data set's name.
+      num_images: the number of images in each split.
+      read: reads the encoded images of one shard at a time.
+      decode: decodes an image completely, to check it. Raises ValueError, saying why, for an
+        encoding that the data set must not have.
+      image_shape: the shape that every image must have, (height, width, channels).
+      images_per_shard: the number of images in every shard but a split's last.
+      num_bytes: the total size of all images, as read.
+      seconds_per_image: the time in which one core reads, checks and writes an image.
+      scratch_bytes: the space on the same disk that `read` needs in addition.
+      pixel_md5: the MD5 of each image's pixels in hexadecimal, by split, if it is known.
       about: the data set's description, homepage and license, for TFDS.
 
     Raises:
-      DataError: if an image is damaged or another than it should be, if `read` raises it, or if
-        the directory cannot be written.
+      UserError: if an image is damaged or not the expected one, if `read` raises it, or if the
+        directory cannot be written.
     """
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -131,8 +138,7 @@ def prepare(
                 max(num_bytes - on_disk, 0) + scratch_bytes,
                 num_missing * seconds_per_image / (os.cpu_count() or 1),
             )
-            # Finished shards are in the progress bar too: reading them for their checksums takes
-            # time.
+            # The progress bar counts finished shards too, because checking them takes time.
             with tqdm(total=sum(num_images.values()), desc=name, unit=" images") as progress:
                 for shard, path in zip(shards, paths, strict=True):
                     if path.name in checksums and sha256(path) == checksums[path.name]:
@@ -158,12 +164,12 @@ def sha256(path: epath.Path) -> str:
 
 
 def is_local(path: epath.Path) -> bool:
-    """Whether a path is of this machine's file systems, not gs:// or the like."""
+    """Whether a path is on this machine's file systems, not on gs:// or the like."""
     return "://" not in os.fspath(path)
 
 
 def _exclusive(directory: epath.Path) -> contextlib.AbstractContextManager:
-    """Waits for whoever else prepares the directory; the lock of a killed process is released."""
+    """Waits for any other process that prepares the directory; a killed one releases its lock."""
     if not is_local(directory):
         return contextlib.nullcontext()
     file = (directory / ".lock").open("w")
@@ -184,20 +190,20 @@ def _plan(name: str, num_images: Mapping[str, int], images_per_shard: int) -> It
 
 
 def _announce(directory: epath.Path, num_images: int, num_bytes: int, seconds: float) -> None:
-    """Says what is to come, unless the disk is too small for it."""
+    """Logs the disk space and time to expect; raises UserError if the disk is too small."""
     free = ""
     if is_local(directory):
         free_bytes = shutil.disk_usage(directory).free
         if free_bytes < num_bytes:
-            raise DataError(
-                f"{directory} needs {num_bytes / 1e9:.1f} GB of disk, of which "
+            raise UserError(
+                f"{directory} needs {num_bytes / 1e9:.1f} GB of disk and "
                 f"{free_bytes / 1e9:.1f} GB are free: make room, or name another directory "
                 "with --config.dataset.data_dir"
             )
         free = f" ({free_bytes / 1e9:.1f} GB free)"
     logging.info(
-        "Preparing %s: %s images, %.1f GB of disk%s, about %.0f min besides any download; "
-        "may be interrupted, the same command goes on",
+        "Preparing %s: %s images, %.1f GB of disk%s, about %.0f min plus any download; you may "
+        "interrupt it and continue with the same command",
         directory,
         f"{num_images:,}",
         num_bytes / 1e9,
@@ -208,34 +214,32 @@ def _announce(directory: epath.Path, num_images: int, num_bytes: int, seconds: f
 
 @contextlib.contextmanager
 def _writing(directory: epath.Path) -> Iterator[None]:
-    """Makes one line of what the file system or ArrayRecord raise."""
+    """Raises UserError in place of what the file system or ArrayRecord raises."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"{directory} cannot be written ({reason}): see to its disk and permissions, or name "
+        raise UserError(
+            f"{directory} cannot be written ({error}): check its disk and permissions, or name "
             "another directory with --config.dataset.data_dir"
         ) from error
 
 
 def _read_checksums(directory: epath.Path) -> dict[str, str]:
-    """The SHA-256 of every finished shard that is there."""
+    """The SHA-256 of every finished shard that exists."""
     try:
         entries = json.loads((directory / _CHECKSUMS).read_text())
         return {
             name: entry["sha256"] for name, entry in entries.items() if (directory / name).exists()
         }
-    # None yet, or torn by a power cut.
+    # There is none yet, or a power cut damaged it.
     except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError):
         return {}
 
 
 def _write_checksums(directory: epath.Path, checksums: Mapping[str, str]) -> None:
     entries = {name: {"sha256": digest} for name, digest in checksums.items()}
-    unfinished = directory / f"{_CHECKSUMS}.unfinished"
-    unfinished.write_text(json.dumps(entries, indent=1))
-    unfinished.replace(directory / _CHECKSUMS)
+    with replacing(directory / _CHECKSUMS) as path:
+        path.write_text(json.dumps(entries, indent=1))
 
 
 def _checked(
@@ -244,21 +248,21 @@ def _checked(
     image_shape: tuple[int, int, int],
     md5s: Sequence[str] | None,
 ) -> Iterator[tuple[str, bytes]]:
-    """Passes on the images that are as they must be, decoded on all cores to see that."""
+    """Yields the images after checking each, on all cores; raises UserError for a wrong one."""
     cores = os.cpu_count() or 1
 
     def check(name: str, encoded: bytes, md5: str | None) -> tuple[str, bytes]:
         try:
             pixels = decode(encoded)
         except tf.errors.OpError as error:
-            raise DataError(f"{name} is damaged, it cannot be decoded: fetch it again") from error
+            raise UserError(f"{name} is damaged and cannot be decoded: fetch it again") from error
         except ValueError as error:
-            raise DataError(f"{name} {error}: fetch the original") from error
+            raise UserError(f"{name} {error}: fetch the original") from error
         shape = tuple(pixels.shape)
         if shape != image_shape:
-            raise DataError(f"{name} has the shape {shape}, not {image_shape}: fetch the original")
+            raise UserError(f"{name} has the shape {shape}, not {image_shape}: fetch the original")
         if md5 and hashlib.md5(pixels.numpy()).hexdigest() != md5:
-            raise DataError(f"{name} has other pixels than the published ones: fetch the original")
+            raise UserError(f"{name} has other pixels than published: fetch the original")
         return name, encoded
 
     with futures.ThreadPoolExecutor(cores) as pool:
@@ -272,16 +276,14 @@ def _checked(
 
 
 def _write_shard(path: epath.Path, images: Iterable[tuple[str, bytes]], progress: tqdm) -> str:
-    """Writes a shard under another name and renames it; returns its SHA-256."""
-    unfinished = path.parent / f"{path.name}.unfinished"
-    writer = array_record_module.ArrayRecordWriter(os.fspath(unfinished), "group_size:1")
-    for name, encoded in images:
-        writer.write(_serialise(name, encoded))
-        progress.update()
-    writer.close()
-    digest = sha256(unfinished)
-    unfinished.replace(path)
-    return digest
+    """Writes a shard; returns its SHA-256."""
+    with replacing(path) as unfinished:
+        writer = array_record_module.ArrayRecordWriter(os.fspath(unfinished), "group_size:1")
+        for name, encoded in images:
+            writer.write(_serialise(name, encoded))
+            progress.update()
+        writer.close()
+        return sha256(unfinished)
 
 
 def _serialise(name: str, encoded: bytes) -> bytes:

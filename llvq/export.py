@@ -33,12 +33,12 @@ def export(workdir: epath.PathLike, command: str) -> str:
     config, state = checkpoint.config, checkpoint.state
     evaluation = read_evaluation(workdir, checkpoint.path)
     name = f"{config['dataset']['name']}/{config['quantizer']['name']}"
-    # Where the data lay is of no use to others.
+    # The local paths of the data are of no use to others.
     config = {**config, "dataset": {"name": config["dataset"]["name"]}}
     directory = pretrained.DIRECTORY / name
     checkpointing.save_for_inference(directory, state, config)
     for marker in directory.rglob("commit_success.txt"):
-        marker.write_text("")  # Orbax looks only whether it is there, but writes the path into it
+        marker.write_text("")  # Orbax only checks that it exists, but writes the path into it
 
     about_run = {"dataset", "quantizer", "checkpoint", "step", "num_train_steps"}
     entry = {

@@ -9,9 +9,9 @@ ones [in, out, h, w]. Both lattices are a single row [1, D] and told apart by it
 basis starts within ±9.77 (for a codebook size of 512) and grows, a dense one starts within ±1 and
 shrinks, so that a mean |b| of 1 lies between them.
 
-What tensors do not tell is left out of the imported config (data set, height, width, value range,
-seed): there the config that one evaluates with decides. Of the quantizer's options only
-codebook_size can be seen; the others are taken to be the defaults, which are the authors' values.
+The imported config leaves out what tensors do not tell (data set, height, width, value range,
+seed); the config used for evaluation supplies it. The only option of a quantizer that they tell is
+codebook_size; the others are taken to be the defaults, which are the authors' values.
 
 Reading the files needs PyTorch, the optional extra `torch`: pip install "torch>=2.6".
 """
@@ -193,8 +193,8 @@ def _check_complete(config: dict[str, Any], params: Tree, statistics: Tree) -> N
         if expected.get(name) != found.get(name):
             problem = f"has the shape {found[name]}" if name in found else "is missing"
             raise UserError(
-                f"{name} {problem}, where the other tensors call for "
-                f"{expected.get(name, 'no such tensor')} (names and layouts are this project's)"
+                f"{name} {problem}; the other tensors imply "
+                f"{expected.get(name, 'no such tensor')} (in this project's names and layouts)"
             )
 
 

@@ -127,11 +127,12 @@ def train_and_evaluate(
     checkpointing.require_writable(workdir)
     num_devices = jax.device_count()
 
-    def check(saved: Mapping[str, Any]) -> None:
+    def make_like(saved: Mapping[str, Any]) -> TrainState:
         would_use = derive(config, num_devices, of_saved(saved)["batch_size"])
         check_resumable(would_use, saved, os.fspath(workdir))
+        return checkpointing.abstract_state(saved)
 
-    saved = checkpointing.resume(workdir, check)
+    saved = checkpointing.resume(workdir, make_like)
     batch_size = of_saved(saved.config)["batch_size"] if saved else None
     derived = derive(config, num_devices, batch_size)
     mesh = sharding.mesh_for_batches(derived.batch_size, derived.latent_shape[0])

@@ -2,9 +2,9 @@
 
     python -m results.collect runs
 
-Looks for workdirs in the directories named and keeps of each what the tables and plots need, in
-results/runs. A run counts if it is finished, its last checkpoint is evaluated, and its config is
-that of a recipe; others are named and left out.
+Looks for workdirs in the directories named and keeps in results/runs what the tables and plots need
+of each. A run counts if it is finished, its last checkpoint is evaluated, and its config is that of
+a recipe; others are named and left out.
 """
 
 import argparse
@@ -14,28 +14,41 @@ import logging
 import pathlib
 import shutil
 import statistics
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from configs import default
-from llvq import checkpointing, scaling
-from llvq import config as configuration
-from llvq.errors import UserError
+from llvq import checkpointing
+from llvq.config import (
+    INTERVALS,
+    RECIPES,
+    derive,
+    make_config,
+    of_saved,
+    parse,
+    to_dict,
+)
+from llvq.data.files import replacing
+from llvq.errors import UserError, one_line_exit
 from llvq.evaluate import read_evaluation
+from llvq.fields import flatten
 from llvq.training import train_state
 from results import report
 
 Run = dict[str, Any]
 
-# What may differ between runs of one recipe.
+# The fields that may differ between runs of one recipe.
 _FREE = {
-    *("seed", "dataset.data_dir", "dataset.manual_dir", "keep_checkpoints"),
-    *configuration.INTERVALS,
-    *("stop_on_failed_save", "images_per_device", "steps_per_call"),
+    "seed",
+    "dataset.data_dir",
+    "dataset.manual_dir",
+    "keep_checkpoints",
+    "stop_on_failed_save",
+    "images_per_device",
+    "steps_per_call",
+    *INTERVALS,
 }
 _CURVES = {"train/reconstruction_loss", "train/distinct_codes"}
 _RATE = "train/images_per_second"
@@ -48,23 +61,26 @@ def find_workdirs(directory: pathlib.Path) -> Iterator[pathlib.Path]:
         yield path.parent
 
 
-def recipe_of(config: configuration.Config) -> str:
-    """The recipe that a run's config follows.
+def recipe_of(saved: Mapping[str, Any]) -> str:
+    """The recipe that the run of a checkpoint follows.
+
+    Args:
+      saved: the checkpoint's config. A field that is missing has its default.
 
     Raises:
-      UserError: if it follows none.
+      UserError: if the run follows no recipe.
     """
-    ours = configuration.flatten(config)
-    dataset = ours["dataset.name"]
+    used = of_saved(saved)
+    dataset, quantizer = used["dataset.name"], used["quantizer.name"]
+    ours = {**flatten(to_dict(make_config(quantizer))), **used}
     try:
         module = importlib.import_module(f"configs.{dataset}")
     except ModuleNotFoundError as error:
         raise UserError(f"it follows no recipe: there is no configs/{dataset}.py") from error
     differences: list[list[str]] = []
-    for recipe in default.RECIPES:
-        config_of_recipe = module.get_config(f"{ours['quantizer.name']},{recipe}")
-        scaled = scaling.scale(config_of_recipe, 1, ours["batch_size"])
-        theirs = configuration.flatten(scaled)
+    for recipe in RECIPES:
+        config = parse(module.get_config(f"{quantizer},{recipe}"))
+        theirs = flatten(to_dict(derive(config, 1, ours["batch_size"])))
         differing = [
             name
             for name in sorted(ours.keys() | theirs.keys())
@@ -78,10 +94,11 @@ def recipe_of(config: configuration.Config) -> str:
 
 
 def read_events(workdir: pathlib.Path) -> tuple[dict[str, list[tuple[int, float]]], str | None]:
-    """What TensorBoard shows of a run.
+    """What a run has written for TensorBoard.
 
     Returns:
-      (step, value) pairs by name, of a step that was run twice one; and the machine that trained.
+      (step, value) pairs by name, one for each step even if it ran twice; and the machine that
+      trained.
     """
     events = EventAccumulator(str(workdir), size_guidance={"tensors": 0})
     events.Reload()
@@ -99,18 +116,18 @@ def read_events(workdir: pathlib.Path) -> tuple[dict[str, list[tuple[int, float]
 
 
 def summarise(workdir: pathlib.Path, trained_on: str) -> Run:
-    """What the tables and plots need of a run.
+    """The figures and curves of a run that the tables and plots need.
 
     Args:
       workdir: of the run.
-      trained_on: the machine, in words, for a run that does not say.
+      trained_on: the machine in words, for a run that has not recorded it.
 
     Raises:
       UserError: if it is not a finished and evaluated run of a recipe.
     """
-    evaluation = read_evaluation(workdir)
-    config, state = checkpointing.load(workdir)
-    recipe = recipe_of(config)
+    found = checkpointing.load(workdir)
+    evaluation = read_evaluation(workdir, found.path)
+    recipe = recipe_of(found.config)
     step, num_steps = evaluation["step"], evaluation.pop("num_train_steps")
     if step != num_steps:
         raise UserError(f"it is at step {step} of {num_steps}")
@@ -119,22 +136,22 @@ def summarise(workdir: pathlib.Path, trained_on: str) -> Run:
     rates = [rate for _, rate in scalars.pop(_RATE, [])]
     return {
         "recipe": recipe,
-        "seed": config["seed"],
+        "seed": found.config["seed"],
         "machine": machine or trained_on,
         "training_images_per_second": statistics.median(rates) if rates else None,
-        "quantizer_parameters": train_state.num_quantizer_parameters(state),
+        "quantizer_parameters": train_state.num_quantizer_parameters(found.state),
         "evaluation": evaluation,
         "curves": scalars,
     }
 
 
 def collect(workdir: pathlib.Path, trained_on: str, results: pathlib.Path) -> None:
-    """Keeps a run, figures and picture, in `results`/runs.
+    """Keeps the figures and the picture of a run in `results`/runs.
 
     Args:
       workdir: of the run.
-      trained_on: the machine, in words, for a run that does not say.
-      results: where tables and plots will be.
+      trained_on: the machine in words, for a run that has not recorded it.
+      results: the directory of tables and plots.
 
     Raises:
       UserError: as for `summarise`.
@@ -144,29 +161,36 @@ def collect(workdir: pathlib.Path, trained_on: str, results: pathlib.Path) -> No
     directory = results / "runs" / evaluation["dataset"] / run["recipe"] / evaluation["quantizer"]
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"seed_{run['seed']}.json"
-    path.write_text(json.dumps(run, indent=1) + "\n")
+    with replacing(path) as file:
+        file.write_text(json.dumps(run, indent=1) + "\n")
     shutil.copyfile(workdir / "reconstructions.png", path.with_suffix(".png"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # of what Orbax does
-    parser = argparse.ArgumentParser(prog="results.collect", description=__doc__.splitlines()[0])
-    parser.add_argument("directories", nargs="*", type=pathlib.Path, help="with workdirs in them")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # hides Orbax's messages
+    parser = argparse.ArgumentParser(
+        prog="results.collect", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("directories", nargs="*", type=pathlib.Path, help="which hold workdirs")
     parser.add_argument(
-        "--machine", default="not stated", help="that trained them, for runs that do not say"
+        "--machine",
+        default="not stated",
+        help="the machine that trained, for runs that have not recorded it",
     )
     options = parser.parse_args(arguments)
-    for directory in options.directories:
-        if not directory.is_dir():
-            sys.exit(f"{parser.prog}: {directory} is not a directory")
-        for workdir in find_workdirs(directory):
-            try:
-                collect(workdir, options.machine, report.DIRECTORY)
-                print(f"{workdir}: collected")
-            except UserError as error:
-                print(f"{workdir}: left out, {error}")
-    report.write(report.DIRECTORY)
+    with one_line_exit(parser.prog):
+        for directory in options.directories:
+            if not directory.is_dir():
+                raise UserError(f"{directory} is not a directory")
+        for directory in options.directories:
+            for workdir in find_workdirs(directory):
+                try:
+                    collect(workdir, options.machine, report.DIRECTORY)
+                    print(f"{workdir}: collected")
+                except UserError as error:
+                    print(f"{workdir}: left out, {error}")
+        report.write(report.DIRECTORY)
     print(report.DIRECTORY / "README.md")
 
 

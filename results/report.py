@@ -1,14 +1,20 @@
-"""Writes results/README.md and its plots from what results/collect.py has kept."""
+"""Writes results/README.md and its plots from the runs that results/collect.py has kept."""
 
 import functools
 import json
 import pathlib
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+
+from benchmarks import sweep
+from benchmarks.figures import Row
+from llvq.evaluation.metrics import METRICS
+from llvq.quantizers import QUANTIZERS
+from llvq.runtime.console import markdown_table
 
 DIRECTORY = pathlib.Path(__file__).parent
 
@@ -17,18 +23,25 @@ Group = tuple[str, str]  # data set and recipe
 
 _HEADER = """# Results
 
-Written by `python -m results.collect`; not to be edited by hand. Every figure comes from a run of
-this project; its numbers and curves are in [runs](runs).
+`python -m results.collect` wrote this page; do not edit it by hand. Every figure comes from a run
+of this project, whose numbers and curves are in [runs](runs).
 
-Mean ± standard deviation over the seeds named. MSE, PSNR and SSIM are over the test split (FFHQ:
-validation), PSNR and SSIM on values mapped to [0, 1] and clipped; codebook figures over all
-training and validation images; an estimate (≈) comes with its standard error. In brackets the
-authors' figures. {source}
+Figures are means ± standard deviations over the seeds named. MSE, PSNR and SSIM are over the test
+split (FFHQ: validation), PSNR and SSIM on values mapped to [0, 1] and clipped; codebook figures are
+over all training and validation images; an estimate (≈) comes with its standard error. The authors'
+figures are in brackets. {source}
 """
 
 _COLUMNS = (
-    *("quantizer", "seeds", "MSE", "PSNR", "SSIM", "effective codebook size", "vectors"),
-    *("entropy, bits a vector", "bits a pixel", "quantizer's parameters", "training images/s"),
+    "quantizer",
+    "seeds",
+    *(metric.title for metric in METRICS.values()),
+    "effective codebook size",
+    "vectors",
+    "entropy, bits per vector",
+    "bits per pixel",
+    "quantizer's parameters",
+    "training images/s",
 )
 
 
@@ -40,8 +53,8 @@ def read_runs(results: pathlib.Path) -> dict[Group, dict[str, list[Run]]]:
         group = run["evaluation"]["dataset"], run["recipe"]
         groups.setdefault(group, {}).setdefault(run["evaluation"]["quantizer"], []).append(run)
     for runs in groups.values():
-        for of_quantizer in runs.values():
-            of_quantizer.sort(key=lambda run: run["seed"])
+        for same in runs.values():
+            same.sort(key=lambda run: run["seed"])
     return groups
 
 
@@ -52,42 +65,37 @@ def spread(values: Iterable[float], digits: str) -> str:
     return f"{mean} ± {statistics.stdev(values):{digits}}" if len(values) > 1 else mean
 
 
-def _row(quantizer: str, runs: list[Run], published: Mapping[str, float]) -> str:
+def _cells(quantizer: str, runs: list[Run], published: Mapping[str, float]) -> list[str]:
     def figure(name: str, digits: str) -> str:
-        return spread((run["evaluation"][name] for run in runs), digits)
-
-    def beside(text: str, name: str, digits: str) -> str:
+        text = spread((run["evaluation"][name] for run in runs), digits)
         return f"{text} ({published[name]:{digits}})" if name in published else text
 
-    rates = [run["training_images_per_second"] for run in runs]
-    size = beside(figure("effective_codebook_size", ",.0f"), "effective_codebook_size", ",.0f")
+    size = figure("effective_codebook_size", ",.0f")
     if not all(run["evaluation"]["effective_codebook_size_is_exact"] for run in runs):
         error = max(run["evaluation"]["effective_codebook_size_relative_error"] for run in runs)
         size = f"≈ {size}, each within {error:.2%}"
-    cells = (
-        f"`{quantizer}`",
-        ", ".join(str(run["seed"]) for run in runs),
-        beside(figure("reconstruction_loss", ".5f"), "reconstruction_loss", ".5f"),
-        figure("psnr", ".2f"),
-        figure("ssim", ".3f"),
-        size,
-        beside(
-            f"{runs[0]['evaluation']['num_quantized_vectors']:,}", "num_quantized_vectors", ",.0f"
-        ),
-        figure("entropy_bits_per_vector", ".2f"),
-        figure("bits_per_pixel", ".3f"),
-        f"{runs[0]['quantizer_parameters']:,}",
+    rates = [run["training_images_per_second"] for run in runs]
+    first = runs[0]
+    cells = [f"`{quantizer}`", ", ".join(str(run["seed"]) for run in runs)]
+    cells += [figure(name, metric.digits) for name, metric in METRICS.items()]
+    vectors = f"{first['evaluation']['num_quantized_vectors']:,}"
+    if "num_quantized_vectors" in published:
+        vectors += f" ({published['num_quantized_vectors']:,.0f})"
+    cells += [size, vectors]
+    cells += [figure("entropy_bits_per_vector", ".2f"), figure("bits_per_pixel", ".3f")]
+    return [
+        *cells,
+        f"{first['quantizer_parameters']:,}",
         spread(rates, ".0f") if all(rates) else "",
-    )
-    return f"| {' | '.join(cells)} |"
+    ]
 
 
 def _curves(
     axes: Axes, runs: Mapping[str, list[Run]], name: str, title: str, *, log: bool = True
 ) -> None:
     """A line for each seed, a colour for each quantizer."""
-    for i, (quantizer, of_quantizer) in enumerate(runs.items()):
-        for j, run in enumerate(of_quantizer):
+    for i, (quantizer, same) in enumerate(runs.items()):
+        for j, run in enumerate(same):
             points = run["curves"].get(name, [])
             label = None if j else quantizer
             axes.plot(*zip(*points, strict=True), color=f"C{i}", label=label, linewidth=1)
@@ -121,61 +129,103 @@ def _section(
             axes, runs, "train/reconstruction_loss", "reconstruction loss, training"
         ),
         lambda axes: _curves(
-            axes, runs, "train/distinct_codes", "distinct codes in a batch, training"
+            axes, runs, "train/distinct_codes", "distinct codes per batch, training"
         ),
     )
-    machines = sorted({run["machine"] for of_quantizer in runs.values() for run in of_quantizer})
-    seeds = sorted({run["seed"] for of_quantizer in runs.values() for run in of_quantizer})
+    machines = sorted({run["machine"] for same in runs.values() for run in same})
+    seeds = sorted({run["seed"] for same in runs.values() for run in same})
     options = f"--recipe={recipe} --seeds={','.join(map(str, seeds))}"
     lines = [
         f"## {dataset}, recipe `{recipe}`\n",
         f"    ./run.sh {options} {dataset} {' '.join(runs)}\n",
         f"Trained on: {'; '.join(machines)}.\n",
-        f"| {' | '.join(_COLUMNS)} |",
-        "|---" * len(_COLUMNS) + "|",
-        *(_row(name, of_name, published.get(name, {})) for name, of_name in runs.items()),
+        markdown_table(
+            _COLUMNS,
+            [_cells(name, same, published.get(name, {})) for name, same in runs.items()],
+        ),
         f"\n![{dataset}: loss and codes in use over training]({plot.relative_to(results)})",
     ]
-    for quantizer, of_quantizer in runs.items():
-        seed = of_quantizer[0]["seed"]
+    for quantizer, same in runs.items():
+        seed = same[0]["seed"]
         picture = directory / quantizer / f"seed_{seed}.png"
         lines.append(f"\n`{quantizer}`, seed {seed}: originals above reconstructions\n")
         lines.append(f"![{quantizer}]({picture.relative_to(results)})")
     return "\n".join(lines)
 
 
+def _read_sweeps(results: pathlib.Path) -> list[Row]:
+    """What benchmarks/sweep.py has kept of the machine that it ran on last."""
+    source = results / "benchmarks.json"
+    rows = json.loads(source.read_text()) if source.exists() else []
+    rows = [row for row in rows if row["program"] == sweep.PROGRAM]
+    return [row for row in rows if row["machine"] == rows[-1]["machine"]]
+
+
+def _sweep_table(varied: str, rows: Sequence[Row]) -> str:
+    quantizers = list(rows[0]["seconds"])
+    has_parameters = varied == sweep.CODEBOOK_SIZE
+    header = [varied]
+    for quantizer in quantizers:
+        header.append(f"{quantizer}, ms per step")
+        header += ["its parameters"] if has_parameters else []
+    lines = []
+    for row in rows:
+        value = row["setting"]["value"]
+        line = [f"{value:,}"]
+        for quantizer in quantizers:
+            line.append(f"{float(f'{_milliseconds(row, quantizer):.3g}'):,g}")
+            if has_parameters:
+                line.append(f"{sweep.num_parameters(quantizer, value):,}")
+        lines.append(line)
+    return markdown_table(header, lines)
+
+
+def _milliseconds(row: Row, quantizer: str) -> float:
+    return 1e3 * statistics.median(row["seconds"][quantizer])
+
+
 def _sweep_section(results: pathlib.Path) -> str:
     """Time of a training step against what it depends on, if it has been measured."""
-    source = results / "sweep.json"
-    if not source.exists():
+    all_rows = _read_sweeps(results)
+    if not all_rows:
         return ""
-    measured = json.loads(source.read_text())
-    plot = results / "sweep.png"
+    sweeps: dict[str, list[Row]] = {}
+    for row in all_rows:
+        sweeps.setdefault(row["setting"]["varied"], []).append(row)
 
-    def draw(axes: Axes, name: str, what: str, title: str) -> None:
-        sweep = measured["sweeps"][name]
-        for quantizer, values in sweep[what].items():
-            axes.plot(sweep["values"], values, marker="o", label=quantizer)
-        axes.set(title=title, xlabel=name, xscale="log", yscale="log")
-        axes.set_xticks(sweep["values"], [f"{value:,}" for value in sweep["values"]], minor=False)
+    def draw(axes: Axes, varied: str, title: str, figure: Callable[[Row, str], float]) -> None:
+        values = [row["setting"]["value"] for row in sweeps[varied]]
+        for quantizer in sweeps[varied][0]["seconds"]:
+            heights = [figure(row, quantizer) for row in sweeps[varied]]
+            axes.plot(values, heights, marker="o", label=quantizer)
+        axes.set(title=title, xlabel=varied, xscale="log", yscale="log")
+        axes.set_xticks(values, [f"{value:,}" for value in values], minor=False)
         axes.set_xticks([], minor=True)
         axes.legend()
 
+    def parameters(row: Row, quantizer: str) -> float:
+        return sweep.num_parameters(quantizer, row["setting"]["value"])
+
     title = "time of a training step, ms"
     draws = [
-        functools.partial(draw, name=name, what="milliseconds", title=title)
-        for name in measured["sweeps"]
+        functools.partial(draw, varied=varied, title=title, figure=_milliseconds)
+        for varied in sweeps
     ]
-    first, *_ = measured["sweeps"]
-    title = "parameters of the quantizer"
-    _save_plot(plot, *draws, functools.partial(draw, name=first, what="parameters", title=title))
+    if sweep.CODEBOOK_SIZE in sweeps:
+        title = "parameters of the quantizer"
+        draws.append(
+            functools.partial(draw, varied=sweep.CODEBOOK_SIZE, title=title, figure=parameters)
+        )
+    plot = results / "sweep.png"
+    _save_plot(plot, *draws)
+    last = all_rows[-1]
     return "\n".join(
         (
             "## Cost against codebook, batch and image size\n",
-            f"FashionMNIST's network on {measured['machine']}; what is not varied is 512, 64 (8 "
-            "where the images vary) and 28×28:\n",
-            f"    {measured['command']}\n",
-            "\n\n".join(sweep["table"] for sweep in measured["sweeps"].values()),
+            f"FashionMNIST's network on {last['machine']}, with a codebook of 512 and steps of 64 "
+            "images of 28×28 (8 images per step where their size varies):\n",
+            f"    {last['command']}\n",
+            "\n\n".join(_sweep_table(varied, rows) for varied, rows in sweeps.items()),
             f"\n![time of a step and number of parameters]({plot.name})",
         )
     )
@@ -186,11 +236,7 @@ def write(results: pathlib.Path) -> None:
     published = json.loads((results / "published.json").read_text())
     sections = [_HEADER.format(source=published["source"])]
     for group, runs in read_runs(results).items():
-        order = sorted(runs, key=["vq", "vq_ema", "sparse_lattice", "dense_lattice"].index)
-        sections.append(
-            _section(
-                results, group, {name: runs[name] for name in order}, published.get(group[0], {})
-            )
-        )
+        ordered = {name: runs[name] for name in QUANTIZERS if name in runs}
+        sections.append(_section(results, group, ordered, published.get(group[0], {})))
     sections.append(_sweep_section(results))
     (results / "README.md").write_text("\n\n".join(filter(None, sections)).strip() + "\n")

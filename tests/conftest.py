@@ -19,22 +19,24 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _compiled = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Fuzzing: by default a few examples, always the same; with --hypothesis-profile=long many, others
-# each time. No database: what was found belongs into a test. Deadlines are the tests' own.
+# Fuzzing: a few examples by default, more with --hypothesis-profile=all, always the same ones; with
+# --hypothesis-profile=long many, others each time. There is no database, since what was found
+# belongs into a test. The tests have deadlines of their own.
 _common = {
     "deadline": None,
     "database": None,
     "print_blob": True,
     "suppress_health_check": list(HealthCheck),
 }
-settings.register_profile("default", max_examples=120, derandomize=True, **_common)
+settings.register_profile("default", max_examples=40, derandomize=True, **_common)
+settings.register_profile("all", max_examples=120, derandomize=True, **_common)
 settings.register_profile("long", max_examples=2200, derandomize=False, **_common)
 settings.load_profile("default")
 

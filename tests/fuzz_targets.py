@@ -47,11 +47,9 @@ def target(function):
 
     @functools.wraps(function)
     def run(*arguments):
-        from input_pipeline import DataError
-
         try:
             return "done", function(*arguments)
-        except (UserError, DataError) as error:
+        except UserError as error:
             return "refused", str(error)
         except SystemExit as error:
             return "refused", str(error.code)

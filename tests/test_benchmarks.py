@@ -1,6 +1,7 @@
-"""Benchmarks against PyTorch: that both sides do the same, and what is told of it."""
+"""Benchmarks against PyTorch: both sides do the same, and the figures are reported correctly."""
 
 import argparse
+import importlib.util
 import itertools
 import json
 import math
@@ -15,13 +16,16 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax import numpy as jnp
 
 torch = pytest.importorskip("torch", reason="the benchmarks compare with PyTorch")
 
-from benchmarks import measure, quantizer, sweep, torch_model, train_loop, train_step
+from benchmarks import figures, measure, quantizer, settings, sweep, torch_model, train_loop
+from benchmarks import train_step as benchmark
 from benchmarks.measure import Case, Contender
 from llvq import import_torch, quantizers
+from llvq.config import parse
 from llvq.errors import UserError
 from llvq.runtime import sharding
 from llvq.training import train_state
@@ -35,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Tensors this small are not worth several, which would spin."""
+    """Such small tensors are not worth several threads, which would spin."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,6 +53,7 @@ def llvq_state(model):
 
 
 VALUE_RANGE, RATE = (-0.5, 0.5), 1e-3
+NAMES = tuple(torch_model.QUANTIZERS)
 
 
 def both_sides(name):
@@ -57,12 +62,13 @@ def both_sides(name):
     model = oracle.Model(name, channels=1, hidden_dims=(8,))
     torch.nn.init.normal_(model._quantizer.embedding.weight, std=0.05)  # no code is 0 everywhere
     model.to(memory_format=torch.channels_last)
-    options = {"name": name, **oracle.options(name, 16)}
-    graphdef, _, _ = train_state.abstract_model(tiny.config(name)["model"], options, "float32")
-    return model, (graphdef, *llvq_state(model))
+    fields = tiny.config(name)
+    fields["quantizer"] = {"name": name, **oracle.options(name, 16)}
+    ours = train_state.abstract_model(parse(fields).architecture)
+    return model, (nnx.graphdef(ours), *llvq_state(model))
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_both_sides_take_the_same_steps(name):
     model, (graphdef, params, statistics) = both_sides(name)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -70,10 +76,10 @@ def test_both_sides_take_the_same_steps(name):
     losses = torch_model.make_losses(model.train(), VALUE_RANGE, amp=False)
     theirs = torch_model.make_train_step(losses, optimizer)
     before = jax.tree.map(np.array, params)  # the state is donated
-    adam = optax.adam(RATE)
-    state = train_state.TrainState(jnp.int32(0), params, statistics, adam.init(params))
+    moments = train_state.OPTIMIZER.init(params)
+    state = train_state.TrainState(jnp.int32(0), params, statistics, moments)
     mesh = sharding.make_mesh(jax.devices()[:1])
-    ours, _ = make_train_step(graphdef, adam, VALUE_RANGE, jnp.float32, mesh)
+    ours, _ = make_train_step(graphdef, optax.constant_schedule(RATE), mesh)
     for seed in range(3):
         images = tiny.images(16, seed)
         state, metrics = ours(state, images)
@@ -83,8 +89,8 @@ def test_both_sides_take_the_same_steps(name):
         )
     for new, old in zip(jax.tree.leaves(state.params), jax.tree.leaves(before), strict=True):
         assert np.abs(new - old).max() > RATE / 2  # all have moved
-    # Adam's first steps are as long as the rate, whatever a gradient's size: 1% of one. The EMA's
-    # sums and quotients are larger than 1. Measured: 2e-6.
+    # However small a gradient is, Adam's first steps are as long as the rate; 1% of it is allowed.
+    # The EMA's sums and quotients are larger than 1. Measured: 2e-6.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-2 * RATE),
         (state.params, state.statistics),
@@ -100,20 +106,19 @@ def test_both_sides_evaluate_alike_and_learn_nothing():
     evaluate = torch_model.make_evaluate_step(losses)
     theirs = [float(x) for x in evaluate(torch.from_numpy(images))]
     mesh = sharding.make_mesh(jax.devices()[:1])
-    evaluate_step = train_step.make_evaluate_step(graphdef, VALUE_RANGE, jnp.float32, mesh)
-    ours = evaluate_step(state, images)
+    ours = benchmark.make_evaluate_step(graphdef, mesh)(state, images)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)  # rounding of a float32 sum
     jax.tree.map(np.testing.assert_array_equal, (params, statistics), llvq_state(model))
 
 
-@pytest.mark.parametrize("dataset", train_step.DATASETS)
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("dataset", settings.DATASETS)
+@pytest.mark.parametrize("name", NAMES)
 def test_both_sides_have_the_same_network(name, dataset):
-    config = train_step.get_config(dataset, name)
+    config = settings.get_config(dataset, name)
     with torch.device("meta"):
-        model = torch_model.create(config.model, config.quantizer)
+        model = torch_model.create(config.architecture)
     tensors = {name: np.empty(x.shape) for name, x in model.state_dict().items()}
-    _, *expected = train_state.abstract_model(config.model, config.quantizer, "float32")
+    _, *expected = train_state.split(train_state.abstract_model(config.architecture))
     shapes = [
         jax.tree.map(np.shape, tree)
         for tree in (expected, list(import_torch.parameters_from_state_dict(tensors)))
@@ -164,15 +169,49 @@ def test_a_call_of_several_steps_counts_as_several(monkeypatch):
 
 def test_on_a_gpu_fashion_mnist_is_trained_in_calls_of_several_steps(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    case = train_step._case("fashion_mnist", "vq", "train", 2, 12)
-    assert "llvq bfloat16, 5 steps a call" in case.contenders
-    prepare = case.contenders["llvq, 5 steps a call"]
-    assert prepare.keywords == {"steps_per_call": 5}
-    config, _ = prepare.args
-    config.model.hidden_dims, config.model.num_residual_blocks = (4,), 0
-    contender = prepare()
+    case = benchmark._case("fashion_mnist", "vq", "train", 2, 12)
+    assert "llvq bfloat16, 5 steps per call" in case.contenders
+    assert case.contenders["llvq, 5 steps per call"].keywords == {"steps_per_call": 5}
+
+
+def test_a_contender_can_take_several_steps_per_call():
+    config = settings.get_config("fashion_mnist", "vq", batch_size=2, image_size=12)
+    contender = benchmark.prepare_llvq(config, "train", steps_per_call=5)
     contender.run(1)
     assert contender.steps_per_call == 5
+
+
+def test_a_config_can_be_varied():
+    options = {"codebook_size": 32}
+    config = settings.get_config("celeba", "vq", batch_size=3, image_size=20, options=options)
+    assert config.batch_size == 3
+    assert config.model.image_shape == (20, 20, 3)
+    assert config.quantizer.options == quantizers.default_options("vq") | options
+
+
+PROGRAM = """
+import importlib.machinery, sys
+
+class PathFinder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        blocked = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections", "tensorboard")
+        return None if name.split(".")[0] in blocked else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = PathFinder
+from benchmarks import codebook_usage, quantizer, settings, sweep, train_step
+
+for dataset in settings.DATASETS:
+    print(settings.get_config(dataset, "vq"))
+"""
+
+
+def test_the_benchmarks_need_neither_tensorflow_nor_ml_collections():
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    expected = [str(settings.get_config(dataset, "vq")) for dataset in settings.DATASETS]
+    assert result.stdout.splitlines() == expected
 
 
 def test_memory_is_what_a_step_takes():
@@ -211,7 +250,7 @@ def test_what_does_not_fit_is_said_and_the_others_run(prepare):
     assert len(seconds["llvq"]) == 2
     row = {"setting": {"K": 64}, "unit": "vectors", "amount": 1}
     row |= {"seconds": seconds, "memory_bytes": memory}
-    table = measure.comparison_table([row])
+    table = figures.comparison_table([row])
     assert "| 64 | PyTorch | **does not fit** |" in table
     assert len({line.count("|") for line in table.splitlines()}) == 1
 
@@ -221,7 +260,7 @@ def test_a_ratio_is_the_median_of_the_pairs_ratios():
     row |= {"memory_bytes": {"llvq": 2_000_000, "PyTorch": None}}
     # Ratios 2, 1 and 3; that of the medians is 1.
     row["seconds"] = {"llvq": [1.0, 2.0, 10.0], "PyTorch": [2.0, 2.0, 30.0]}
-    header, _, ours, theirs = measure.comparison_table([row]).splitlines()
+    header, _, ours, theirs = figures.comparison_table([row]).splitlines()
     assert header.endswith("| program | ms | images/s | memory, MB | llvq is faster by |")
     assert ours == "| 1,024 | llvq | 2e+03 | 4 | 2 |  |"
     assert theirs == "| 1,024 | PyTorch | 2e+03 | 4 |  | 2.00 (1.00 … 3.00) |"
@@ -232,11 +271,11 @@ def test_figures_are_kept_as_they_come_and_replaced_when_measured_again(
 ):
     options = argparse.Namespace(repeats=1, min_seconds=0.0, output=tmp_path / "benchmarks.json")
 
-    monkeypatch.setattr(measure.os, "getloadavg", lambda: (7.25, 1.0, 1.0))
+    monkeypatch.setattr(figures.os, "getloadavg", lambda: (7.25, 1.0, 1.0))
 
     def record(program, *batches, prepare=lambda: Contender(nothing, 1)):
         cases = [Case({"batch": n}, n, {"llvq": prepare}) for n in batches]
-        measure.record(program, ["jax"], cases, "images", options)
+        figures.record(program, ["jax"], cases, "images", options)
         out, err = capsys.readouterr()
         assert err.startswith("other programs keep 7.2 cores busy")
         return out
@@ -249,9 +288,9 @@ def test_figures_are_kept_as_they_come_and_replaced_when_measured_again(
     assert "| 1 | llvq |" in record("b.py", 1)
     record("a.py", 2, 3)
     assert kept() == [("a.py", 1), ("a.py", 2), ("a.py", 3), ("b.py", 1)]
-    report = options.output.with_suffix(".md").read_text()
-    assert re.findall(r"^## (.*?):", report, re.M) == ["a.py", "b.py"]
-    assert f"jax {jax.__version__}; load average before: 7.2\n" in report
+    text = options.output.with_suffix(".md").read_text()
+    assert re.findall(r"^## (.*?):", text, re.M) == ["a.py", "b.py"]
+    assert f"jax {jax.__version__}; load average before: 7.2\n" in text
 
     def fail():
         raise RuntimeError("an error that has nothing to do with memory")
@@ -268,7 +307,7 @@ def test_the_steps_command_runs(tmp_path, capsys):
     output = f"--output={tmp_path / 'benchmarks.json'}"
     arguments = ["--datasets", "fashion_mnist", "--quantizers", "sparse_lattice", output]
     sizes = ["--batch-size", "2", "--image-size", "12", "--repeats", "1", "--min-seconds", "0"]
-    train_step.main([*arguments, *sizes])
+    benchmark.main([*arguments, *sizes])
     table = capsys.readouterr().out
     programs = ("llvq", "network alone", "PyTorch")
     for step, program in itertools.product(("train", "evaluate"), programs):
@@ -297,9 +336,9 @@ def test_the_loops_share_is_that_of_the_gaps_and_of_slower_steps():
         steps[number] = train_loop.Span(now, now + (0.013 if after_save else 0.010))
         gap = 0.008 if number % 20 == 0 else 0.004 if number % 6 == 0 else 0.001
         now = steps[number].end + gap
-    trace = train_loop.Trace(steps, [], {})
-    measured = train_loop.figures(trace, log_every=30, save_every=100)
-    # An ordinary gap each step, 3 ms more every 30, 7 ms more and 4 steps of 3 ms more every 100.
+    measured = train_loop.summarise(steps, log_every=30, save_every=100)
+    # An ordinary gap after each step, 3 ms more every 30 steps; every 100 steps 7 ms more, and 4
+    # steps that take 3 ms more.
     loop = 0.001 + 0.003 / 30 + (0.007 + 4 * 0.003) / 100
     assert measured.pop("share") == pytest.approx(loop / (0.010 + loop))
     assert measured == pytest.approx(
@@ -324,32 +363,28 @@ def test_the_loops_command_runs(tmp_path):
     start = f"| fashion_mnist | 64 | {1e3 * row['step']:.2f} |"
     assert ended.stdout.splitlines()[2].startswith(start)
     assert start in output.with_suffix(".md").read_text()
-    steps = train_loop.read(tmp_path / "fashion_mnist").steps
+    steps = train_loop.read(tmp_path / "fashion_mnist")
     assert {6, 12, 18, 20, 24} < set(steps)
     runs = [steps[number] for number in sorted(steps)]
     assert all(run.start < run.end for run in runs)
     assert all(a.end <= b.start for a, b in itertools.pairwise(runs))
-    # A step of this network takes far longer than what is around it, on any machine.
+    # On any machine, a step of this network takes far longer than the gap after it.
     assert 0 < row["gap"] < row["step"]
     assert row["gap"] < row["gap_after_checkpoint"]
     assert 0 < row["share"] < 0.5
-    assert (tmp_path / "train_loop_fashion_mnist.png").stat().st_size > 5_000
 
 
 def test_the_sweep_runs_and_is_reported(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        sweep, "SWEEPS", {"codebook size K": (16,), "height and width of the images": (12,)}
-    )
-    output = tmp_path / "sweep.json"
-    monkeypatch.setattr(sys, "argv", ["sweep.py", "--repeats=1", f"--output={output}"])
-    sweep.main()
-    sizes, images = capsys.readouterr().out.strip().split("\n\n")
-    # Of FashionMNIST's network, with vectors of 64.
-    assert re.fullmatch(r"\| 16 \| [\d.,]+ \| 1,024 \| [\d.,]+ \| 64 \|", sizes.splitlines()[2])
-    assert re.fullmatch(r"\| 12 \| [\d.,]+ \| [\d.,]+ \|", images.splitlines()[2])
+    monkeypatch.setattr(sweep, "SWEEPS", {sweep.CODEBOOK_SIZE: (16,), sweep.IMAGE_SIZE: (12,)})
+    output = tmp_path / "benchmarks.json"
+    sweep.main(["--repeats=1", "--min-seconds=0", f"--output={output}"])
+    assert f"| {sweep.IMAGE_SIZE} | 12 | sparse_lattice |" in capsys.readouterr().out
     (tmp_path / "published.json").write_text('{"source": ""}')
     report.write(tmp_path)
-    assert sizes in (tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text()
+    # FashionMNIST's network has vectors of 64 numbers.
+    assert re.search(r"^\| 16 \| [\d.,]+ \| 1,024 \| [\d.,]+ \| 64 \|$", text, re.M)
+    assert re.search(r"^\| 12 \| [\d.,]+ \| [\d.,]+ \|$", text, re.M)
     assert (tmp_path / "sweep.png").stat().st_size > 5_000
 
 
@@ -358,25 +393,22 @@ def test_the_sweep_runs_and_is_reported(tmp_path, monkeypatch, capsys):
     [
         (train_loop, "", ["--num-steps=25"], "train_loop.py: --num-steps=25: must be at least 26"),
         (train_loop, "", [], "it cannot read traces of 8 devices of kind cpu"),
-        (train_step, "torch", [], 'train_step.py: PyTorch is not installed: pip install "torch'),
+        (benchmark, "torch", [], 'train_step.py: PyTorch is not installed: pip install "torch'),
         (quantizer, "torch", [], 'quantizer.py: PyTorch is not installed: pip install "torch'),
         (quantizer, "vector_quantize_pytorch", [], "pip install vector-quantize-pytorch"),
         (quantizer, "", ["--codebook-sizes", "100"], "100 must be a power of 2"),
         (quantizer, "", ["--vectors", "0"], "--vectors: 0 must be at least 1"),
-        (train_step, "", ["--batch-size", "-1"], "--batch-size: -1 must be at least 1"),
-        (train_step, "", ["--image-size", "30"], "model.image_shape=[30, 30, 3]: must be a mul"),
-        (train_step, "", ["--min-seconds=-1"], "--min-seconds: -1.0 must be 0 or more"),
-        (train_step, "", ["--min-seconds=nan"], "--min-seconds: nan must be 0 or more"),
-        (train_step, "", ["--output=pyproject.toml"], "must end in .json"),
-        (train_step, "", ["--output=results/published.json"], "is not of this program"),
+        (benchmark, "", ["--batch-size", "-1"], "--batch-size: -1 must be at least 1"),
+        (benchmark, "", ["--image-size", "30"], "model.image_shape=(30, 30, 3): must be a mul"),
+        (benchmark, "", ["--min-seconds=-1"], "--min-seconds: -1.0 must be 0 or more"),
+        (benchmark, "", ["--min-seconds=nan"], "--min-seconds: nan must be 0 or more"),
+        (benchmark, "", ["--output=pyproject.toml"], "must end in .json"),
+        (benchmark, "", ["--output=results/published.json"], "is not of this program"),
     ],
 )
 def test_mistakes_end_in_one_line(program, missing, arguments, message, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for module in (train_step, quantizer):
-        monkeypatch.setattr(
-            module.importlib.util, "find_spec", lambda name: name != missing or None
-        )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != missing or None)
     with pytest.raises(SystemExit) as exit_info:
         program.main(arguments)
     assert message in exit_info.value.code
@@ -390,8 +422,8 @@ def test_levels_multiply_to_the_codebook_size(bits):
     assert all(4 <= level <= 8 for level in levels)  # FSQ has none of 2
 
 
-def test_the_quantizers_options_reach_both_sides():
-    for name in quantizers.QUANTIZERS:
-        options = quantizer._options(name, 32)
-        assert options.keys() == quantizers.default_options(name).keys()
-        torch_model.create_quantizer(name, 8, **options)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_quantizers_options_reach_both_sides(name):
+    options = quantizer._options(name, 32)
+    assert options.keys() == quantizers.default_options(name).keys()
+    torch_model.QUANTIZERS[name](8, **options)

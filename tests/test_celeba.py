@@ -18,7 +18,8 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from configs import celeba as celeba_config
-from input_pipeline import DataError, celeba
+from input_pipeline import celeba
+from llvq.errors import UserError
 from tests.image_data import encode, face_jpeg, picture, read_images
 
 NUM_IMAGES = {"train": 8, "validation": 3, "test": 4}
@@ -162,13 +163,13 @@ def test_another_partition_is_refused_by_its_line(line, words, tmp_path):
     write_zip(tmp_path / "img_align_celeba.zip")
     path = tmp_path / "list_eval_partition.txt"
     path.write_text(partition().replace("000004.jpg 0\n", line))
-    with pytest.raises(DataError, match=rf"^{path}, {words}"):
+    with pytest.raises(UserError, match=rf"^{path}, {words}"):
         load(tmp_path / "data", tmp_path)
 
 
 def test_a_missing_partition_file_is_named(tmp_path):
     write_zip(tmp_path / "img_align_celeba.zip")
-    with pytest.raises(DataError, match=r"^[^\n]*list_eval_partition\.txt cannot be read"):
+    with pytest.raises(UserError, match=r"^[^\n]*list_eval_partition\.txt cannot be read"):
         load(tmp_path / "data", tmp_path)
 
 
@@ -189,7 +190,7 @@ def test_a_wrong_image_is_named(kind, tmp_path):
     content, words = DAMAGED[kind]
     write_zip(tmp_path / "img_align_celeba.zip", {9: content})
     (tmp_path / "list_eval_partition.txt").write_text(partition())
-    with pytest.raises(DataError, match=rf"^{tmp_path}/img_align_celeba\.zip[^\n]*{words}[^\n]*$"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/img_align_celeba\.zip[^\n]*{words}[^\n]*$"):
         load(tmp_path / "data", tmp_path)
 
 
@@ -200,10 +201,10 @@ def test_a_damaged_zip_is_named(folder, tmp_path):
     content = path.read_bytes()
     place = content.index(face_jpeg(9)) + 500
     path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-    with pytest.raises(DataError, match=r"000009\.jpg cannot be read \(Bad CRC-32[^\n]*$"):
+    with pytest.raises(UserError, match=r"000009\.jpg cannot be read \(Bad CRC-32[^\n]*$"):
         load(tmp_path / "data", tmp_path)
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match=rf"^{path} cannot be read \(File is not a zip file\)"):
+    with pytest.raises(UserError, match=rf"^{path} cannot be read \(File is not a zip file\)"):
         load(tmp_path / "data", tmp_path)
 
 
@@ -221,12 +222,13 @@ def test_a_zip_whose_list_of_files_is_damaged_is_one_short_line(kind, folder, tm
         header = content.index(b"PK\x03\x04", 4)
         content[header + 27] |= 16  # the name in front of the file is 4 kB long
     path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"^{path}[^\n]* cannot be read [^\n]{{1,300}}$"):
+    with pytest.raises(UserError, match=rf"^{path}[^\n]* cannot be read [^\n]{{1,300}}$"):
         load(tmp_path / "data", tmp_path)
 
 
 def test_an_empty_manual_dir_is_named(tmp_path):
-    with pytest.raises(DataError, match=rf"manual_dir={tmp_path}: found neither img_align_celeba"):
+    words = rf"manual_dir={tmp_path}: found neither a folder img_align_celeba"
+    with pytest.raises(UserError, match=words):
         load(tmp_path / "data", tmp_path)
 
 
@@ -236,7 +238,7 @@ WAY_OUT = r"fetch img_align_celeba\.zip and list_eval_partition\.txt from .*data
 def test_without_the_web_the_way_out_is_named_in_time(tmp_path, monkeypatch):
     monkeypatch.setattr(celeba, "_PROBE_URL", "http://127.0.0.1:9/")  # nothing listens there
     start = time.monotonic()
-    with pytest.raises(DataError, match=rf"^[^\n]*cannot be downloaded[^\n]*{WAY_OUT}"):
+    with pytest.raises(UserError, match=rf"^[^\n]*cannot be downloaded[^\n]*{WAY_OUT}"):
         load(tmp_path)
     assert time.monotonic() - start < 20
 
@@ -265,7 +267,7 @@ def test_google_drives_quota_is_one_line(tmp_path, monkeypatch):
         monkeypatch.setattr(module, name, url + name)
     monkeypatch.setattr(celeba, "_PROBE_URL", url)
     try:
-        with pytest.raises(DataError, match=rf"^[^\n]*cannot be downloaded[^\n]*{WAY_OUT}"):
+        with pytest.raises(UserError, match=rf"^[^\n]*cannot be downloaded[^\n]*{WAY_OUT}"):
             load(tmp_path)
     finally:
         server.shutdown()

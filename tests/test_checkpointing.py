@@ -6,15 +6,17 @@ from unittest import mock
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.experimental import multihost_utils
+from orbax import checkpoint as ocp
 
 from llvq import checkpointing, evaluate, train
-from llvq.checkpointing import manager
+from llvq.checkpointing import integrity, manager
 from llvq.errors import UserError
 from llvq.training import train_state
 from tests import tiny
-from tests.runs import create_model
+from tests.runs import assert_identical, create_model
 
 
 def write(directory, config):
@@ -103,7 +105,7 @@ def test_every_process_takes_the_checkpoint_of_the_first(tmp_path, as_second_pro
     as_second_process(4)  # of 6 steps
     path, _, state = checkpointing.load(tmp_path)
     assert (path.name, int(state.step)) == ("4", 4)
-    resumed = checkpointing.resume(tmp_path, lambda config: None)
+    resumed = checkpointing.resume(tmp_path, checkpointing.abstract_state)
     assert (resumed.path.name, int(resumed.state.step)) == ("4", 4)
 
 
@@ -133,3 +135,44 @@ def test_a_file_in_place_of_the_checkpoints(tmp_path):
     for run in (train.train_and_evaluate, evaluate.evaluate):
         with pytest.raises(UserError, match="checkpoint"):
             run(tiny.config("vq"), tmp_path, tiny.dataset())
+
+
+def as_before_format_2(checkpoint):
+    """Rewrites a checkpoint as version 0.1 wrote it: with the whole state of optax.adam."""
+    _, config, state = checkpointing.resume(checkpoint.parent.parent, checkpointing.abstract_state)
+    schedule = optax.ScaleByScheduleState(np.asarray(state.step))
+    old = jax.tree.map(np.asarray, state.replace(opt_state=(state.opt_state, schedule)))
+    metrics = json.loads((checkpoint / "metrics/metrics").read_text())
+    shutil.rmtree(checkpoint / "state")
+    ocp.StandardCheckpointer().save(checkpoint / "state", old, force=True)
+    digests = integrity.digests(vars(old), config, metrics)
+    (checkpoint / "digests/metadata").write_text(json.dumps(digests))
+
+
+@pytest.mark.parametrize("quantizer", ["vq_ema", "sparse_lattice"])
+def test_a_run_of_version_0_1_resumes_bit_identical(quantizer, tmp_path):
+    data = tiny.dataset()
+    whole = train.train_and_evaluate(tiny.config(quantizer), tmp_path / "whole", data)
+    train.train_and_evaluate(tiny.config(quantizer, num_train_steps=4), tmp_path / "old", data)
+    as_before_format_2(tmp_path / "old/checkpoints/4")
+    evaluated = evaluate.evaluate(tiny.config(quantizer), tmp_path / "old", data)
+    assert evaluated["step"] == 4
+    resumed = train.train_and_evaluate(tiny.config(quantizer), tmp_path / "old", data)
+    assert_identical(resumed, whole)
+
+
+def test_a_resume_reads_the_state_once(tmp_path, monkeypatch):
+    reads = []
+    restore = ocp.PyTreeCheckpointHandler.restore
+
+    def counted(handler, directory, *arguments, **options):
+        reads.append(directory)
+        return restore(handler, directory, *arguments, **options)
+
+    train.train_and_evaluate(tiny.config("vq", num_train_steps=4), tmp_path, tiny.dataset())
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", counted)
+    train.train_and_evaluate(tiny.config("vq"), tmp_path, tiny.dataset())
+    assert [path.parent.name for path in reads] == ["4"]
+    reads.clear()
+    evaluate.evaluate(tiny.config("vq"), tmp_path, tiny.dataset())
+    assert [path.parent.name for path in reads] == ["6"]

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import codebook_usage as benchmark
 from llvq.runtime import sharding
-from llvq.usage.fingerprints import fingerprints, position_offsets
+from llvq.usage.counting import fingerprints, position_offsets
 from llvq.usage.table import CodebookUsage
 from tests.counting import count, counting_step
 from tests.run_counting import stream

@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from llvq import checkpointing, evaluate, train
 from llvq.data import ArrayDataset
@@ -44,7 +45,7 @@ def by_hand(workdir, images):
     """(scaled images, reconstructions, codes) of all images in one unsharded batch."""
     model = checkpointing.model_of(checkpointing.load(workdir))
     scaled = images / np.float32(255) - np.float32(0.5)
-    outputs, codes, _ = model(scaled)
+    outputs, codes, _ = nnx.jit(lambda model, images: model(images))(model, scaled)
     return scaled.astype(np.float64), np.asarray(outputs, np.float64), np.asarray(codes)
 
 

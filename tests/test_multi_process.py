@@ -17,6 +17,8 @@ from tests import groups, run_group, tiny
 from tests.run_group import CHECKED_FURTHER, HALFWAY, NUM_STEPS
 from tests.runs import create_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
@@ -101,7 +103,6 @@ def test_two_processes_train_and_evaluate_as_one(quantizer, both, alone):
     check_quantizer(quantizer, both[2], alone)
 
 
-@pytest.mark.slow
 def test_four_processes_train_and_evaluate_every_quantizer_as_one(tmp_path, alone):
     results = start_both(tmp_path, alone[0], {2: (), 4: tiny.NAMES})
     for quantizer in tiny.NAMES:

@@ -193,6 +193,7 @@ print(llvq.load_pretrained("tiny/vq_ema").reconstruct(images).shape)
     assert all("extra ==" in line for line in requirements)
 
 
+@pytest.mark.slow
 @needs_files
 def test_a_shipped_model_is_as_good_as_the_index_says():
     """On the real test images; sums in float32 over batches of another size differ a little."""

@@ -13,25 +13,23 @@ pytest.importorskip("matplotlib", reason="collecting draws plots")
 from clu import metric_writers
 from PIL import Image
 
-from configs import default, fashion_mnist
+from configs import fashion_mnist
+from llvq.config import RECIPES, to_dict
 from llvq.data import ArrayDataset
 from llvq.errors import UserError
 from llvq.evaluate import evaluate
 from llvq.train import train_and_evaluate
-from results import collect, report
+from results import collect, report, summary
 
 
-def tiny(config):
+def tiny(quantizer):
     """A recipe that a test can afford."""
-    config.num_train_steps = 4
-    config.num_epochs = 1
-    config.schedule = "constant"
-    config.model.latent_dim = 4
-    config.model.num_residual_blocks = 1
+    del quantizer
+    return {"num_train_steps": 4}
 
 
 class Recorder(metric_writers.SummaryWriter):
-    """TensorBoard's writer, which remembers the training losses that it was given."""
+    """TensorBoard's writer, which also records the training losses."""
 
     def __init__(self, directory):
         super().__init__(directory)
@@ -46,7 +44,6 @@ class Recorder(metric_writers.SummaryWriter):
 def train(workdir, seed, num_train_steps=4):
     config = fashion_mnist.get_config("sparse_lattice,tiny")
     config.seed = seed
-    config.batch_size = 64
     config.log_every_steps = 2
     config.num_train_steps = num_train_steps
     images = np.random.default_rng(seed).integers(0, 256, (70, 28, 28, 1)).astype(np.uint8)
@@ -57,7 +54,7 @@ def train(workdir, seed, num_train_steps=4):
 
 
 def test_runs_become_a_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(default.RECIPES, "tiny", tiny)
+    monkeypatch.setitem(RECIPES, "tiny", tiny)
     monkeypatch.setattr(report, "DIRECTORY", tmp_path / "results")
     (tmp_path / "results").mkdir()
     published = {"source": "", "fashion_mnist": {"sparse_lattice": {"reconstruction_loss": 0.25}}}
@@ -85,7 +82,7 @@ def test_runs_become_a_table(tmp_path, monkeypatch, capsys):
             saved = next((tmp_path / "runs" / name).glob("checkpoints/4/config/metadata"))
             fields = json.loads(saved.read_text())
             saved.write_text(json.dumps({**fields, "num_train_steps": 6}))
-            shutil.rmtree(saved.parents[1] / "digests")  # else it is damage, not another recipe
+            shutil.rmtree(saved.parents[1] / "digests")  # otherwise it would be damage
         report_file.write_text(json.dumps(evaluation)[: 30 if name == "torn" else None])
 
     collect.main([str(tmp_path / "runs"), "--machine=an abacus"])
@@ -98,8 +95,8 @@ def test_runs_become_a_table(tmp_path, monkeypatch, capsys):
     kept = report.read_runs(tmp_path / "results")["fashion_mnist", "tiny"]["sparse_lattice"]
     for run, (seed, (losses, evaluation)) in zip(kept, runs.items(), strict=True):
         assert run["seed"] == seed
-        assert run["quantizer_parameters"] == 4
-        assert run["machine"] == f"{os.cpu_count()} CPU cores"  # the run says so itself
+        assert run["quantizer_parameters"] == 64
+        assert run["machine"] == f"{os.cpu_count()} CPU cores"  # which the run has recorded
         left_out = {"checkpoint", "num_train_steps"}
         assert run["evaluation"] == {k: v for k, v in evaluation.items() if k not in left_out}
         curve = dict(map(tuple, run["curves"]["train/reconstruction_loss"]))
@@ -123,7 +120,7 @@ def test_runs_become_a_table(tmp_path, monkeypatch, capsys):
         f"{79 * 14 * 14:,}",
         both("entropy_bits_per_vector", ".2f"),
         both("bits_per_pixel", ".3f"),
-        "4",
+        "64",
         f"{np.mean(rates):.0f} ± {np.std(rates, ddof=1):.0f}",
     ]
     assert "./run.sh --recipe=tiny --seeds=2,10 fashion_mnist sparse_lattice" in text
@@ -135,14 +132,73 @@ def test_runs_become_a_table(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_that_follows_no_recipe_is_named():
-    config = fashion_mnist.get_config("vq")
+    config = to_dict(fashion_mnist.get_config("vq"))
     assert collect.recipe_of(config) == "paper"
-    config.seed, config.log_every_steps, config.dataset.data_dir = 5, 1, "elsewhere"
-    del config.steps_per_call  # as of runs that were saved before there was one
-    assert collect.recipe_of(config) == "paper"
-    config.num_train_steps = 200
+    config |= {"seed": 5, "log_every_steps": 1, "num_train_steps": 200}
+    config["dataset"]["data_dir"] = "elsewhere"
     with pytest.raises(UserError, match=r"no recipe: num_train_steps is 200"):
         collect.recipe_of(config)
+    assert collect.recipe_of({**config, "num_train_steps": 0}) == "paper"
+
+
+def test_a_run_that_was_saved_before_a_field_existed_had_its_default():
+    config = to_dict(fashion_mnist.get_config("vq_ema,long"))
+    for name in ("steps_per_call", "init_from", "images_per_device", "stop_on_failed_save"):
+        del config[name]
+    del config["quantizer"]["commitment_cost"]
+    assert collect.recipe_of(config) == "long"
+    config["quantizer"]["decay"] = 0.9
+    with pytest.raises(UserError, match=r"no recipe: quantizer.decay is 0.9"):
+        collect.recipe_of(config)
+
+
+def test_a_run_on_many_devices_follows_its_recipe():
+    config = to_dict(fashion_mnist.get_config("vq_ema,pod"))
+    derived = {"batch_size": 512, "learning_rate": 1e-3 * 8**0.5, "quantizer.decay": 0.99**8}
+    assert collect.recipe_of({**config, "derived": derived}) == "pod"
+    derived["learning_rate"] = 1e-3
+    with pytest.raises(UserError, match=r"no recipe: learning_rate is 0.001"):
+        collect.recipe_of({**config, "derived": derived})
+
+
+def test_the_summary_has_a_row_for_each_run(tmp_path, capsys):
+    figures = {
+        "split": "test",
+        "reconstruction_loss": 0.0123456,
+        "psnr": 20.123,
+        "ssim": 0.98765,
+        "effective_codebook_size": 1234,
+        "effective_codebook_size_is_exact": True,
+        "entropy_bits_per_vector": 5.678,
+    }
+    estimated = {"effective_codebook_size": 2**25, "effective_codebook_size_is_exact": False}
+    workdirs = [tmp_path / f"fashion_mnist/long/vq/seed_{seed}" for seed in (2, 32)]
+    for workdir, changes in zip(workdirs, ({}, estimated), strict=True):
+        for name in ("state", "config"):
+            (workdir / f"checkpoints/860/{name}").mkdir(parents=True)
+        (workdir / "checkpoints/860/_CHECKPOINT_METADATA").write_text("{}")
+        evaluation = {**figures, **changes, "checkpoint": "checkpoints/860"}
+        (workdir / "evaluation.json").write_text(json.dumps(evaluation))
+    summary.main(list(map(str, workdirs)))
+    header, _, exact, estimate, *rest = capsys.readouterr().out.splitlines()
+    assert header == (
+        "| data set | recipe | quantizer | seed | split | MSE | PSNR | SSIM | codes in use "
+        "| entropy, bits per vector |"
+    )
+    start = "| fashion_mnist | long | vq | {} | test | 0.01235 | 20.12 | 0.988 | {} | 5.68 |"
+    assert exact == start.format(2, "1,234")
+    assert estimate == start.format(32, "≈ 33,554,432")
+    assert [line.strip() for line in rest[3:5]] == list(map(str, workdirs))
+    assert rest[-1].endswith(f"--logdir={tmp_path / 'fashion_mnist/long/vq'}")
+
+
+@pytest.mark.parametrize(
+    ("workdir", "message"),
+    [("runs", "must end in DATA SET"), ("celeba/long/vq/seed_0", "no checkpoint in")],
+)
+def test_a_run_that_cannot_be_summarised_is_named(workdir, message, tmp_path):
+    with pytest.raises(SystemExit, match=rf"results.summary: .*{message}"):
+        summary.main([str(tmp_path / workdir)])
 
 
 def test_an_estimated_codebook_size_is_shown_with_its_error(tmp_path):

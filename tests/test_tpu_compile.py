@@ -1,4 +1,4 @@
-"""benchmarks/tpu_compile.py: one small step by the real compiler, against figures by hand."""
+"""benchmarks/tpu_compile.py: the real compiler's figures of one small step, against hand counts."""
 
 import importlib.util
 import json
@@ -14,14 +14,14 @@ from benchmarks import tpu_compile
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks/tpu_compile.py"
 
-# The sparse lattice with FashionMNIST's network, see the README's table of parameters.
+# FashionMNIST's network with the sparse lattice.
 NUM_PARAMETERS = 244_033
 
 
 def multiplications_of_an_image():
-    """Of FashionMNIST's network, forward, for kernel positions inside the image only."""
-    # Pairs of an output position and a tap that meet inside the image, along one axis: a kernel of
-    # 3 on 14 positions misses one tap at either end, so does one of 4 on 28, of stride 2.
+    """The multiplications of FashionMNIST's forward pass, for taps inside the image only."""
+    # Pairs of an output position and a tap that meet inside the image, along one axis. A kernel of
+    # size 3 on 14 positions misses one tap at either end; so does one of size 4, stride 2, on 28.
     inside_3, inside_4 = 3 * 14 - 2, 4 * 14 - 2
     conv3x3 = inside_3**2 * 64 * 64
     conv1x1 = 14**2 * 64 * 64
@@ -36,11 +36,9 @@ def multiplications_of_an_image():
 )
 def test_a_training_step_on_four_chips(tmp_path):
     output = tmp_path / "compiled.json"
-    command = [
-        *(sys.executable, SCRIPT, "--datasets", "fashion_mnist", "--steps", "train"),
-        *("--quantizers", "sparse_lattice", "--topologies", "v5e:2x2", "--batch-size", "32"),
-        f"--output={output}",
-    ]
+    command = [sys.executable, SCRIPT, "--datasets", "fashion_mnist", "--steps", "train"]
+    command += ["--quantizers", "sparse_lattice", "--topologies", "v5e:2x2"]
+    command += ["--batch-size", "32", f"--output={output}"]
 
     def run():
         return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
@@ -50,31 +48,31 @@ def test_a_training_step_on_four_chips(tmp_path):
     assert [one_chip["topology"], four_chips["topology"]] == ["v5e:1x1", "v5e:2x2"]
     assert [one_chip["batch_size"], four_chips["batch_size"]] == [8, 32]
 
-    # The gradients of all parameters and the sums of three losses, in float32, cross once; XLA may
-    # spend any number of all-reduces on them.
+    # The gradients of all parameters and the sums of three losses, in float32, are summed once, in
+    # any number of all-reduces.
     assert one_chip["collectives"] == {}
     assert set(four_chips["collectives"]) == {"all-reduce"}
     assert four_chips["collectives"]["all-reduce"]["bytes"] == 4 * (NUM_PARAMETERS + 3)
 
-    # A step multiplies forward, for the gradients of what each layer takes, the images' excepted,
-    # and for those of its kernel. Activations and losses add some 15 arithmetic operations to each
-    # number that a layer returns, most of which 3×3×64 products make up: 3% allow for 25.
+    # A step multiplies in the forward pass, for the gradient of each layer's input (except the
+    # images), and for the gradient of its kernel. Activations and losses add some 15 operations to
+    # each output of a layer, most of which are sums of 3×3×64 products; 3% allow for 25 operations.
     forward, first_layer = multiplications_of_an_image()
     flops = 8 * 2 * (3 * forward - first_layer)
     adam = 20 * NUM_PARAMETERS
     for row in (one_chip, four_chips):
         assert flops <= row["flops"] <= 1.03 * flops + adam
         assert row["fits"]
-        # At least parameters and Adam's moments, read and written.
+        # At least the parameters and Adam's moments are read and written.
         assert row["bytes_accessed"] > 2 * 3 * 4 * NUM_PARAMETERS
         assert row["memory_bytes"] > 3 * 4 * NUM_PARAMETERS
-        # Of its 197 TFLOP/s a v5e chip does 131,072 in a cycle.
+        # At 197 TFLOP/s, a v5e chip does 131,072 operations per cycle.
         assert row["cycles"] > row["flops"] / 131_072
     assert "1 all-reduce, 976,144 B" in first.stdout
 
     second = run()
     assert second.stdout == first.stdout
-    assert second.stderr == ""  # nothing was compiled again
+    assert second.stderr == ""  # so nothing was compiled again
 
 
 HLO = """
@@ -100,13 +98,26 @@ def test_cycles_are_added_up():
 
 
 def row(**figures):
-    return {
-        **{"dataset": "ffhq1024", "quantizer": "vq", "step": "train", "topology": "v5e:2x4"},
-        **{"batch_size": 32, "compute_dtype": "float32", "compiler": "libtpu 1", "fits": True},
-        **{"memory_bytes": 3e9, "bytes_accessed": 8.19e9, "flops": 1.97e11, "cycles": 5e6},
-        **{"memory_seconds": 0.01, "arithmetic_seconds": 0.001, "collective_seconds": 0.0},
-        **{"collectives": {}, "compile_seconds": 1.0, **figures},
+    defaults = {
+        "dataset": "ffhq1024",
+        "quantizer": "vq",
+        "step": "train",
+        "topology": "v5e:2x4",
+        "batch_size": 32,
+        "compute_dtype": "float32",
+        "compiler": "libtpu 1",
+        "fits": True,
+        "memory_bytes": 3e9,
+        "bytes_accessed": 8.19e9,
+        "flops": 1.97e11,
+        "cycles": 5e6,
+        "memory_seconds": 0.01,
+        "arithmetic_seconds": 0.001,
+        "collective_seconds": 0.0,
+        "collectives": {},
+        "compile_seconds": 1.0,
     }
+    return defaults | figures
 
 
 def cells(table, topology):
@@ -125,8 +136,8 @@ def test_the_table_compares_a_slice_with_one_chip_that_has_as_many_images():
         ),
     ]
     shown = cells(tpu_compile.table(rows), "v5e:2x4")
-    assert shown["images a chip"] == "4"
-    assert shown["images/s a chip"] == "320"  # 4 / 12.5 ms
+    assert shown["images per chip"] == "4"
+    assert shown["images/s per chip"] == "320"  # 4 / 12.5 ms
     assert shown["efficiency"] == "80.0%"
     assert shown["collectives"] == "1 all-reduce, 1,000 B"
 

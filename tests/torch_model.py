@@ -1,4 +1,4 @@
-"""The benchmarks' PyTorch model as an oracle: for imports and for steps of training."""
+"""The benchmarks' PyTorch model as an oracle for imports and for training steps."""
 
 import numpy as np
 import torch
@@ -8,18 +8,18 @@ from llvq.quantizers import default_options
 
 
 class Model(torch_model.VQVAE):
-    """With a quantizer that tells latents apart. Images are NumPy arrays, NHWC."""
+    """A model whose quantizer maps latents to different codes. Images are NumPy arrays, NHWC."""
 
     def __init__(self, quantizer, channels, hidden_dims, num_blocks=2, latent_dim=8, size=16):
         super().__init__(
-            torch_model.create_quantizer(quantizer, latent_dim, **options(quantizer, size)),
+            torch_model.QUANTIZERS[quantizer](latent_dim, **options(quantizer, size)),
             latent_dim,
             image_channels=channels,
             hidden_dims=hidden_dims,
             num_residual_blocks=num_blocks,
         )
         weight = self._quantizer.embedding.weight
-        if quantizer == "sparse_lattice":  # 1 in the mean, yet fine enough for codes other than 0
+        if quantizer == "sparse_lattice":  # fine enough for codes other than 0
             basis = [0.02, -0.03, 0.01, 0.05] + [9.1] * (latent_dim - 4)
             weight.data = torch.tensor(basis)[None]
         else:
@@ -35,11 +35,11 @@ class Model(torch_model.VQVAE):
 
 
 def options(quantizer, codebook_size):
-    """A quantizer's defaults, and another codebook size if it has one."""
+    """A quantizer's default options, with another codebook size if it has one."""
     defaults = default_options(quantizer)
     return defaults | {"codebook_size": codebook_size} if "codebook_size" in defaults else defaults
 
 
 def lightning_file(model, step=7):
-    """What Lightning would save of a model (and more besides)."""
+    """The part of a Lightning file that matters, and some other entries."""
     return {"state_dict": model.state_dict(), "global_step": step, "epoch": 4, "loops": {}}

@@ -2,11 +2,20 @@
 
 from llvq.checkpointing.integrity import require_writable
 from llvq.checkpointing.manager import describe_newest, open_manager, save, save_for_inference
-from llvq.checkpointing.reading import Checkpoint, absolute, find, load, model_of, resume
+from llvq.checkpointing.reading import (
+    Checkpoint,
+    absolute,
+    abstract_state,
+    find,
+    load,
+    model_of,
+    resume,
+)
 
 __all__ = [
     "Checkpoint",
     "absolute",
+    "abstract_state",
     "describe_newest",
     "find",
     "load",

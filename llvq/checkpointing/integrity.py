@@ -45,7 +45,7 @@ def _of_arrays(tree: Any) -> str:
 
 
 def require_room(directory: epath.Path, tree: Any) -> None:
-    """Raises OSError if the disk has no room for arrays, over which Orbax would print pages."""
+    """Raises OSError if the disk lacks room for arrays; Orbax would print pages of tracebacks."""
     if "://" in os.fspath(directory) or jax.process_index() != 0:  # buckets are never full
         return
     num_bytes = sum(array.nbytes for array in jax.tree.leaves(tree)) + _NUM_BYTES_OF_METADATA

@@ -76,16 +76,16 @@ def open_manager(workdir: epath.PathLike, keep_checkpoints: int) -> Iterator[ocp
 def _saving(
     manager: ocp.CheckpointManager, step: int | None, stop_on_failure: bool
 ) -> Iterator[None]:
-    """Makes one line of a save that fails, an error or a warning, and removes what it leaves."""
+    """Turns a failed save into a one-line error or warning, and removes what it left."""
     try:
         yield
     except Exception as error:
         if jax.process_index() == 0:
             for leftover in manager.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 remove(leftover)
-        manager.reload()  # Orbax no longer counts what this checkpoint was to supersede
+        manager.reload()  # otherwise Orbax goes on counting the failed checkpoint as its newest
         message = f"the checkpoint of step {step} could not be saved ({first_line(error)})"
-        # Of several processes, one alone cannot go on.
+        # One of several processes cannot continue alone.
         if stop_on_failure or jax.process_count() > 1:
             raise UserError(f"{message}: stopped; {describe_newest(manager)}") from error
         logging.warning("%s: going on without; %s", message, describe_newest(manager))
@@ -120,8 +120,8 @@ def save(
 
     Args:
       manager: of the run's checkpoints.
-      step: the state's.
-      state: what is saved.
+      step: the number of steps done.
+      state: the train state after that step.
       config: of the run; see `config.to_saved`.
       metrics: of validation, if there are any at this step; they rank the checkpoint.
       stop_on_failure: whether a save that fails is an error, or only a warning.
@@ -151,14 +151,14 @@ def save_for_inference(
     Args:
       directory: must not exist, or be empty.
       state: its opt_state is left out.
-      config: of a run, or the part of it that is known: `compute_dtype`, `quantizer`, and `model`
-        but for value_range and, None in image_shape, height and width.
+      config: a run's config, or the part of one that is known: `compute_dtype`, `quantizer` and
+        `model`, where value_range may be missing, and height and width may be None.
 
     Raises:
       UserError: if the directory holds something or cannot be written. Then nothing is.
     """
     target = absolute(directory)
-    # NumPy arrays: of arrays on devices Orbax would save the sharding, too.
+    # NumPy arrays, because Orbax would save the sharding of arrays on devices.
     arrays = jax.tree.map(
         np.asarray,
         {"step": state.step, "params": state.params, "statistics": state.statistics},

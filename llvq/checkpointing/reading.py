@@ -25,8 +25,8 @@ from llvq.models import VQVAE
 from llvq.training import train_state
 from llvq.training.train_state import TrainState, Tree
 
-# Of the digests that are written today. In checkpoints without a number, opt_state is that of
-# optax.adam, which keeps a second count of the steps besides Adam's moments.
+# The format of the checkpoints that are written today, kept beside their digests. In those without
+# a format, opt_state is that of optax.adam, which counts the steps once more beside Adam's moments.
 FORMAT = 2
 
 SavedConfig = Mapping[str, Any]
@@ -50,9 +50,9 @@ def absolute(path: epath.PathLike) -> epath.Path:
 
 
 def rank(metrics: Mapping[str, float]) -> float:
-    """By which checkpoints are ranked, the lowest first.
+    """The value that ranks checkpoints; lower is better.
 
-    It is not the total loss, which for a lattice holds −γ·Σ|b|.
+    It is not the total loss, which contains −γ·Σ|b| for a lattice.
     """
     return metrics["reconstruction_loss"]
 
@@ -93,7 +93,9 @@ def load(path: epath.PathLike) -> Checkpoint:
     return Checkpoint(checkpoint, config, TrainState(**state, opt_state=()))
 
 
-def resume(workdir: epath.PathLike, check: Callable[[SavedConfig], None]) -> Checkpoint | None:
+def resume(
+    workdir: epath.PathLike, make_like: Callable[[SavedConfig], TrainState]
+) -> Checkpoint | None:
     """What a run resumes from: its newest checkpoint that is sound, whole; None if it has none.
 
     Damaged ones, which would be in the way when their steps are saved again, are renamed to
@@ -101,20 +103,27 @@ def resume(workdir: epath.PathLike, check: Callable[[SavedConfig], None]) -> Che
 
     Args:
       workdir: of the run.
-      check: raises UserError if the run cannot go on from a checkpoint with this config.
+      make_like: maps the config of a checkpoint to the structure, shapes and dtypes of its state
+        (see `abstract_state`); raises UserError if the run cannot resume from it.
 
     Raises:
-      UserError: if `check` does, or no checkpoint is sound, or the newest is for inference only.
+      UserError: if `make_like` does, if no checkpoint is sound, or if the newest is for inference
+        only.
     """
     directory = absolute(workdir) / "checkpoints"
     checkpoints = _finished(directory)
+    kinds = []
 
     def like(config: SavedConfig) -> Tree:
-        if "batch_size" not in config or "seed" not in config:
-            raise _inference_only(checkpoints[0])
-        check(config)
-        return vars(train_state.abstract_train_state(_abstract_model(config)))
+        abstract = make_like(config)
+        kinds.append(type(abstract))
+        return vars(abstract)
 
+    if checkpoints and _is_for_inference(checkpoints[0]):
+        raise UserError(
+            f"{checkpoints[0]} has no optimizer, so that no run can resume from it: start one from "
+            f"its parameters, in another --workdir, with --config.init_from={checkpoints[0]}"
+        )
     remedy = "delete what is damaged to start anew, or use another --workdir"
     found = _newest_sound(directory, checkpoints, like, remedy)
     if found is None:
@@ -130,7 +139,12 @@ def resume(workdir: epath.PathLike, check: Callable[[SavedConfig], None]) -> Che
         for checkpoint, reason in damage.items():
             _set_aside(checkpoint, reason, newest)
     multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
-    return Checkpoint(newest, config, TrainState(**state))
+    return Checkpoint(newest, config, kinds[0](**state))
+
+
+def abstract_state(config: SavedConfig) -> TrainState:
+    """The train state of a VQ-VAE's run, with shapes and dtypes in place of arrays."""
+    return train_state.abstract_train_state(_abstract_model(config))
 
 
 def model_of(checkpoint: Checkpoint) -> VQVAE:
@@ -147,11 +161,13 @@ def _abstract_model(config: SavedConfig) -> VQVAE:
         raise ValueError(str(error)) from error
 
 
-def _inference_only(checkpoint: epath.Path) -> UserError:
-    return UserError(
-        f"{checkpoint} has no optimizer, so that no run can resume from it: start one from its "
-        f"parameters, in another --workdir, with --config.init_from={checkpoint}"
-    )
+def _is_for_inference(checkpoint: epath.Path) -> bool:
+    """Whether `save_for_inference` wrote a checkpoint, as far as can be told if it is damaged."""
+    try:
+        _, _, saved_digests = _read_json(checkpoint)
+    except Exception:
+        return False
+    return "params" in (saved_digests or {}) and "opt_state" not in (saved_digests or {})
 
 
 def _set_aside(checkpoint: epath.Path, reason: DamageError, newest: epath.Path) -> None:
@@ -225,8 +241,8 @@ def _read(
 
     Args:
       checkpoint: the directory.
-      make_like: makes of the config the structure, shapes and dtypes of the part of the state that
-        is wanted.
+      make_like: maps the config to the structure, shapes and dtypes of the wanted part of the
+        state.
 
     Returns:
       The config, and the part of the state in NumPy arrays.
@@ -247,7 +263,7 @@ def _read(
             checkpoint / "state",
             args=ocp.args.PyTreeRestore(
                 like,
-                # In the dtype that was saved.
+                # Arrays keep the dtype that was saved.
                 restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like),
                 partial_restore=True,
             ),

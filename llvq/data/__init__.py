@@ -1,4 +1,4 @@
-"""What training and evaluation ask of a data set, data sets in memory, and the input order."""
+"""The data set protocol, data sets in memory, and the input order."""
 
 from llvq.data.arrays import ArrayDataset
 from llvq.data.dataset import Dataset, Images

@@ -21,10 +21,10 @@ class ArrayDataset:
     def __init__(self, *, flip: bool = False, **splits: Images) -> None:
         """Args:
           flip: whether training mirrors half of the images left to right.
-          **splits: images of each split, uint8 [n, height, width, channels].
+          **splits: the images of each split, uint8 [n, height, width, channels].
 
         Raises:
-          ValueError: if a split is not such an array, or images differ in shape.
+          ValueError: if a split is not such an array, or the splits differ in image shape.
         """
         for split, images in splits.items():
             if images.dtype != np.uint8 or images.ndim != 4:
@@ -43,7 +43,7 @@ class ArrayDataset:
     def batches(
         self, split: str, index_batches: Iterable[IndexBatch]
     ) -> Iterator[tuple[IndexBatch, Images]]:
-        """Each index batch with its images, in order; `index_batches` may be endless."""
+        """Yields each index batch with its images, in order; `index_batches` may be endless."""
         for batch in index_batches:
             images = self._splits[split][batch.index]
             if self._flip:
@@ -51,5 +51,5 @@ class ArrayDataset:
             yield batch, images
 
     def resident(self, split: str) -> Images | None:
-        """All images of a split, or None if training mirrors some of them."""
+        """All images of a split; None if training mirrors some of them."""
         return None if self._flip else self._splits[split]

@@ -1,4 +1,4 @@
-"""What training and evaluation ask of a data set."""
+"""The interface between data sets and their users, training and evaluation."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
@@ -12,7 +12,7 @@ Images = UInt8[np.ndarray, "n height width channels"]
 
 
 class Dataset(Protocol):
-    """Images by split ("train", "validation" and, if there is one, "test") and index."""
+    """Images by split ("train", "validation" and possibly "test") and index."""
 
     @property
     def num_images(self) -> Mapping[str, int]:
@@ -27,9 +27,9 @@ class Dataset(Protocol):
     def batches(
         self, split: str, index_batches: Iterable[IndexBatch]
     ) -> Iterator[tuple[IndexBatch, Images]]:
-        """Reads the images of each index batch: uint8 [n, height, width, channels]."""
+        """Yields each index batch with its images, uint8 [n, height, width, channels]."""
         ...
 
     def resident(self, split: str) -> Images | None:
-        """All images of a split, if they fit in memory and are never mirrored; else None."""
+        """All images of a split if they are in memory and never mirrored, else None."""
         ...

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ from etils import epath
 
 @contextlib.contextmanager
 def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
-    """Yields the path of a new file, which takes the place of `path` when the context ends well.
+    """Yields the path of a new file, which replaces `path` when the context ends without error.
 
-    After an error nothing of it is left, and `path` is as it was.
+    After an error the new file is deleted, and `path` is unchanged.
     """
     target = epath.Path(path)
     unfinished = target.with_name(f"{target.name}.unfinished")

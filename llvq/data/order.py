@@ -1,9 +1,9 @@
-"""Which image comes when: the input order, as index batches.
+"""The input order: which images each batch holds.
 
-Training reads one infinite stream: epoch e is a permutation of the training images given by
-(seed, e), and step s takes positions [s·B, (s+1)·B) of the stream, straddling epochs, so that
-every batch is full. The order is therefore a function of seed and step alone: not of restarts,
-hosts or devices. It is drawn from raw Philox bits, a stream that NumPy promises never to change.
+Training reads one infinite stream. Epoch e is a permutation of the training images given by
+(seed, e). Step s takes positions [s·B, (s+1)·B) of the stream; a batch may straddle two epochs, so
+that every batch is full. The order therefore depends on seed and step alone, not on restarts,
+hosts or devices. It comes from raw Philox bits, a stream that NumPy promises never to change.
 """
 
 import dataclasses
@@ -20,10 +20,9 @@ class IndexBatch:
     """One host's share of a batch, before its images are read.
 
     Attributes:
-      index: [n] of the images within their split.
-      flip: [n], whether to mirror each image left to right, where the data set wants flips.
-      mask: [n], False where an evaluation's last batch is filled up with an image that must not
-        count.
+      index: [n], the position of each image within its split.
+      flip: [n], whether to mirror each image left to right; data sets without flips ignore it.
+      mask: [n], False for images that only fill up an evaluation's last batch and must not count.
     """
 
     index: Int[np.ndarray, "n"]
@@ -32,7 +31,7 @@ class IndexBatch:
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
-    """How many batches cover every image at least once."""
+    """The number of batches that cover every image at least once."""
     return math.ceil(num_images / batch_size)
 
 
@@ -58,15 +57,15 @@ def training_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[IndexBatch]:
-    """The host's share of every training batch from `first_step` on, without end.
+    """Yields the host's share of every training batch from `first_step` on, without end.
 
     Args:
-      num_images: in the training split.
-      batch_size: of all hosts together; a multiple of process_count.
-      seed: of the order, at least 0.
+      num_images: the number of images in the training split.
+      batch_size: the number of images that all hosts take together; a multiple of process_count.
+      seed: the seed of the order, at least 0.
       first_step: the step of the first batch, 0 for a new run.
-      process_index: which host this is; it takes its slice of each batch by position.
-      process_count: how many hosts there are.
+      process_index: the index of this host, which takes its slice of each batch by position.
+      process_count: the number of hosts.
     """
     share = _host_slice(batch_size, process_index, process_count)
     step = first_step
@@ -87,9 +86,9 @@ def training_batches(
 def evaluation_batches(
     num_images: int, batch_size: int, *, process_index: int = 0, process_count: int = 1
 ) -> Iterator[IndexBatch]:
-    """The host's share of batches that hold every image once, in order and unflipped.
+    """Yields the host's share of batches that hold every image once, in order and unflipped.
 
-    The last batch is filled up with image 0, masked out. Arguments as for `training_batches`.
+    Image 0, masked out, fills up the last batch. For the arguments see `training_batches`.
     """
     share = _host_slice(batch_size, process_index, process_count)
     for start in range(0, num_images, batch_size):

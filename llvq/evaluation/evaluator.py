@@ -44,7 +44,7 @@ class Evaluator:
     ) -> dict[str, float] | None:
         """The figures of a split, each image counted once; its codes go to `usage`.
 
-        None if, asked after a batch, `is_time_to_stop` says so.
+        Returns None if `is_time_to_stop` says so after a batch.
         """
         totals: dict[str, float] = {}
         step = functools.partial(self._steps.measure, state)
@@ -112,7 +112,7 @@ class Evaluator:
         split: str,
         batch_size: int,
     ) -> Iterator[Any]:
-        """The step's result for images, mask and levels of every batch, one behind the device."""
+        """Yields the step's result for each batch while the device computes the next one."""
         batches = evaluation_batches(
             data.num_images[split],
             batch_size,

@@ -21,7 +21,7 @@ class VQVAE(nnx.Module):
         quantizer = LatticeQuantizer(64, rngs=rngs)
         model = VQVAE(quantizer, image_channels=1, hidden_dims=[64], rngs=rngs)
         codes = model.encode(images)
-        images = model.decode(codes)
+        images = model.decode(codes)  # floats; model.decode_uint8(codes) for pictures
 
     Images are [batch, height, width, channels], either uint8 or float in the value range that the
     model is trained with. Height and width must be multiples of 2 ** len(hidden_dims).
@@ -46,14 +46,14 @@ class VQVAE(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         """Args:
-        quantizer: what lies between encoder and decoder; its latent_dim is the network's.
+        quantizer: maps latents to codes; its latent_dim is the network's.
         image_channels: of the images, 1 or 3 as a rule.
         hidden_dims: the width of the network after each halving of the image.
         num_residual_blocks: in the encoder, and as many in the decoder.
         value_range: what 0 … 255 is mapped to; None if that is not known.
         dtype: of the convolutions' arithmetic.
         param_dtype: of the convolutions' parameters.
-        rngs: where initial values are drawn from (stream `params`).
+        rngs: the source of initial values (stream `params`).
         """
         self.encoder = Encoder(
             image_channels,
@@ -171,7 +171,7 @@ class VQVAE(nnx.Module):
         return self.value_range
 
     def _vectors(self, latents: Float[Array, "batch h w c"]) -> Float[Array, "batch h w ..."]:
-        """Latents whose last axis is one vector."""
+        """Latents reshaped so that the last axis is one vector."""
         if self.packing is None:
             return latents
         return latents.reshape(*latents.shape[:-1], self.packing**2, self.quantizer.latent_dim)

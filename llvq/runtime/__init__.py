@@ -1,1 +1,1 @@
-"""."""
+"""Devices, processes, signals and the console."""

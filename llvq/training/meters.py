@@ -11,7 +11,10 @@ from llvq.errors import DivergenceError
 
 
 class MetricsWindow:
-    """Means of the steps' metrics since the last log, read one call behind the device."""
+    """Means of the steps' metrics since the last log.
+
+    It reads them one call late, so as not to wait for the device.
+    """
 
     def __init__(self, describe_last_checkpoint: Callable[[], str]) -> None:
         """Args:

@@ -11,12 +11,11 @@ p = 2^−level, and every such code has been counted since its first occurrence.
 
 with the counts c of the kept codes and the number N of all vectors (the Horvitz–Thompson
 estimator and its variance as the sample gives it; ± is one standard error). The error does not
-grow with N. Codes that occurred once add nothing to the second sum: of a dense lattice the entropy
-is known almost exactly. Conversely, if there are more than `BUDGET` distinct codes and yet a few of
-them hold a large share of all vectors, the sample most likely misses those few. It shows: Σ c / p
-falls short of N by more than chance would have it. The entropy then comes out too high, by what
-those M vectors would take off it if they were all of one code, M·log M / N, at the most; its error
-is widened by that.
+grow with N. Codes that occurred once add nothing to the second sum: for a dense lattice the entropy
+is almost exact. Conversely, if there are more than `BUDGET` distinct codes and yet a few of them
+hold a large share of all vectors, the sample probably misses those few. That shows: Σ c / p falls
+short of N by more than chance allows. The entropy is then too high by at most M·log M / N, where M
+is the number of missing vectors; its error is widened by that.
 
 Keys are hashes: among n distinct codes two have the same key, so that one goes uncounted, with a
 probability below n² / 2⁶⁵: 4e-6 for 12 million codes.
@@ -66,14 +65,14 @@ class CodebookUsage:
         self._num_pending = 0
 
     def levels(self, mesh: Mesh) -> Int32[Array, "devices"]:
-        """The level, as `count_codes` wants it; hosts need not agree on it."""
+        """The level, in the form that `count_codes` takes; hosts need not agree on it."""
         return jax.make_array_from_process_local_data(
             sharding.device_sharded(mesh),
             np.full(len(mesh.local_devices), self._level, np.int32),
         )
 
     def add(self, batch: CodeCounts) -> None:
-        """Counts what this host's devices have found in a batch."""
+        """Adds what this host's devices have counted in a batch."""
         *figures, heads = jax.device_get([_shards(field) for field in batch[:-1]])
         pieces = [_shards(piece) for piece in batch.keys]
         for device, (num_vectors, smallest, largest, num_kept, num_distinct, head) in enumerate(
@@ -110,11 +109,11 @@ class CodebookUsage:
 
     @property
     def _limit(self) -> int:
-        """What the keys of this level are below."""
+        """The upper bound of the keys of this level."""
         return 2 ** (64 - self._level)
 
     def over_all_hosts(self) -> "CodebookUsage":
-        """What all hosts have counted together; to be called by each of them, at the same time."""
+        """The counts of all hosts together. All hosts must call it at the same time."""
         if jax.process_count() == 1:
             return self
         self._merge()
@@ -126,7 +125,7 @@ class CodebookUsage:
         merged.num_vectors = int(num_vectors.sum())
         merged._smallest = _gather(self._smallest).min(axis=0)
         merged._largest = _gather(self._largest).max(axis=0)
-        # In slices of the keys' range, so that no host holds all hosts' tables at once.
+        # Slices of the keys' range: no host holds all hosts' tables at once.
         num_slices = int(sizes.max()) * len(sizes) // _PENDING + 1
         bounds = [merged._limit * i // num_slices for i in range(num_slices + 1)]
         edges = np.array([_num_below(self._keys, bound) for bound in bounds])
@@ -160,7 +159,7 @@ class CodebookUsage:
 
     @property
     def standard_error(self) -> float:
-        """Of num_distinct, as a fraction of it; 0 if it is exact."""
+        """Standard error of num_distinct, as a fraction of it; 0 if that is exact."""
         self._merge()
         return math.sqrt((1 - 2.0**-self._level) / max(len(self._keys), 1))
 
@@ -171,7 +170,7 @@ class CodebookUsage:
 
     @property
     def entropy(self) -> float:
-        """Of the codes' frequencies, in bits a vector."""
+        """Entropy of the codes' frequencies, in bits per vector."""
         if not self.num_vectors:
             return 0.0
         total = float(np.sum(self._terms())) * 2**self._level
@@ -179,7 +178,10 @@ class CodebookUsage:
 
     @property
     def entropy_standard_error(self) -> float:
-        """Of the entropy, in bits a vector; 0 if it is exact. More if heavy codes were missed."""
+        """Standard error of the entropy, in bits per vector; 0 if that is exact.
+
+        It is wider if frequent codes were missed.
+        """
         if self.is_exact:
             return 0.0
         scale = math.sqrt(1 - 2.0**-self._level) * 2**self._level
@@ -236,6 +238,6 @@ def _count(
 
 def _gather(array: Int64[np.ndarray, "..."] | Int32[np.ndarray, "..."]) -> np.ndarray:
     """The arrays of all hosts, stacked; of equal shape on each."""
-    # As words of 32 bits, since JAX as a rule has no others.
+    # As 32-bit words, because JAX has no 64-bit integers by default.
     words = multihost_utils.process_allgather(np.ascontiguousarray(array).view(np.uint32))
     return np.ascontiguousarray(words).view(array.dtype)

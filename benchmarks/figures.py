@@ -1,0 +1,245 @@
+"""What the benchmarks do with their figures: keep them in a JSON file, and write tables of them."""
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from benchmarks import measure
+from benchmarks.measure import Case
+from llvq.data.files import replacing
+from llvq.errors import UserError, first_line
+from llvq.runtime.console import markdown_table
+
+Row = dict[str, Any]
+
+# Above this load average, other programs are at work. That distorts the comparison: with more
+# threads than free cores, PyTorch was seen to take 90 times as long as with one thread.
+_QUIET = 0.5
+
+_HEADER = """# llvq and PyTorch side by side
+
+The programs named below wrote this page and say what they measure; do not edit it by hand. Times
+are medians of runs in turns; "faster by" is the median of the ratios of neighbouring runs, with its
+quartiles in brackets.
+"""
+_SOURCE = ("program", "machine", "versions", "command")
+
+
+def read_rows(output: pathlib.Path, check: Callable[[list[Row]], Any]) -> list[Row]:
+    """What earlier runs have kept in a JSON file, if anything.
+
+    Args:
+      output: the file.
+      check: raises an exception if the rows are of another kind.
+
+    Raises:
+      UserError: if the file cannot be used.
+    """
+    if output.suffix != ".json":
+        raise UserError(f"--output={output}: must end in .json; a table is written beside it")
+    if not output.parent.is_dir():
+        raise UserError(f"--output={output}: there is no directory {output.parent}")
+    if not output.exists():
+        return []
+    try:
+        rows = json.loads(output.read_text())
+        check(rows)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise UserError(f"--output={output} exists and is not of this program") from error
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be read: {error.strerror or error}") from error
+    return rows
+
+
+def write_rows(output: pathlib.Path, rows: Sequence[Row], markdown: str) -> None:
+    """Keeps rows in a JSON file, which is replaced as a whole, and Markdown beside it.
+
+    Raises:
+      UserError: if they cannot be written.
+    """
+    try:
+        with replacing(output) as file:
+            file.write_text(json.dumps(rows, indent=1) + "\n")
+        output.with_suffix(".md").write_text(markdown)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--output={output} cannot be written: {reason}") from error
+
+
+def source(program: str, *packages: str) -> Row:
+    """Where the figures of this process come from: the entries that `by_source` groups rows by.
+
+    Args:
+      program: e.g. "train_step.py".
+      packages: whose versions matter.
+    """
+    command = " ".join(["python", *sys.argv])
+    values = program, measure.machine(), measure.versions(*packages), command
+    return dict(zip(_SOURCE, values, strict=True))
+
+
+def by_source(rows: Sequence[Row]) -> Iterator[tuple[Row, list[Row]]]:
+    """(source, rows) of each command on each machine, in the order of their first rows."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in _SOURCE), []).append(row)
+    for values, group in groups.items():
+        yield dict(zip(_SOURCE, values, strict=True)), group
+
+
+def comparison_table(rows: Sequence[Row]) -> str:
+    """A line for each contender of each row, with llvq's speed over its speed.
+
+    Args:
+      rows: as `record` makes them, of one benchmark.
+    """
+    ours = list(dict.fromkeys(name for row in rows for name in row["seconds"] if "llvq" in name))
+    header = [*rows[0]["setting"], "program", "ms", f"{rows[0]['unit']}/s", "memory, MB"]
+    header += [f"{name} is faster by" for name in ours]
+    lines: list[list[str]] = []
+    for row in rows:
+        for name, seconds in row["seconds"].items():
+            line = [*map(_cell, row["setting"].values()), name]
+            if seconds is None:
+                lines.append([*line, "**does not fit**", *[""] * (2 + len(ours))])
+                continue
+            median, memory = statistics.median(seconds), row["memory_bytes"].get(name)
+            line += [f"{1e3 * median:.3g}", f"{row['amount'] / median:,.4g}"]
+            line.append("" if memory is None else f"{memory / 1e6:,.4g}")
+            line += [_ratio(row["seconds"], name, our) for our in ours]
+            lines.append(line)
+    return markdown_table(header, lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _ratio(seconds: Mapping[str, list[float] | None], theirs: str, ours: str) -> str:
+    their_seconds, our_seconds = seconds[theirs], seconds.get(ours)
+    if theirs == ours or not their_seconds or not our_seconds:
+        return ""
+    ratios = sorted(a / b for a, b in zip(their_seconds, our_seconds, strict=True))
+    quarter = len(ratios) // 4
+    return f"{statistics.median(ratios):.2f} ({ratios[quarter]:.2f} … {ratios[-1 - quarter]:.2f})"
+
+
+def report(rows: Sequence[Row]) -> str:
+    """All rows of `record` in Markdown, with a section for each command on each machine."""
+    sections = [_HEADER]
+    for where, part in by_source(rows):
+        loads = [row["load"] for row in part if "load" in row]
+        note = f"; load average before: {max(loads):.1f}" if loads else ""
+        sections.append(
+            f"\n## {where['program']}: {where['machine']}\n\n    {where['command']}\n\n"
+            f"{where['versions']}{note}\n\n{comparison_table(part)}\n"
+        )
+    return "".join(sections)
+
+
+def record(
+    program: str,
+    packages: Sequence[str],
+    cases: Sequence[Case],
+    unit: str,
+    options: argparse.Namespace,
+    between: Callable[[], None] = lambda: None,
+) -> None:
+    """Runs a benchmark: measures all cases, prints them as a table, and keeps them as they come.
+
+    A case replaces the same case of the same program and machine that was kept before.
+
+    Args:
+      program: e.g. "train_step.py".
+      packages: whose versions matter.
+      cases: what to measure.
+      unit: of what a step handles, e.g. "images".
+      options: of `add_options`.
+      between: is called before each case.
+
+    Raises:
+      UserError: if the output cannot be used, or memory is too small.
+    """
+    kept = read_rows(options.output, report) if options.output else []
+    where = source(program, *packages)
+    load = os.getloadavg()[0]
+    if load > _QUIET and jax.default_backend() == "cpu":
+        print(
+            f"other programs keep {load:.1f} cores busy: on a CPU PyTorch's threads then wait for "
+            "each other, and the ratios flatter llvq",
+            file=sys.stderr,
+        )
+    measured: list[Row] = []
+    start = time.monotonic()
+    for number, case in enumerate(cases):
+        left = (time.monotonic() - start) / number * (len(cases) - number) if number else None
+        eta = "" if left is None else f", {left / 60:.0f} min left"
+        print(
+            f"{number + 1}/{len(cases)}{eta}:", *case.setting.values(), file=sys.stderr, flush=True
+        )
+        between()
+        try:
+            seconds, memory = measure.compare(case.contenders, options.repeats, options.min_seconds)
+        except (MemoryError, RuntimeError) as error:
+            if not measure.lacks_memory(error):
+                raise
+            raise UserError(
+                f"not enough memory to run the contenders in turns ({first_line(error):.150}): "
+                "choose smaller sizes"
+            ) from error
+        row = {**where, "setting": case.setting, "unit": unit, "amount": case.amount}
+        row |= {"load": load, "seconds": seconds, "memory_bytes": memory}
+        measured.append(row)
+        kept = [old for old in kept if _identity(old) != _identity(row)] + [row]
+        if options.output:
+            write_rows(options.output, kept, report(kept))
+    print(comparison_table(measured))
+
+
+def _identity(row: Row) -> tuple[Any, ...]:
+    return row["program"], row["machine"], row["setting"]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `record` needs."""
+    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each contender")
+    parser.add_argument(
+        "--min-seconds", type=float, default=0.2, help="a run has as many calls as fill this time"
+    )
+    parser.add_argument("--output", type=pathlib.Path, help="a JSON file to keep the figures in")
+
+
+def check_options(options: argparse.Namespace, *names: str) -> None:
+    """Raises UserError unless the options of these names, and the repeats, are above 0."""
+    for name in ("repeats", *names):
+        values = getattr(options, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value < 1:
+                raise UserError(f"--{name.replace('_', '-')}: {value} must be at least 1")
+    if not options.min_seconds >= 0:
+        raise UserError(f"--min-seconds: {options.min_seconds} must be 0 or more")
+
+
+def require_torch() -> None:
+    """Raises UserError unless PyTorch is installed and runs where JAX does."""
+    if importlib.util.find_spec("torch") is None:
+        raise UserError('PyTorch is not installed: pip install "torch>=2.6"')
+    import torch
+
+    backend = jax.default_backend()
+    if backend not in ("cpu", "gpu"):
+        raise UserError(f"JAX runs on {backend}, PyTorch does not: give JAX_PLATFORMS=cpu")
+    if backend == "gpu" and not torch.cuda.is_available():
+        raise UserError(
+            f"JAX runs on a GPU that PyTorch {torch.__version__} does not find: install PyTorch "
+            "for CUDA, or give JAX_PLATFORMS=cpu"
+        )

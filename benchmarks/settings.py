@@ -1,0 +1,70 @@
+"""Which data sets, and which configs, the benchmarks measure."""
+
+import dataclasses
+import importlib
+import importlib.util
+import pathlib
+import sys
+import types
+from typing import Any
+
+from llvq.config import TrainConfig, parse
+
+_FILES = (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
+DATASETS = tuple(sorted({path.stem for path in _FILES} - {"__init__", "default"}))
+
+
+class _Fields(dict):
+    """As much of ml_collections.ConfigDict as the files of configs/ use."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        super().__init__(
+            {name: _Fields(x) if isinstance(x, dict) else x for name, x in fields.items()}
+        )
+
+    __getattr__ = dict.__getitem__
+    __setattr__ = dict.__setitem__
+
+
+# A machine with a GPU may lack ml_collections.
+if importlib.util.find_spec("ml_collections") is None:
+    sys.modules["ml_collections"] = types.ModuleType("ml_collections")
+    vars(sys.modules["ml_collections"])["ConfigDict"] = _Fields
+
+
+def get_config(
+    dataset: str,
+    quantizer: str,
+    *,
+    batch_size: int = 0,
+    image_size: int = 0,
+    compute_dtype: str = "float32",
+    options: dict[str, Any] | None = None,
+) -> TrainConfig:
+    """The config of the paper's recipe.
+
+    Args:
+      dataset: of DATASETS.
+      quantizer: of llvq.quantizers.QUANTIZERS.
+      batch_size: images per step, if above 0.
+      image_size: height and width of the images, if above 0.
+      compute_dtype: of the convolutions' arithmetic.
+      options: of the quantizer, where they are not the defaults.
+
+    Raises:
+      UserError: if a run with this config is impossible.
+    """
+    config = parse(importlib.import_module(f"configs.{dataset}").get_config(quantizer))
+    model, chosen = config.model, config.quantizer
+    if image_size:
+        shape = image_size, image_size, model.image_shape[-1]
+        model = dataclasses.replace(model, image_shape=shape)
+    return parse(
+        dataclasses.replace(
+            config,
+            batch_size=batch_size or config.batch_size,
+            compute_dtype=compute_dtype,
+            model=model,
+            quantizer=dataclasses.replace(chosen, options={**chosen.options, **(options or {})}),
+        )
+    )
