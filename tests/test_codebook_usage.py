@@ -231,6 +231,7 @@ def test_codes_that_occur_once_leave_no_doubt_about_the_entropy():
     assert usage.entropy_standard_error == 0
 
 
+@pytest.mark.slow
 def test_two_processes_count_as_one():
     with socket.socket() as free:
         free.bind(("localhost", 0))

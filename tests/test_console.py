@@ -13,9 +13,10 @@ from llvq.runtime import console
 from tests.groups import ROOT
 
 _TRAIN = """
-import time
+import logging as python_logging, time
 from absl import logging
 from llvq.runtime import console
+python_logging.basicConfig()  # a library's
 console._EVERY_SECONDS = 0.3
 console.set_up()
 with console.Progress(12, "training", 2) as report:

@@ -60,7 +60,10 @@ def run(workdir, config, data=None):
         # After an epoch the steps are others: those without a gradient.
         (16, config("vq_ema", 20, 10, (20, 20, 20), schedule="first_epoch"), [5, 10, 15, 20]),
         # As many steps as there are.
-        (4, config("sparse_lattice", 9, 6, (6, 6, 12), schedule="cosine"), [3, 6, 9]),
+        pytest.param(
+            *(4, config("sparse_lattice", 9, 6, (6, 6, 12), schedule="cosine"), [3, 6, 9]),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 @pytest.mark.usefixtures("_accelerator")
@@ -81,6 +84,7 @@ def test_several_steps_in_one_call_are_the_same_run(batch_size, several, ends, t
             assert written[name] == pytest.approx(values, rel=1e-9), name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_accelerator")
 def test_stopped_where_nothing_follows_a_step_it_goes_on_bit_identical(tmp_path, monkeypatch):
     settings = config("vq", 8, 2, (8, 8, 8))

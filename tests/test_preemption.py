@@ -87,6 +87,7 @@ def test_before_the_first_step_and_while_evaluating(tmp_path):
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_two_processes_stop_at_one_step_and_go_on(tmp_path):
     def processes_of(num_steps, seconds):
         return group(*(command(tmp_path, num_steps, seconds, *x) for x in groups.options(2)))

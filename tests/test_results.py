@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -181,7 +182,8 @@ def test_the_summary_has_a_row_for_each_run(tmp_path, capsys):
         evaluation = {**figures, **changes, "checkpoint": "checkpoints/860"}
         (workdir / "evaluation.json").write_text(json.dumps(evaluation))
     summary.main(list(map(str, workdirs)))
-    header, _, exact, estimate, *rest = capsys.readouterr().out.splitlines()
+    lines = [re.sub(r" +", " ", line) for line in capsys.readouterr().out.splitlines()]
+    header, _, exact, estimate, *rest = lines
     assert header == (
         "| data set | recipe | quantizer | seed | split | MSE | PSNR | SSIM | codes in use "
         "| entropy, bits per vector |"

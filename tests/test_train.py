@@ -30,6 +30,8 @@ from tests.runs import (
     run_steps,
 )
 
+SLOW = pytest.mark.slow
+
 
 @pytest.mark.parametrize("quantizer", tiny.NAMES)
 def test_a_resumed_run_is_bit_identical(quantizer, tmp_path):
@@ -64,7 +66,9 @@ def assert_devices_agree(quantizer, num_steps, seed):
     return min((basis.min() for basis in bases), default=None)
 
 
-@pytest.mark.parametrize("quantizer", ["vq", "vq_ema", "sparse_lattice"])
+@pytest.mark.parametrize(
+    "quantizer", ["vq_ema", *(pytest.param(name, marks=SLOW) for name in ("vq", "sparse_lattice"))]
+)
 def test_one_and_eight_devices_are_the_same_computation(quantizer):
     """In float64, where 30 steps do not amplify rounding into another argmin."""
     assert_devices_agree(quantizer, 30, SEED_NEAR_ZERO)
@@ -75,6 +79,7 @@ def test_one_and_eight_devices_are_the_same_computation_dense_lattice():
     assert assert_devices_agree("dense_lattice", 10, SEED_NEAR_ZERO) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", tiny.NAMES)
 def test_one_and_eight_devices_agree_at_first_in_float32(quantizer):
     one, eight = (run_steps(quantizer, n, 5, "float32") for n in (1, 8))
@@ -373,7 +378,14 @@ def test_after_a_change_of_schedule_the_rate_is_that_of_the_step(tmp_path):
     Adam's first update is the learning rate times the gradient's sign, as nearly as ε lets it.
     """
     data = tiny.dataset()
-    config = tiny.config("vq_ema", schedule="first_epoch", num_train_steps=8, log_every_steps=1)
+    config = tiny.config(
+        "vq_ema",
+        schedule="first_epoch",
+        num_train_steps=8,
+        log_every_steps=1,
+        eval_every_steps=100,
+        checkpoint_every_steps=100,
+    )
     train.train_and_evaluate(config, tmp_path, data)  # an epoch has 5 steps
 
     config |= {"schedule": "cosine", "num_train_steps": 20}
@@ -433,10 +445,10 @@ def test_a_run_may_start_from_a_models_parameters(quantizer, tmp_path):
         _, (_, images) = 0, next(data.batches("train", order.training_batches(70, 16, seed=4)))
         expected, _ = step(sharding.replicate(state, mesh), sharding.to_devices(images, mesh))
         assert_identical(found, expected)
-        # It resumes from its own checkpoints, not from that model.
-        resumed = train.train_and_evaluate(config, workdir, data)
-        whole = train.train_and_evaluate(config, tmp_path / f"whole_{source.name}", data)
-        assert_identical(resumed, whole)
+    # It resumes from its own checkpoints, not from that model.
+    resumed = train.train_and_evaluate(config, workdir, data)
+    whole = train.train_and_evaluate(config, tmp_path / "whole", data)
+    assert_identical(resumed, whole)
 
 
 def test_another_models_parameters_are_refused(tmp_path):

@@ -28,7 +28,6 @@ def config(quantizer: str, **overrides: Any) -> dict[str, Any]:
             image_shape=(12, 12, 1),
             value_range=(-0.5, 0.5),
             hidden_dims=(8,),
-            num_residual_blocks=1,
             latent_dim=8,
         )
     )

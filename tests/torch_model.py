@@ -10,7 +10,7 @@ from llvq.quantizers import default_options
 class Model(torch_model.VQVAE):
     """A model whose quantizer maps latents to different codes. Images are NumPy arrays, NHWC."""
 
-    def __init__(self, quantizer, channels, hidden_dims, num_blocks=1, latent_dim=8, size=16):
+    def __init__(self, quantizer, channels, hidden_dims, num_blocks=2, latent_dim=8, size=16):
         super().__init__(
             torch_model.QUANTIZERS[quantizer](latent_dim, **options(quantizer, size)),
             latent_dim,

@@ -34,7 +34,7 @@ def set_up() -> None:
     handler = _Handler()
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.addFilter(_concerns_user)
-    python_logging.getLogger().handlers = [handler]
+    python_logging.getLogger().handlers = [handler]  # instead of absl's and others'
     logging.set_verbosity(logging.INFO)
     sys.excepthook = _show_exception
 
