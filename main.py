@@ -60,7 +60,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         try:
             arguments = flags.FLAGS(argv)
             config = _CONFIG.value
-            if config:
+            if config is not None and hasattr(config, "to_dict"):
                 config.to_dict()  # raises what loading the config file has raised
         except UserError:
             raise
@@ -89,8 +89,8 @@ def _describe_mistake(error: BaseException) -> str:
             message = cause.msg if isinstance(cause, SyntaxError) else first_line(cause)
             return f"{place}: {type(cause).__name__}: {message}"
     if isinstance(error, AttributeError):
-        field = str(error).strip("\"'")
-        return f"the config has no field {field!r}: llvq/config.py lists them"
+        field = str(error.args[0]).split("\n")[0].strip("\"'")
+        return f"the config has no field {field!r}: llvq/config.py and llvq/quantizers list them"
     if isinstance(error, OSError):
         return f"--config: {' '.join(str(error.__cause__ or error).split())}"
     message = " ".join(str(error).split())

@@ -109,7 +109,7 @@ def _read_idx(directory: epath.Path, split: str) -> Images:
     path = _idx_file(directory, split)
     if path is None:
         raise UserError(f"{directory} lacks {name} (or {name}.gz)")
-    remedy = "fetch it again (see README, Data)"
+    remedy = "fetch it again (see docs/data.md)"
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content

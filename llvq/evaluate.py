@@ -1,7 +1,10 @@
 """Evaluation of a checkpoint: metrics of its reconstructions, and which codes it uses."""
 
+import contextlib
 import json
+import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -107,17 +110,27 @@ def evaluate(
         per_epoch = steps_per_epoch(data.num_images["train"], run["batch_size"])
         results["num_train_steps"] = run["num_train_steps"] or run["num_epochs"] * per_epoch
     if jax.process_index() == 0:
-        report = epath.Path(workdir) / _REPORT
-        try:
-            with replacing(epath.Path(workdir) / "reconstructions.png") as file:
-                pictures.write_png(file, picture)
-            with replacing(report) as file:
-                file.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"{workdir}/{_REPORT} cannot be written ({error.strerror or error})"
-            ) from error
+        with _writing(epath.Path(workdir) / "reconstructions.png") as file:
+            pictures.write_png(file, picture)
+        with _writing(epath.Path(workdir) / _REPORT) as file:
+            # A metric that is not finite is null, which JSON has a word for.
+            figures = {k: v if _is_finite(v) else None for k, v in results.items()}
+            file.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
     return results
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+@contextlib.contextmanager
+def _writing(path: epath.Path) -> Iterator[epath.Path]:
+    """Replaces a file; a UserError names the one that cannot be written."""
+    try:
+        with replacing(path) as unfinished:
+            yield unfinished
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
 
 
 def _name(checkpoint: epath.Path, workdir: epath.PathLike) -> str:

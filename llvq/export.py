@@ -33,8 +33,9 @@ def export(workdir: epath.PathLike, command: str) -> str:
     config, state = checkpoint.config, checkpoint.state
     evaluation = read_evaluation(workdir, checkpoint.path)
     name = f"{config['dataset']['name']}/{config['quantizer']['name']}"
-    # The local paths of the data are of no use to others.
+    # Local paths are of no use to others.
     config = {**config, "dataset": {"name": config["dataset"]["name"]}}
+    config.pop("init_from", None)
     directory = pretrained.DIRECTORY / name
     checkpointing.save_for_inference(directory, state, config)
     for marker in directory.rglob("commit_success.txt"):

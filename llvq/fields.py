@@ -53,7 +53,7 @@ class Number:
 
     def __str__(self) -> str:
         but = "" if self.excluded is None else f", but not {self.excluded:g}"
-        return f"a number from {self.smallest:g} to {self.largest:g}{but}"
+        return f"a number from {self.smallest} to {self.largest}{but}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +78,14 @@ class Text:
         return "a text"
 
 
+@dataclasses.dataclass(frozen=True, init=False)
 class Choice:
     """A few values that are named."""
 
+    values: tuple[str, ...]
+
     def __init__(self, *values: str) -> None:
-        self.values = values
+        object.__setattr__(self, "values", values)
 
     def accepts(self, value: Any) -> bool:
         return isinstance(value, str) and value in self.values

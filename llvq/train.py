@@ -43,7 +43,7 @@ from llvq.training.train_state import TrainState
 from llvq.training.train_step import Metrics, make_train_step
 from llvq.usage import CodebookUsage
 
-_STOPPED = "stopped by SIGTERM, saved at step {}; the same command goes on from there"
+_STOPPED = "stopped by SIGTERM, saved at step {}; the same command resumes from there"
 
 
 class Validation(NamedTuple):
@@ -64,7 +64,8 @@ class Task(Protocol):
     """What a run trains, and how: all that the loop has to know of a model.
 
     Attributes:
-      state: what the run starts or resumes from: a pytree whose `step` counts the steps done.
+      state: what the run starts or resumes from: a pytree whose `step` counts the steps done. The
+        first step may reuse its memory.
       num_steps: the step at which the run ends.
       images_per_step: over all devices and hosts.
     """
@@ -124,6 +125,8 @@ def train_and_evaluate(
     """
     config = parse(config)
     check_data(config, data)
+    if config.init_from:  # before a workdir is made
+        checkpointing.find(config.init_from, "name another one with --config.init_from")
     checkpointing.require_writable(workdir)
     num_devices = jax.device_count()
 
@@ -150,7 +153,12 @@ def _start(config: TrainConfig) -> TrainState:
     found = checkpointing.load(config.init_from)
     check_same_model(config, found.config, f"init_from={found.path}", dataset=False)
     logging.info("Starting from the parameters of %s", found.path)
-    return state.replace(params=found.state.params, statistics=found.state.statistics)
+    params, statistics = jax.tree.map(
+        lambda loaded, fresh: loaded.astype(fresh.dtype),
+        (found.state.params, found.state.statistics),
+        (state.params, state.statistics),
+    )
+    return state.replace(params=params, statistics=statistics)
 
 
 class VQVAETask:

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx, struct
 from jax import numpy as jnp
 
-from llvq import checkpointing, evaluate, train
+from llvq import checkpointing, evaluate, pretrained, pretrained_index, train
 from llvq.config import of_saved, parse
 from llvq.data import ArrayDataset, order
 from llvq.errors import DivergenceError, UserError
@@ -514,3 +514,22 @@ def test_the_loop_trains_any_task(tmp_path):
     assert writer.scalars["validation/reconstruction_loss"][6] == pytest.approx(
         3 * 0.8**12, rel=1e-5
     )
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_a_shipped_model_in_a_workdir_is_refused_with_the_way_out(seed, tmp_path):
+    shutil.copytree(pretrained.DIRECTORY / "fashion_mnist/vq", tmp_path / "checkpoints/1")
+    config = {**pretrained_index()["fashion_mnist/vq"]["config"], "seed": seed}
+    data = ArrayDataset(
+        **dict.fromkeys(("train", "validation"), np.zeros((64, 28, 28, 1), np.uint8))
+    )
+    with pytest.raises(UserError, match=r"has no optimizer.*--config.init_from=/.*/checkpoints/1$"):
+        train.train_and_evaluate(config, tmp_path, data)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+def test_a_mistyped_init_from_is_named_before_a_workdir_is_made(tmp_path):
+    config = tiny.config("vq", init_from=str(tmp_path / "mistyped"))
+    with pytest.raises(UserError, match=r"no checkpoint in .*/mistyped: .*--config.init_from"):
+        train.train_and_evaluate(config, tmp_path / "run", tiny.dataset())
+    assert not list(tmp_path.iterdir())

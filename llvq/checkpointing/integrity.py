@@ -1,9 +1,11 @@
 """Whether a checkpoint is what was saved, and whether there is room to save one."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
 from typing import Any
 
 import jax
@@ -49,12 +51,8 @@ def require_room(directory: epath.Path, tree: Any) -> None:
     if "://" in os.fspath(directory) or jax.process_index() != 0:  # buckets are never full
         return
     num_bytes = sum(array.nbytes for array in jax.tree.leaves(tree)) + _NUM_BYTES_OF_METADATA
-    probe = directory / ".room-for-checkpoint"
-    try:
-        with probe.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
-    finally:
-        probe.unlink(missing_ok=True)
+    if shutil.disk_usage(directory).free < num_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def require_writable(workdir: epath.PathLike) -> None:
@@ -94,8 +92,17 @@ def _require_shared(directory: epath.Path) -> None:
 
 
 def remove(directory: epath.Path) -> None:
-    """Deletes what a save that failed has written, under its own or a temporary name."""
-    leftovers = directory.parent.glob(f"{directory.name}.orbax-checkpoint-tmp*")
-    for path in (directory, *leftovers):
-        with contextlib.suppress(OSError):  # it may be gone, or still be written to
-            path.rmtree()
+    """Deletes what a save that failed has written, under its own and temporary names."""
+    _remove_tree(directory)
+    remove_leftovers(directory)
+
+
+def remove_leftovers(directory: epath.Path) -> None:
+    """Deletes what a save that failed has written under temporary names."""
+    for leftover in directory.parent.glob(f"{directory.name}.orbax-checkpoint-tmp*"):
+        _remove_tree(leftover)
+
+
+def _remove_tree(directory: epath.Path) -> None:
+    with contextlib.suppress(OSError):  # it may be gone, or still be written to
+        directory.rmtree()

@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 from orbax import checkpoint as ocp
 
-from llvq.checkpointing.integrity import digests, remove, require_room
+from llvq.checkpointing.integrity import digests, remove, remove_leftovers, require_room
 from llvq.checkpointing.reading import FORMAT, absolute, rank
 from llvq.errors import UserError, first_line
 from llvq.training.train_state import TrainState
@@ -81,8 +81,7 @@ def _saving(
         yield
     except Exception as error:
         if jax.process_index() == 0:
-            for leftover in manager.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-                remove(leftover)
+            remove_leftovers(manager.directory / str(step))
         manager.reload()  # otherwise Orbax goes on counting the failed checkpoint as its newest
         message = f"the checkpoint of step {step} could not be saved ({first_line(error)})"
         # One of several processes cannot continue alone.

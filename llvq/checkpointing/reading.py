@@ -29,6 +29,8 @@ from llvq.training.train_state import TrainState, Tree
 # a format, opt_state is that of optax.adam, which counts the steps once more beside Adam's moments.
 FORMAT = 2
 
+_TRAIN_FIRST = "train first, or name one with --checkpoint"
+
 SavedConfig = Mapping[str, Any]
 
 
@@ -57,16 +59,17 @@ def rank(metrics: Mapping[str, float]) -> float:
     return metrics["reconstruction_loss"]
 
 
-def find(path: epath.PathLike) -> epath.Path:
+def find(path: epath.PathLike, remedy: str = _TRAIN_FIRST) -> epath.Path:
     """The checkpoint that a path means, by its name alone; see `load` for its contents.
 
     Args:
       path: a checkpoint, a directory of checkpoints, or a workdir; of several the newest is meant.
+      remedy: what to do if there is none, for the message.
 
     Raises:
       UserError: if there is no checkpoint.
     """
-    return _candidates(path)[0]
+    return _candidates(path, remedy)[0]
 
 
 def load(path: epath.PathLike) -> Checkpoint:
@@ -112,20 +115,13 @@ def resume(
     """
     directory = absolute(workdir) / "checkpoints"
     checkpoints = _finished(directory)
-    kinds = []
-
-    def like(config: SavedConfig) -> Tree:
-        abstract = make_like(config)
-        kinds.append(type(abstract))
-        return vars(abstract)
-
     if checkpoints and _is_for_inference(checkpoints[0]):
         raise UserError(
             f"{checkpoints[0]} has no optimizer, so that no run can resume from it: start one from "
             f"its parameters, in another --workdir, with --config.init_from={checkpoints[0]}"
         )
     remedy = "delete what is damaged to start anew, or use another --workdir"
-    found = _newest_sound(directory, checkpoints, like, remedy)
+    found = _newest_sound(directory, checkpoints, lambda config: vars(make_like(config)), remedy)
     if found is None:
         return None
     newest, (config, state), damage = found
@@ -139,7 +135,7 @@ def resume(
         for checkpoint, reason in damage.items():
             _set_aside(checkpoint, reason, newest)
     multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
-    return Checkpoint(newest, config, kinds[0](**state))
+    return Checkpoint(newest, config, type(make_like(config))(**state))
 
 
 def abstract_state(config: SavedConfig) -> TrainState:
@@ -164,10 +160,10 @@ def _abstract_model(config: SavedConfig) -> VQVAE:
 def _is_for_inference(checkpoint: epath.Path) -> bool:
     """Whether `save_for_inference` wrote a checkpoint, as far as can be told if it is damaged."""
     try:
-        _, _, saved_digests = _read_json(checkpoint)
+        metadata = ocp.PyTreeCheckpointHandler().metadata(checkpoint / "state").tree
     except Exception:
         return False
-    return "params" in (saved_digests or {}) and "opt_state" not in (saved_digests or {})
+    return "params" in metadata and "opt_state" not in metadata
 
 
 def _set_aside(checkpoint: epath.Path, reason: DamageError, newest: epath.Path) -> None:
@@ -183,7 +179,7 @@ def _set_aside(checkpoint: epath.Path, reason: DamageError, newest: epath.Path) 
     )
 
 
-def _candidates(path: epath.PathLike) -> list[epath.Path]:
+def _candidates(path: epath.PathLike, remedy: str = _TRAIN_FIRST) -> list[epath.Path]:
     """The checkpoints that a path may mean: itself, or those of a run, newest first."""
     root = absolute(path)
     if (root / "state").exists() and (root / "config").exists():
@@ -196,7 +192,7 @@ def _candidates(path: epath.PathLike) -> list[epath.Path]:
     directory = root / "checkpoints" if (root / "checkpoints").exists() else root
     checkpoints = _finished(directory)
     if not checkpoints:
-        raise UserError(f"no checkpoint in {root}: train first, or name one with --checkpoint")
+        raise UserError(f"no checkpoint in {root}: {remedy}")
     return checkpoints
 
 
@@ -279,6 +275,8 @@ def _read(
 
 
 def _convert(array: np.ndarray, wanted: Any) -> np.ndarray:
+    if not isinstance(array, np.ndarray):
+        raise ValueError("an array is missing")
     if array.shape != wanted.shape:
         raise ValueError(f"an array has the shape {array.shape}, not {wanted.shape}")
     return array.astype(wanted.dtype)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Shaped
 _Images = Float[Array, "batch height width channels"]
 _Kernel = Float[Array, "kernel_height kernel_width in out"]
 
-# Of images, kernels and results, for jax.lax.
+# The layouts of images, kernels and results, for jax.lax.
 DIMENSION_NUMBERS = ("NHWC", "HWIO", "NHWC")
 
 _TPU_LANES = 128

@@ -93,7 +93,7 @@ class LatticeQuantizer(Quantizer):
         return self.effective_basis() * codes.astype(self.param_dtype)
 
     def losses(self, codebook_loss: Float[Array, ""], commitment_loss: Float[Array, ""]) -> Losses:
-        # Of the parameter, not of the basis in use: an entry at zero must still be moved on.
+        # The sum is over the parameter, not the basis in use: an entry at zero must still move.
         basis_l1 = jnp.sum(self._sign() * self.basis[...])
         return {
             "quantizer_loss": codebook_loss

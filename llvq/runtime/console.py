@@ -103,7 +103,7 @@ class Progress:
                 initial=self._first,
                 unit="step",
                 dynamic_ncols=True,
-                leave=None,  # a bar within another one's loop goes when it is through
+                leave=None,  # the bar of a nested loop disappears at its end
             )
         return self.report
 

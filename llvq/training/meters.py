@@ -14,6 +14,9 @@ class MetricsWindow:
     """Means of the steps' metrics since the last log.
 
     It reads them one call late, so as not to wait for the device.
+
+    Attributes:
+      latest: the last value of each metric that has been read.
     """
 
     def __init__(self, describe_last_checkpoint: Callable[[], str]) -> None:
@@ -23,6 +26,7 @@ class MetricsWindow:
         self._describe_last_checkpoint = describe_last_checkpoint
         self._waiting: tuple[int, Mapping[str, Any]] | None = None
         self._values: dict[str, list[float]] = {}
+        self.latest: dict[str, float] = {}
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes the metrics of a call of one step or several, up to the step of that number.
@@ -52,12 +56,8 @@ class MetricsWindow:
                         f"{name} is {values[i]} at step {step}: stopped; "
                         f"{self._describe_last_checkpoint()}"
                     )
-                self._values.setdefault(name, []).append(float(values[i]))
-
-    @property
-    def latest(self) -> dict[str, float]:
-        """The last value of each metric that has been read since the last log."""
-        return {name: values[-1] for name, values in self._values.items()}
+                self.latest[name] = float(values[i])
+                self._values.setdefault(name, []).append(self.latest[name])
 
     def finish(self) -> dict[str, float]:
         """The mean of each metric over the steps that had it; the window starts anew.

@@ -70,7 +70,7 @@ def make_train_step(
 
     def statistics_step(state: TrainState, images: Array) -> tuple[TrainState, Metrics]:
         _, (metrics, statistics) = loss_fn(state.params, state.statistics, images)
-        metrics["learning_rate"] = jnp.zeros(())
+        metrics["learning_rate"] = jnp.asarray(schedule(state.step))
         return state.replace(step=state.step + 1, statistics=statistics), metrics
 
     replicated, images_sharded = sharding.replicated(mesh), sharding.images_sharded(mesh)
