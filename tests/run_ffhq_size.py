@@ -13,13 +13,14 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["NO_GCE_CHECK"] = "true"
 
 import jax
-import optax
 
 from configs import ffhq1024 as ffhq1024_config
 from input_pipeline import ffhq1024
 from llvq import checkpointing
+from llvq.config import to_dict
 from llvq.evaluate import evaluate
 from llvq.training import train_state
+from tests.runs import create_model
 
 NUM_IMAGES = {"train": 2, "validation": 3}
 
@@ -28,10 +29,9 @@ if __name__ == "__main__":
     config = ffhq1024_config.get_config("dense_lattice")
     config.batch_size = 2
     data = ffhq1024.load(str(directory / "data"), str(directory / "manual"), num_images=NUM_IMAGES)
-    model = train_state.create_model(config.model, config.quantizer, "float32", seed=0)
-    _, state = train_state.create_train_state(model, optax.adam(1e-3))
+    state = train_state.create_train_state(create_model(config))
     with checkpointing.open_manager(directory / "run", 1) as manager:
-        checkpointing.save(manager, 1, state, config, None)
+        checkpointing.save(manager, 1, state, to_dict(config), None)
     results = evaluate(config, directory / "run", data)
     status = pathlib.Path("/proc/self/status").read_text().splitlines()
     (peak,) = (int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
