@@ -80,7 +80,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _describe_mistake(error: BaseException) -> str:
-    """What is wrong with the flags, or with which line of a config file."""
+    """Says what is wrong with the flags, or with which line of a config file."""
     causes = [error]
     while cause := causes[-1].__cause__ or causes[-1].__context__:
         causes.append(cause)

@@ -88,10 +88,11 @@ is_evaluated() {
 # Sorts names into data sets and quantizers. A name that is neither, or an unknown recipe, ends the
 # program.
 sort_names() {
-    known=" $(.venv/bin/python -c '
+    known=$(.venv/bin/python -c '
 from llvq import config, quantizers
-print(*(f"quantizer:{name}" for name in quantizers.QUANTIZERS))
-print(*(f"recipe:{name}" for name in config.RECIPES))' | tr '\n' ' ') "
+print(*(f"quantizer:{name}" for name in quantizers.QUANTIZERS), end=" ")
+print(*(f"recipe:{name}" for name in config.RECIPES))')
+    known=" $known "
     case $known in
     *" recipe:$recipe "*) ;;
     *) echo "run.sh: no recipe is called $recipe" >&2 && exit 2 ;;

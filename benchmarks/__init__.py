@@ -1,1 +1,1 @@
-"""What measures speed, memory and accuracy; each file is a program of its own."""
+"""Programs that measure speed, memory and accuracy; each runs on its own."""

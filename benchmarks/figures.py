@@ -1,4 +1,4 @@
-"""What the benchmarks do with their figures: keep them in a JSON file, and write tables of them."""
+"""Keeps the benchmarks' figures in a JSON file, and writes tables of them."""
 
 import argparse
 import importlib.util
@@ -35,7 +35,7 @@ _SOURCE = ("program", "machine", "versions", "command")
 
 
 def read_rows(output: pathlib.Path, check: Callable[[list[Row]], Any]) -> list[Row]:
-    """What earlier runs have kept in a JSON file, if anything.
+    """The rows that earlier runs have kept in a JSON file, if any.
 
     Args:
       output: the file.

@@ -283,7 +283,7 @@ def _efficiency(row: Row, by_key: Mapping[tuple[Any, ...], Row]) -> float | None
 
 
 def _position(row: Row) -> tuple[Any, ...]:
-    """What the table is sorted by."""
+    """The key that sorts the table."""
     chips = math.prod(parse_topology(row["topology"])[1])
     kind, _, _ = row["topology"].partition(":")
     places = ((DATASETS, "dataset"), (STEPS, "step"), (tuple(QUANTIZERS), "quantizer"))

@@ -1,4 +1,4 @@
-"""What the loop around the training steps costs, by JAX's profiler.
+"""The cost of the loop around the training steps, by JAX's profiler.
 
     python benchmarks/train_loop.py [--datasets fashion_mnist celeba] [--num-steps=64] \
         [--output=results/train_loop.json] [--trace-dir=/tmp/train_loop]

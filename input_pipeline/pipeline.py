@@ -24,7 +24,7 @@ _BYTES_PER_GATHER = 8 << 20
 
 
 def _message(error: Exception) -> str:
-    """What an error says, without the names of TensorFlow's operations."""
+    """The message of an error, without the names of TensorFlow's operations."""
     return " ".join(re.sub(r"{{.*?}}|\[Op:.*", "", str(error)).split())[:200]
 
 

@@ -85,7 +85,7 @@ class QuantizerConfig:
 
 
 class Architecture(NamedTuple):
-    """What has to be known to make a model."""
+    """The part of a config from which a model is made."""
 
     model: ModelConfig
     quantizer: QuantizerConfig
@@ -145,7 +145,7 @@ class TrainConfig:
 
     @property
     def architecture(self) -> Architecture:
-        """What a model of this config is made from."""
+        """The part of the config from which its model is made."""
         return Architecture(self.model, self.quantizer, self.compute_dtype)
 
     @property
@@ -193,22 +193,24 @@ def make_config(quantizer_name: str, /, recipe: str = "paper", **overrides: Any)
     Args:
       quantizer_name: of llvq.quantizers.QUANTIZERS.
       recipe: of RECIPES.
-      **overrides: fields of `TrainConfig` and of `ModelConfig`, by their names; `quantizer` and
-        `dataset` take dicts.
+      **overrides: fields of `TrainConfig` and of `ModelConfig`, by their names. `dataset` takes a
+        dict, `quantizer` a dict of options.
 
     Raises:
       UserError: if there is no such quantizer, recipe or field.
     """
     if recipe not in RECIPES:
         raise UserError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
-    options = {**default_options(quantizer_name), **overrides.pop("quantizer", {})}
+    if "model" in overrides:
+        raise UserError("make_config takes the fields of config.model by their own names")
+    options = default_options(quantizer_name) | plain(overrides.pop("quantizer", {}))
     of_model = {field.name for field in dataclasses.fields(ModelConfig)} & overrides.keys()
     model = {name: overrides.pop(name) for name in of_model}
     values = {
         **RECIPES[recipe](quantizer_name),
         **overrides,
-        "model": {**model, **overrides.get("model", {})},
-        "quantizer": {"name": quantizer_name, **options},
+        "model": model,
+        "quantizer": {**options, "name": quantizer_name},
     }
     return _build(TrainConfig, plain(values))
 
@@ -223,7 +225,7 @@ def _build(kind: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
     for name, value in values.items():
         section: Any = known[name].type
         if dataclasses.is_dataclass(section) and not isinstance(value, Mapping):
-            raise UserError(f"config.{prefix}{name}={value!r}: must be a section of fields")
+            raise UserError(f"config.{prefix}{name}={value!r}: must be a dict of fields")
         if section is QuantizerConfig:
             options = dict(value)
             quantizer = options.pop("name", QuantizerConfig.name)
@@ -351,7 +353,7 @@ def derive(
 
 
 def to_saved(config: TrainConfig, derived: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint keeps: the config as the user gave it, and in `derived` what differs.
+    """The config that a checkpoint keeps: as the user gave it, and in `derived` what differs.
 
     Args:
       config: as the user gave it.
@@ -369,7 +371,7 @@ def of_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def architecture_of(saved: Mapping[str, Any]) -> Architecture:
-    """What the model of a checkpoint is made from.
+    """The part of a checkpoint's config from which its model is made.
 
     An imported checkpoint does not know its images' height, width and value range: they are None.
 
@@ -425,7 +427,7 @@ def check_same_model(
 ) -> None:
     """Raises UserError, naming the first field that differs, if `saved` describes another model.
 
-    What an imported checkpoint's config does not know agrees with everything. The EMA decay matters
+    A field that an imported checkpoint does not know agrees with everything. The EMA decay matters
     in training only, and may have been derived.
 
     Args:

@@ -20,11 +20,11 @@ class DivergenceError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's exception says, short enough for a message of one line."""
+    """The message of a library's exception, short enough for one line."""
     lines = str(error).strip().splitlines()
     # TensorStore appends where in its source this is, and the whole specification of an array.
     line = re.split(r" \[\w+=", lines[0])[0] if lines else type(error).__name__
-    # What went wrong comes last, after the nested names of what was being done.
+    # The cause comes last, after the nested names of what was being done.
     return line if len(line) <= 200 else f"{line[:80]} … {line[-100:]}"
 
 

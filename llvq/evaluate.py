@@ -54,7 +54,7 @@ def evaluate(
       checkpoint: another checkpoint to evaluate (see `checkpointing.find`).
 
     Returns:
-      What evaluation.json holds.
+      The contents of evaluation.json.
 
     Raises:
       UserError: if the config is impossible, there is no such checkpoint, it is of another model,
@@ -140,7 +140,7 @@ def _name(checkpoint: epath.Path, workdir: epath.PathLike) -> str:
 
 
 def read_evaluation(workdir: epath.PathLike, checkpoint: epath.Path) -> dict[str, Any]:
-    """What evaluation.json in a workdir says of a checkpoint.
+    """The evaluation of a checkpoint that a workdir's evaluation.json holds.
 
     Raises:
       UserError: if there is none, or it is of another checkpoint.

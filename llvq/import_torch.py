@@ -149,7 +149,7 @@ def _quantizer_config(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def recognise(tensors: Mapping[str, Float[np.ndarray, "..."]]) -> dict[str, Any]:
-    """What a state dict of the authors' program tells of its model: a part of a config.
+    """The part of a config that a state dict of the authors' program tells.
 
     `model.image_shape` is (None, None, channels): a convolutional network fits every size.
 
@@ -255,7 +255,7 @@ def import_checkpoint(checkpoint: epath.PathLike, output: epath.PathLike) -> dic
       output: the directory to write; must not exist, or be empty.
 
     Returns:
-      What the file tells of its config (see `recognise`).
+      The part of the config that the file tells (see `recognise`).
 
     Raises:
       UserError: if PyTorch is not installed, the file is not such a checkpoint, or the output

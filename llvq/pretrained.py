@@ -21,7 +21,7 @@ if not DIRECTORY.exists():
 
 
 def pretrained_index() -> dict[str, dict[str, Any]]:
-    """What is known of each model, by name, e.g. "fashion_mnist/sparse_lattice".
+    """The facts about each model, by name, e.g. "fashion_mnist/sparse_lattice".
 
     A model takes images of the shape and value range that its config says:
     `pretrained_index()[name]["config"]["model"]` has `image_shape` (height, width, channels) and

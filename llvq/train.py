@@ -47,7 +47,7 @@ _STOPPED = "stopped by SIGTERM, saved at step {}; the same command resumes from 
 
 
 class Validation(NamedTuple):
-    """What a validation found.
+    """The findings of a validation.
 
     Attributes:
       scalars: by name; `reconstruction_loss` ranks the checkpoint (see `checkpointing`).
@@ -61,7 +61,7 @@ class Validation(NamedTuple):
 
 
 class Task(Protocol):
-    """What a run trains, and how: all that the loop has to know of a model.
+    """All that the loop has to know of a model and its training.
 
     Attributes:
       state: what the run starts or resumes from: a pytree whose `step` counts the steps done. The
@@ -79,7 +79,7 @@ class Task(Protocol):
         ...
 
     def calls(self) -> Iterator[Call]:
-        """What the step is called with, from the state's step to the last."""
+        """The calls of the step, from the state's step to the last."""
         ...
 
     def step(self, state: Any, call: Call) -> tuple[Any, Metrics]:

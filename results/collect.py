@@ -94,7 +94,7 @@ def recipe_of(saved: Mapping[str, Any]) -> str:
 
 
 def read_events(workdir: pathlib.Path) -> tuple[dict[str, list[tuple[int, float]]], str | None]:
-    """What a run has written for TensorBoard.
+    """The records that a run has written for TensorBoard.
 
     Returns:
       (step, value) pairs by name, one for each step even if it ran twice; and the machine that

@@ -154,7 +154,7 @@ def _section(
 
 
 def _read_sweeps(results: pathlib.Path) -> list[Row]:
-    """What benchmarks/sweep.py has kept of the machine that it ran on last."""
+    """The rows of benchmarks/sweep.py from the machine that it ran on last."""
     source = results / "benchmarks.json"
     rows = json.loads(source.read_text()) if source.exists() else []
     rows = [row for row in rows if row["program"] == sweep.PROGRAM]

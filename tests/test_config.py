@@ -170,6 +170,8 @@ def test_make_config_fills_in_options():
     assert config.model.latent_dim == 8
     with pytest.raises(UserError, match="the config has the field sede, which"):
         make_config("vq", sede=1)
+    with pytest.raises(UserError, match=r"fields of config\.model by their own names"):
+        make_config("vq", model={"latent_dim": 8})
 
 
 def test_an_image_shape_has_to_be_given():

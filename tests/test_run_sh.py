@@ -18,8 +18,7 @@ REQUIREMENTS = ("llvq/requirements.txt", "llvq/train-requirements.txt", "require
 PYTHON = f"""#!/bin/sh
 if [ "$1" = -c ]; then
     [ "$REAL_PYTHON" ] && exec "$REAL_PYTHON" "$@"
-    echo {" ".join(f"quantizer:{name}" for name in QUANTIZERS)}
-    echo {" ".join(f"recipe:{name}" for name in RECIPES)}
+    echo {" ".join([f"quantizer:{q}" for q in QUANTIZERS] + [f"recipe:{r}" for r in RECIPES])}
     exit
 fi
 echo "$@" >>calls

@@ -82,7 +82,7 @@ def _saving(
     except Exception as error:
         if jax.process_index() == 0:
             remove_leftovers(manager.directory / str(step))
-        manager.reload()  # otherwise Orbax goes on counting the failed checkpoint as its newest
+        manager.reload()  # otherwise Orbax still counts the failed checkpoint as newest
         message = f"the checkpoint of step {step} could not be saved ({first_line(error)})"
         # One of several processes cannot continue alone.
         if stop_on_failure or jax.process_count() > 1:

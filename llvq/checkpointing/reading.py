@@ -99,7 +99,7 @@ def load(path: epath.PathLike) -> Checkpoint:
 def resume(
     workdir: epath.PathLike, make_like: Callable[[SavedConfig], TrainState]
 ) -> Checkpoint | None:
-    """What a run resumes from: its newest checkpoint that is sound, whole; None if it has none.
+    """The checkpoint that a run resumes from, its newest sound one, whole; None if it has none.
 
     Damaged ones, which would be in the way when their steps are saved again, are renamed to
     STEP.damaged, with a warning. Call it before the manager is opened, in all processes.

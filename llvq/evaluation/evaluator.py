@@ -23,7 +23,7 @@ NUM_PICTURES = 8
 
 
 class Evaluator:
-    """What evaluation finds out about a model, on the devices of a mesh."""
+    """Evaluates a model on the devices of a mesh."""
 
     def __init__(self, graphdef: nnx.GraphDef[VQVAE], mesh: Mesh) -> None:
         """Args:

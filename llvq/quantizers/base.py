@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from llvq.fields import Integer, Number
 
-# What several quantizers take, with the paper's defaults.
+# Options that several quantizers share, with the paper's defaults.
 CodebookSize = Annotated[int, Integer(2, 2**24)]
 CODEBOOK_SIZE = 512
 CommitmentCost = Annotated[float, Number(0)]

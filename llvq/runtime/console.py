@@ -1,4 +1,4 @@
-"""What a person sees: log lines, progress and metrics.
+"""The console: log lines, progress and metrics.
 
 In a terminal, progress is a bar; elsewhere it is a line every few seconds, without control
 characters. Only the first process of a run shows progress.

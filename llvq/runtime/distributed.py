@@ -208,7 +208,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-# What the coordination service, Gloo (CPU) and NCCL (GPU) say when a process is gone.
+# The coordination service, Gloo (CPU) and NCCL (GPU) say one of these when a process is gone.
 _LOSS = re.compile(
     r"connection (closed|reset|refused)|socket closed|broken pipe|remote process exited"
     r"|ncclRemoteError|heartbeat|(UNAVAILABLE|DEADLINE_EXCEEDED).*(coordination|barrier)",

@@ -1,4 +1,4 @@
-"""What training feeds to the devices: one batch per call of the compiled program, or several.
+"""Feeds the devices in training: one batch per call of the compiled program, or several.
 
 Where a step takes an accelerator less time than a call takes the host, a call takes several steps,
 on images that the devices hold.

@@ -1,4 +1,4 @@
-"""What a run reports of its steps between two logs."""
+"""Means and rates of the steps between two logs."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ class MetricsWindow:
 
     def __init__(self, describe_last_checkpoint: Callable[[], str]) -> None:
         """Args:
-        describe_last_checkpoint: says what a run that diverged can go on from.
+        describe_last_checkpoint: says which checkpoint a run that diverged can resume from.
         """
         self._describe_last_checkpoint = describe_last_checkpoint
         self._waiting: tuple[int, Mapping[str, Any]] | None = None

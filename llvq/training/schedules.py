@@ -2,7 +2,7 @@
 
 constant     the same rate throughout
 first_epoch  the rate during the first epoch, exactly 0 afterwards: the authors' exponential decay
-             with a factor of 0.0 per epoch. What is learnt without gradients (vq_ema) goes on.
+             with a factor of 0.0 per epoch. The statistics of vq_ema still move.
 cosine       a linear rise to the rate over the first 5% of the steps, then half a cosine down to 0.
              It depends on the run's length: extending a finished run raises the rate again.
 """
