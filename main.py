@@ -73,7 +73,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
                 raise UserError(f"--{flag.name} is missing (see python main.py --help)")
         if _CHECKPOINT.value and _MODE.value != "evaluate":
             raise UserError("--checkpoint is for --mode=evaluate only")
-        if config.get("compute_dtype") == "float64":
+        if configuration.to_dict(config).get("compute_dtype") == "float64":
             jax.config.update("jax_enable_x64", True)
         configuration.parse(config)
         return arguments
@@ -180,12 +180,12 @@ def _run() -> None:
 
     tf.config.set_visible_devices([], "GPU")  # the accelerators are JAX's
     tf.config.set_visible_devices([], "TPU")
-    config, workdir = _CONFIG.value, _WORKDIR.value
+    config, workdir = configuration.parse(_CONFIG.value), _WORKDIR.value
     if _MODE.value == "evaluate":  # nothing is made where there is nothing to evaluate
         checkpointing.find(_CHECKPOINT.value or workdir)
     checkpointing.require_writable(workdir)  # before data is looked for
     with distributed.first_process_first():
-        data = input_pipeline.load(**config.dataset)
+        data = input_pipeline.load(**vars(config.dataset))
     with errors.naming_lack_of_memory(), _naming_unwritable_metrics():
         if _MODE.value == "train":
             train_and_evaluate(config, workdir, data, make_writer=_make_writer)

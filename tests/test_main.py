@@ -250,3 +250,18 @@ def test_a_run_that_no_machine_has_the_memory_for_is_one_line(tmp_path):
     sizes = ["--config.quantizer.codebook_size=16777216", "--config.model.latent_dim=65536"]
     result = main(f"{FASHION}:vq", f"--workdir={tmp_path}", *sizes)  # 4.4 TB of codebook
     assert_one_line(result, "not enough memory", "--config.quantizer")
+
+
+@pytest.mark.parametrize("form", ["config", "to_dict(config)", "ConfigDict(to_dict(config))"])
+def test_a_config_file_may_return_any_form(form, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n"
+        "from llvq.config import make_config, to_dict\n"
+        "def get_config(argument):\n"
+        "    config = make_config(argument, image_shape=(28, 28, 1))\n"
+        f"    return {form}\n"
+    )
+    outcome, config = fuzz_targets.parse([f"--config={path}:vq", "--workdir=/nowhere"])
+    assert outcome == "done", config
+    assert config["model"]["image_shape"] == [28, 28, 1]
