@@ -35,7 +35,7 @@ _common = {
     "print_blob": True,
     "suppress_health_check": list(HealthCheck),
 }
-settings.register_profile("default", max_examples=25, derandomize=True, **_common)
+settings.register_profile("default", max_examples=12, derandomize=True, **_common)
 settings.register_profile("all", max_examples=120, derandomize=True, **_common)
 settings.register_profile("long", max_examples=2200, derandomize=False, **_common)
 settings.load_profile("default")

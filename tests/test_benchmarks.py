@@ -68,7 +68,9 @@ def both_sides(name):
     return model, (nnx.graphdef(ours), *llvq_state(model))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [n if n == "vq_ema" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+)
 def test_both_sides_take_the_same_steps(name):
     model, (graphdef, params, statistics) = both_sides(name)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -14,7 +14,9 @@ from tests import test_celeba, test_ffhq1024
     ("module", "get_config", "hidden_dims", "split"),
     [
         (test_celeba, celeba.get_config, (4,), "test"),
-        (test_ffhq1024, ffhq1024.get_config, (4, 4), "validation"),
+        pytest.param(
+            test_ffhq1024, ffhq1024.get_config, (4, 4), "validation", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_train_and_evaluate_from_official_files(module, get_config, hidden_dims, split, tmp_path):

@@ -92,7 +92,9 @@ def test_figures_pictures_and_files(run):
     assert (width, height) == (8 * 12 * 10, 2 * 12 * 10)  # eight pairs, enlarged tenfold
 
 
-@pytest.mark.parametrize("num_devices", [1, pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize(
+    "num_devices", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 8]
+)
 def test_any_number_of_devices_counts_every_image_once(run, num_devices):
     config, workdir, _ = run
     mesh = sharding.make_mesh(jax.devices()[:num_devices])

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SLOW = pytest.mark.slow
 CASES = ("kills", "damage", "full_disk", "read_only", "clock", "removed")
 
 
@@ -21,9 +20,8 @@ def run(*arguments):
     )
 
 
-@pytest.mark.parametrize(
-    "case", [name if name == "read_only" else pytest.param(name, marks=SLOW) for name in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_a_run_survives(case):
     ended = run(case, "--kills=10", "--flips=2")
     assert ended.returncode == 0, ended.stdout + ended.stderr

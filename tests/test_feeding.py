@@ -60,12 +60,7 @@ def run(workdir, config, data=None):
         # After an epoch the steps are others: those without a gradient.
         (16, config("vq_ema", 20, 10, (20, 20, 20), schedule="first_epoch"), [5, 10, 15, 20]),
         # As many steps as there are.
-        pytest.param(
-            4,
-            config("sparse_lattice", 9, 6, (6, 6, 12), schedule="cosine"),
-            [3, 6, 9],
-            marks=pytest.mark.slow,
-        ),
+        (4, config("sparse_lattice", 9, 6, (6, 6, 12), schedule="cosine"), [3, 6, 9]),
     ],
 )
 @pytest.mark.usefixtures("_accelerator")

@@ -86,6 +86,7 @@ def train_and_evaluate(workdir):
     return jax.device_get(state), evaluate.evaluate(config, workdir, data)
 
 
+@pytest.mark.slow
 def test_two_images_on_eight_devices_are_the_same_run_as_on_one(tmp_path, monkeypatch):
     """In float64, where rounding does not reach the figures: see tests/test_train.py.
 

@@ -74,6 +74,7 @@ def test_one_and_eight_devices_are_the_same_computation(quantizer):
     assert_devices_agree(quantizer, 30, SEED_NEAR_ZERO)
 
 
+@pytest.mark.slow
 def test_one_and_eight_devices_are_the_same_computation_dense_lattice():
     assert assert_devices_agree("dense_lattice", 30, SEED_CLEAR_OF_ZERO) > 1e-2
     assert assert_devices_agree("dense_lattice", 10, SEED_NEAR_ZERO) < 1e-3
