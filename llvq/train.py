@@ -387,7 +387,7 @@ def _validate(
         return None
     writer.write_scalars(step, _prefixed("validation", validation.scalars))
     writer.write_images(step, _prefixed("validation", validation.images))
-    writer.write_histograms(step, _prefixed("quantizer", validation.histograms))
+    writer.write_histograms(step, _prefixed("validation", validation.histograms))
     return validation.scalars
 
 

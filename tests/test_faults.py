@@ -20,10 +20,14 @@ def run(*arguments):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+MARKS = dict.fromkeys(("clock", "removed"), pytest.mark.long)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=MARKS.get(case, pytest.mark.slow)) for case in CASES]
+)
 def test_a_run_survives(case):
-    ended = run(case, "--kills=10", "--flips=2")
+    ended = run(case, "--kills=6", "--flips=1")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     rows = ended.stdout.splitlines()[2:]
     assert rows

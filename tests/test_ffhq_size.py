@@ -17,7 +17,7 @@ from tests.run_ffhq_size import NUM_IMAGES
 TOTAL = sum(NUM_IMAGES.values())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_evaluation_of_full_size_images_in_batches_of_two(tmp_path):
     for index in range(TOTAL):
         path = tmp_path / "manual/images1024x1024" / ffhq1024._path(index, 1000)
