@@ -91,7 +91,7 @@ def test_train_resume_extend_and_evaluate_on_the_real_data(tmp_path):
     # Logged at 4, 8 and the end (10), then at 12 and 16; validated at 8 and 10, then at 16.
     assert tags["train/loss"] == tags["train/learning_rate"] == 5
     assert tags["validation/psnr"] == tags["validation/reconstructions"] == 3
-    assert tags["quantizer/basis"] == 3
+    assert tags["validation/basis"] == 3
     assert tags["config"] == 2
     for line in first.stderr.splitlines():
         assert "orbax" not in line.lower()
