@@ -1,7 +1,8 @@
-"""Trains or evaluates LL-VQ-VAE.
+"""Trains or evaluates LL-VQ-VAE, or encodes a data set with it.
 
     python main.py --config=configs/fashion_mnist.py:vq --workdir=runs/vq
     python main.py --config=configs/fashion_mnist.py:vq --workdir=runs/vq --mode=evaluate
+    python main.py --config=configs/fashion_mnist.py:vq --workdir=runs/vq --mode=encode
 
 The config argument names the quantizer; any field can be overridden, as in
 --config.num_train_steps=200. The same command, given again, resumes the run where it stopped. On
@@ -26,6 +27,7 @@ from ml_collections import config_flags
 
 from llvq import checkpointing, errors
 from llvq import config as configuration
+from llvq.encode import encode
 from llvq.errors import UserError, first_line
 from llvq.evaluate import evaluate
 from llvq.runtime import console, distributed, host_memory, preemption
@@ -33,9 +35,9 @@ from llvq.train import train_and_evaluate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. …:vq.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where checkpoints, metrics and results go.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "encode"], "What to do.")
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "", "What to evaluate, if not the newest checkpoint of the workdir."
+    "checkpoint", "", "What to evaluate or encode with, if not the workdir's newest checkpoint."
 )
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
     "coordinator_address", "", "host:port of the first process, if there are several."
@@ -50,7 +52,8 @@ _PRINTED_RESULTS = (
     "ssim",
     "effective_codebook_size",
     "perplexity",
-    "entropy_bits_per_vector",
+    "plug_in_entropy_bits_per_vector",
+    "coded_bits_per_vector",
 )
 
 
@@ -71,8 +74,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         for flag in (_CONFIG, _WORKDIR):
             if not flag.value:
                 raise UserError(f"--{flag.name} is missing (see python main.py --help)")
-        if _CHECKPOINT.value and _MODE.value != "evaluate":
-            raise UserError("--checkpoint is for --mode=evaluate only")
+        if _CHECKPOINT.value and _MODE.value == "train":
+            raise UserError("--checkpoint is for --mode=evaluate and --mode=encode only")
         if configuration.to_dict(config).get("compute_dtype") == "float64":
             jax.config.update("jax_enable_x64", True)
         configuration.parse(config)
@@ -181,7 +184,7 @@ def _run() -> None:
     tf.config.set_visible_devices([], "GPU")  # the accelerators are JAX's
     tf.config.set_visible_devices([], "TPU")
     config, workdir = configuration.parse(_CONFIG.value), _WORKDIR.value
-    if _MODE.value == "evaluate":  # nothing is made where there is nothing to evaluate
+    if _MODE.value != "train":  # nothing is made where there is no model
         checkpointing.find(_CHECKPOINT.value or workdir)
     checkpointing.require_writable(workdir)  # before data is looked for
     with distributed.first_process_first():
@@ -189,6 +192,10 @@ def _run() -> None:
     with errors.naming_lack_of_memory(), _naming_unwritable_metrics():
         if _MODE.value == "train":
             train_and_evaluate(config, workdir, data, make_writer=_make_writer)
+            return
+        if _MODE.value == "encode":
+            make_writer = input_pipeline.tokens.TokenWriter
+            encode(config, workdir, data, make_writer, checkpoint=_CHECKPOINT.value or None)
             return
         results = evaluate(config, workdir, data, checkpoint=_CHECKPOINT.value or None)
     printed = {name: results[name] for name in _PRINTED_RESULTS}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from input_pipeline import celeba, fashion_mnist, ffhq1024
+from input_pipeline import celeba, fashion_mnist, ffhq1024, tokens
 from llvq.data import Dataset
 from llvq.errors import UserError
 
@@ -30,4 +30,4 @@ def load(name: str, data_dir: str = "", manual_dir: str = "") -> Dataset:
     return DATASETS[name](data_dir, manual_dir)
 
 
-__all__ = ["DATASETS", "load"]
+__all__ = ["DATASETS", "load", "tokens"]

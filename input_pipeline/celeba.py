@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 from tensorflow_datasets.core import hashing
 
-from input_pipeline import image_files, prepare, tfds_builders
+from input_pipeline import image_files, prepare, shards, tfds_builders
 from input_pipeline.pipeline import Pipeline
 from input_pipeline.records import RecordSource
 from llvq.errors import UserError
@@ -79,7 +79,7 @@ def _open(
 ) -> dict[str, RecordSource]:
     stored = _stored_names(num_images)
     order = {split: np.argsort(names) for split, names in stored.items()}
-    directory = root / "celeba" / prepare.VERSION
+    directory = root / "celeba" / shards.VERSION
     if prepare.is_prepared(directory):
         return prepare.open_prepared(directory, num_images, order)
 

@@ -20,7 +20,7 @@ import tensorflow as tf
 from absl import logging
 from etils import epath
 
-from input_pipeline import image_files, prepare, tfds_builders
+from input_pipeline import image_files, prepare, shards, tfds_builders
 from input_pipeline.pipeline import Pipeline
 from llvq.errors import UserError, first_line
 
@@ -70,7 +70,7 @@ def load(
       UserError: if the data cannot be found or downloaded, or is not FFHQ-1024.
     """
     root = tfds_builders.root(data_dir)
-    directory = root / "ffhq1024" / prepare.VERSION
+    directory = root / "ffhq1024" / shards.VERSION
     if not prepare.is_prepared(directory):
         indices = _indices(num_images)
         scratch = _scratch(directory)
@@ -252,7 +252,7 @@ class _Hub:
             )
         )
         # Lossless WebP has no checksum of its own.
-        if prepare.sha256(path) != tar.lfs.sha256:
+        if shards.sha256(path) != tar.lfs.sha256:
             path.unlink()
             raise UserError(
                 f"{path} was damaged in transfer: run the same command to fetch it again"

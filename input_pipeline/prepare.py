@@ -7,7 +7,6 @@ continues after the last of them.
 
 import collections
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import itertools
@@ -21,28 +20,18 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import logging
-from array_record.python import array_record_module
 from etils import epath
 from tqdm import tqdm
 
+from input_pipeline import shards
 from input_pipeline.records import RecordSource
 from llvq.data.files import replacing
 from llvq.errors import UserError
 
-VERSION = "1.0.0"  # names the directories; raise it whenever the files' content changes
-
 _CHECKSUMS = "checksums.json"
-_BLOCK_BYTES = 1 << 20
 
 # (split, positions within it) -> each image's (name in messages, encoded bytes), in order.
 ReadImages = Callable[[str, range], Iterable[tuple[str, bytes]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shard:
-    file_name: str
-    split: str
-    positions: range  # its images' positions within the split
 
 
 def is_prepared(directory: epath.Path) -> bool:
@@ -125,12 +114,12 @@ def prepare(
         with _exclusive(directory):
             if is_prepared(directory):
                 return
-            shards = list(_plan(name, num_images, images_per_shard))
+            planned = list(shards.plan(name, num_images, images_per_shard))
             checksums = _read_checksums(directory)
-            paths = [directory / shard.file_name for shard in shards]
+            paths = [directory / shard.file_name for shard in planned]
             on_disk = sum(path.stat().length for path in paths if path.name in checksums)
             num_missing = sum(
-                len(shard.positions) for shard in shards if shard.file_name not in checksums
+                len(shard.positions) for shard in planned if shard.file_name not in checksums
             )
             _announce(
                 directory,
@@ -140,8 +129,8 @@ def prepare(
             )
             # The progress bar counts finished shards too, because checking them takes time.
             with tqdm(total=sum(num_images.values()), desc=name, unit=" images") as progress:
-                for shard, path in zip(shards, paths, strict=True):
-                    if path.name in checksums and sha256(path) == checksums[path.name]:
+                for shard, path in zip(planned, paths, strict=True):
+                    if path.name in checksums and shards.sha256(path) == checksums[path.name]:
                         progress.update(len(shard.positions))
                         continue
                     images = read(shard.split, shard.positions)
@@ -149,18 +138,13 @@ def prepare(
                     if pixel_md5:
                         md5s = [pixel_md5[shard.split][i] for i in shard.positions]
                     checked = _checked(images, decode, image_shape, md5s)
-                    checksums[path.name] = _write_shard(path, checked, progress)
+                    checksums[path.name] = shards.write(path, _serialised(checked, progress))
                     _write_checksums(directory, checksums)
-            _write_metadata(directory, name, shards, image_shape, about)
-
-
-def sha256(path: epath.Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+            features = {
+                "image": tfds.features.Image(shape=image_shape),
+                "name": tfds.features.Text(),
+            }
+            shards.describe(directory, name, planned, features, about)
 
 
 def is_local(path: epath.Path) -> bool:
@@ -179,14 +163,6 @@ def _exclusive(directory: epath.Path) -> contextlib.AbstractContextManager:
         logging.info("Waiting for another process to prepare %s", directory)
         fcntl.flock(file, fcntl.LOCK_EX)
     return file
-
-
-def _plan(name: str, num_images: Mapping[str, int], images_per_shard: int) -> Iterator[_Shard]:
-    for split, count in num_images.items():
-        starts = range(0, count, images_per_shard)
-        for i, start in enumerate(starts):
-            file_name = f"{name}-{split}.array_record-{i:05d}-of-{len(starts):05d}"
-            yield _Shard(file_name, split, range(start, min(start + images_per_shard, count)))
 
 
 def _announce(directory: epath.Path, num_images: int, num_bytes: int, seconds: float) -> None:
@@ -275,15 +251,10 @@ def _checked(
             yield pending.popleft().result()
 
 
-def _write_shard(path: epath.Path, images: Iterable[tuple[str, bytes]], progress: tqdm) -> str:
-    """Writes a shard; returns its SHA-256."""
-    with replacing(path) as unfinished:
-        writer = array_record_module.ArrayRecordWriter(os.fspath(unfinished), "group_size:1")
-        for name, encoded in images:
-            writer.write(_serialise(name, encoded))
-            progress.update()
-        writer.close()
-        return sha256(unfinished)
+def _serialised(images: Iterable[tuple[str, bytes]], progress: tqdm) -> Iterator[bytes]:
+    for image in images:
+        yield _serialise(*image)
+        progress.update()
 
 
 def _serialise(name: str, encoded: bytes) -> bytes:
@@ -292,34 +263,3 @@ def _serialise(name: str, encoded: bytes) -> bytes:
 
     features = {"image": feature(encoded), "name": feature(name.encode())}
     return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
-
-
-def _write_metadata(
-    directory: epath.Path,
-    name: str,
-    shards: Iterable[_Shard],
-    image_shape: tuple[int, int, int],
-    about: Mapping[str, str],
-) -> None:
-    template = tfds.core.ShardedFileTemplate(
-        directory, dataset_name=name, filetype_suffix="array_record"
-    )
-    by_split: dict[str, list[_Shard]] = {}
-    for shard in shards:
-        by_split.setdefault(shard.split, []).append(shard)
-    tfds.folder_dataset.write_metadata(
-        data_dir=directory,
-        features={"image": tfds.features.Image(shape=image_shape), "name": tfds.features.Text()},
-        split_infos=[
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=[len(shard.positions) for shard in of_split],
-                num_bytes=sum((directory / shard.file_name).stat().length for shard in of_split),
-                filename_template=template.replace(split=split),
-            )
-            for split, of_split in by_split.items()
-        ],
-        version=VERSION,
-        check_data=False,  # would read through tf.data, which TFDS cannot from ArrayRecord
-        **about,
-    )

@@ -13,6 +13,7 @@ from etils import epath
 from flax import nnx
 
 from llvq import checkpointing
+from llvq.codec import rates
 from llvq.config import (
     ConfigLike,
     check_data,
@@ -44,8 +45,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates a checkpoint; writes evaluation.json and reconstructions.png into the workdir.
 
-    Reconstruction metrics are over the test split (over validation where there is none), codebook
-    figures over train and validation, each image once and unflipped.
+    Reconstruction metrics and coded rates are over the test split (over validation where there is
+    none), codebook figures over train and validation, each image once and unflipped. The code model
+    behind the rates is estimated over the training split and kept beside the checkpoint.
 
     Args:
       config: the run's config; `model`, `quantizer` and `dataset.name` must be the checkpoint's.
@@ -85,8 +87,9 @@ def evaluate(
     usage = usage.over_all_hosts()
     picture, _ = evaluator.preview(state, data, split)
 
-    height, width, _ = data.image_shape
-    num_pixels = sum(data.num_images[name] for name in _COUNTED) * height * width
+    trained = checkpointing.model_of(found)
+    trained.value_range = config.model.value_range  # an imported one may not know it
+    code_model = rates.find_or_estimate(trained, found.path, data)
     results = {
         "dataset": config.dataset.name,
         "quantizer": config.quantizer.name,
@@ -99,9 +102,10 @@ def evaluate(
         "effective_codebook_size_relative_error": usage.standard_error,
         "num_quantized_vectors": usage.num_vectors,
         "perplexity": usage.perplexity,
-        "entropy_bits_per_vector": usage.entropy,
-        "entropy_error_bits": usage.entropy_standard_error,
-        "bits_per_pixel": usage.entropy * usage.num_vectors / num_pixels,
+        "plug_in_entropy_bits_per_vector": usage.entropy,
+        "plug_in_entropy_error_bits": usage.entropy_standard_error,
+        **rates.measure(trained, code_model, data, split),
+        "vocabulary_size": len(code_model.vocabulary),
     }
     if model.quantizer.code_width > 1:
         results["basis_directions_in_use"] = usage.num_entries_in_use

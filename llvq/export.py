@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from llvq import checkpointing, pretrained
+from llvq.codec import code_model
 from llvq.errors import one_line_exit
 from llvq.evaluate import read_evaluation
 
@@ -38,6 +39,9 @@ def export(workdir: epath.PathLike, command: str) -> str:
     config.pop("init_from", None)
     directory = pretrained.DIRECTORY / name
     checkpointing.save_for_inference(directory, state, config)
+    parameters = code_model.parameters_digest(checkpointing.model_of(checkpoint))
+    if costs := code_model.load(checkpoint.path, parameters):
+        costs.save(directory)
     for marker in directory.rglob("commit_success.txt"):
         marker.write_text("")  # Orbax only checks that it exists, but writes the path into it
 

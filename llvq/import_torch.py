@@ -247,12 +247,17 @@ def _read(path: epath.PathLike) -> tuple[int, dict[str, np.ndarray]]:
     return step, tensors
 
 
-def import_checkpoint(checkpoint: epath.PathLike, output: epath.PathLike) -> dict[str, Any]:
+def import_checkpoint(
+    checkpoint: epath.PathLike,
+    output: epath.PathLike,
+    value_range: Sequence[float] | None = None,
+) -> dict[str, Any]:
     """Writes a checkpoint for inference from a Lightning checkpoint of the authors' program.
 
     Args:
       checkpoint: the authors' file, of any data set and quantizer. No code in it is run.
       output: the directory to write; must not exist, or be empty.
+      value_range: what pixel values 0 … 255 were mapped to, if that is to be kept.
 
     Returns:
       The part of the config that the file tells (see `recognise`).
@@ -268,6 +273,11 @@ def import_checkpoint(checkpoint: epath.PathLike, output: epath.PathLike) -> dic
         _check_complete(config, params, statistics)
     except UserError as error:
         raise UserError(f"{checkpoint}: {error}: {_REMEDY}") from error
+    if value_range is not None:
+        low, high = value_range
+        if not low < high:
+            raise UserError(f"--value_range={low} {high} is impossible: the first must be lower")
+        config["model"]["value_range"] = [low, high]
     state = TrainState(jnp.asarray(step), params, statistics, opt_state=())
     checkpointing.save_for_inference(output, state, config)
     return config
@@ -280,9 +290,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--checkpoint", required=True, help="the authors' .ckpt file")
     parser.add_argument("--output", required=True, help="a new directory, for --mode=evaluate")
+    parser.add_argument(
+        "--value_range",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="what pixel values 0 … 255 were mapped to (FashionMNIST: -0.5 0.5, others: 0 1)",
+    )
     options = parser.parse_args(arguments)
     with one_line_exit(parser.prog):
-        config = import_checkpoint(options.checkpoint, options.output)
+        config = import_checkpoint(options.checkpoint, options.output, options.value_range)
     sections = {"model": config["model"], "quantizer": config["quantizer"]}
     recognised = (f"{name}={value}" for name, value in flatten(sections).items())
     print(f"{options.output}: {', '.join(recognised)}")

@@ -5,10 +5,14 @@ it, its `seed`, the `step` of the checkpoint, and the `metrics` of its evaluatio
 """
 
 import json
+import os
 import pathlib
 from typing import Any
 
+from etils import epath
+
 from llvq import checkpointing
+from llvq.codec import code_model
 from llvq.errors import UserError
 from llvq.models.vqvae import VQVAE
 
@@ -30,16 +34,38 @@ def pretrained_index() -> dict[str, dict[str, Any]]:
     return json.loads((DIRECTORY / "index.json").read_text())
 
 
-def load_pretrained(name: str) -> VQVAE:
+def load_pretrained(name: epath.PathLike) -> VQVAE:
     """A trained model, ready to encode, decode and reconstruct.
 
     Args:
-      name: one of `pretrained_index()`.
+      name: one of `pretrained_index()`, or the path of a checkpoint or a workdir.
+
+    Returns:
+      The model, with its code model (see `llvq.codec`) if the checkpoint has one.
+
+    Raises:
+      UserError: if there is no such model, or it is damaged.
+    """
+    checkpoint = checkpointing.load(find_pretrained(name))
+    model = checkpointing.model_of(checkpoint)
+    model.code_model = code_model.load(checkpoint.path, code_model.parameters_digest(model))
+    return model
+
+
+def find_pretrained(name: epath.PathLike) -> epath.Path:
+    """The path of a trained model.
+
+    Args:
+      name: as for `load_pretrained`.
 
     Raises:
       UserError: if there is no such model.
     """
     index = pretrained_index()
-    if name not in index:
-        raise UserError(f"no trained model {name!r}: there are {', '.join(index) or 'none yet'}")
-    return checkpointing.model_of(checkpointing.load(DIRECTORY / name))
+    path = epath.Path(DIRECTORY / name if name in index else name)
+    if not path.exists():
+        raise UserError(
+            f"no trained model {os.fspath(name)!r}, nor a checkpoint or workdir of that path: "
+            f"there are {', '.join(index) or 'none yet'}"
+        )
+    return path

@@ -30,7 +30,21 @@ Figures are means ± standard deviations over the seeds named. MSE, PSNR and SSI
 split (FFHQ: validation), PSNR and SSIM on values mapped to [0, 1] and clipped; codebook figures are
 over all training and validation images; an estimate (≈) comes with its standard error. The authors'
 figures are in brackets. {source}
+
+Coded bits are the size of a file that decodes: the codes of the whole test split as one stream,
+under a model of order 0 estimated over the training split; "with the tables" adds that model, and
+"with contexts" lets a code's neighbours predict it. The plug-in entropy is no rate: over N vectors
+it cannot exceed log₂ N, and it is near that bound where most codes occur once.
 """
+
+# The figures of evaluation.json that say what the codes cost, and their columns.
+_RATES = {
+    "coded_bits_per_vector": "coded bits per vector",
+    "coded_bits_per_vector_with_tables": "with the tables",
+    "context_coded_bits_per_vector": "coded with contexts",
+    "coded_bits_per_pixel": "coded bits per pixel",
+    "plug_in_entropy_bits_per_vector": "plug-in entropy, bits per vector",
+}
 
 _COLUMNS = (
     "quantizer",
@@ -38,8 +52,7 @@ _COLUMNS = (
     *(metric.title for metric in METRICS.values()),
     "effective codebook size",
     "vectors",
-    "entropy, bits per vector",
-    "bits per pixel",
+    *_RATES.values(),
     "quantizer's parameters",
     "training images/s",
 )
@@ -67,6 +80,8 @@ def spread(values: Iterable[float], digits: str) -> str:
 
 def _cells(quantizer: str, runs: list[Run], published: Mapping[str, float]) -> list[str]:
     def figure(name: str, digits: str) -> str:
+        if not all(name in run["evaluation"] for run in runs):  # evaluated by an older version
+            return ""
         text = spread((run["evaluation"][name] for run in runs), digits)
         return f"{text} ({published[name]:{digits}})" if name in published else text
 
@@ -82,7 +97,7 @@ def _cells(quantizer: str, runs: list[Run], published: Mapping[str, float]) -> l
     if "num_quantized_vectors" in published:
         vectors += f" ({published['num_quantized_vectors']:,.0f})"
     cells += [size, vectors]
-    cells += [figure("entropy_bits_per_vector", ".2f"), figure("bits_per_pixel", ".3f")]
+    cells += [figure(name, ".3f") for name in _RATES]
     return [
         *cells,
         f"{first['quantizer_parameters']:,}",

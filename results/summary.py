@@ -24,7 +24,7 @@ _COLUMNS = (
     "split",
     *(metric.title for metric in METRICS.values()),
     "codes in use",
-    "entropy, bits per vector",
+    "coded bits per vector",
 )
 
 _FOOTER = """
@@ -55,7 +55,7 @@ def cells(workdir: pathlib.Path) -> list[str]:
         evaluation["split"],
         *(f"{evaluation[name]:{metric.digits}}" for name, metric in METRICS.items()),
         codes if is_exact else f"≈ {codes}",
-        f"{evaluation['entropy_bits_per_vector']:.2f}",
+        f"{evaluation['coded_bits_per_vector']:.3f}",
     ]
 
 

@@ -45,3 +45,13 @@ settings.load_profile("default")
 def _eight_devices():
     """Whatever a test module does on import: what is tested sharded stays so."""
     assert jax.device_count() == 8
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_images_at_a_time():
+    """Codes are computed for as many images as fill a device; the tests have only some dozens."""
+    from llvq.codec import passes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "_PIXELS_PER_DEVICE", 2**10)
+        yield

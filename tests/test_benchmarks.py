@@ -21,6 +21,7 @@ from jax import numpy as jnp
 
 torch = pytest.importorskip("torch", reason="the benchmarks compare with PyTorch")
 
+from benchmarks import codec as codec_benchmark
 from benchmarks import figures, measure, quantizer, settings, sweep, torch_model, train_loop
 from benchmarks import train_step as benchmark
 from benchmarks.measure import Case, Contender
@@ -31,7 +32,7 @@ from llvq.runtime import sharding
 from llvq.training import train_state
 from llvq.training.train_step import make_train_step
 from results import report
-from tests import tiny
+from tests import real_data, tiny
 from tests import torch_model as oracle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -381,6 +382,35 @@ def test_the_loops_command_runs(tmp_path):
 
 
 @pytest.mark.slow
+@real_data.needs_files
+def test_the_codecs_command_runs(tmp_path):
+    pytest.importorskip("zstandard", reason="the benchmark compares with it")
+    output = tmp_path / "codec.json"
+    script = ROOT / "benchmarks/codec.py"
+    command = [sys.executable, script, "--quantizers", "sparse_lattice", "--images", "20"]
+    command += ["--repeats", "1", "--min-seconds", "0", f"--output={output}"]
+    one_device = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    ended = subprocess.run(command, env=one_device, capture_output=True, text=True, check=True)
+    rows = json.loads(output.read_text())
+    for row in rows:
+        start = f"| fashion_mnist/sparse_lattice | 3,920 | {row['between']} | {row['by']} |"
+        assert start in ended.stdout
+        assert start in output.with_suffix(".md").read_text()
+        assert row["is_pinned"] == hasattr(os, "sched_setaffinity")
+        assert all(row["seconds"][what][0] > 0 for what in ("encode", "decode"))
+    ways = {(row["between"], row["by"]): row for row in rows}
+    assert ways.pop(("codes and ids", "llvq"))["bits_per_vector"] is None
+    bits = {way: row["bits_per_vector"] for way, row in ways.items()}
+    ours = [bits["ids and bits", by] for by in ("llvq, order 0", "llvq, with contexts")]
+    streams = [bits["codes and stream", by] for by in ("llvq, order 0", "llvq, with contexts")]
+    tables = [row["cross_entropy"] for row in rows if row["cross_entropy"] is not None]
+    assert ours == pytest.approx(tables, rel=0.01)  # the coder's last words are 0.3%
+    np.testing.assert_allclose(np.subtract(streams, ours), 8 * 30 / 3_920)  # the header
+    assert max(streams) < min(bits["ids and bits", by] for by in ("zlib, level 6", "zstd, level 3"))
+    assert ours[1] < bits["ids and bits", "zstd, level 19"]
+
+
+@pytest.mark.slow
 def test_the_sweep_runs_and_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "SWEEPS", {sweep.CODEBOOK_SIZE: (16,), sweep.IMAGE_SIZE: (12,)})
     output = tmp_path / "benchmarks.json"
@@ -405,6 +435,8 @@ def test_the_sweep_runs_and_is_reported(tmp_path, monkeypatch, capsys):
         (quantizer, "vector_quantize_pytorch", [], "pip install vector-quantize-pytorch"),
         (quantizer, "", ["--codebook-sizes", "100"], "100 must be a power of 2"),
         (quantizer, "", ["--vectors", "0"], "--vectors: 0 must be at least 1"),
+        (codec_benchmark, "zstandard", [], "codec.py: zstandard is not installed: pip install"),
+        (codec_benchmark, "", ["--images", "0"], "--images: 0 must be at least 1"),
         (benchmark, "", ["--batch-size", "-1"], "--batch-size: -1 must be at least 1"),
         (benchmark, "", ["--image-size", "30"], "model.image_shape=(30, 30, 3): must be a mul"),
         (benchmark, "", ["--min-seconds=-1"], "--min-seconds: -1.0 must be 0 or more"),

@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="imports are from PyTorch")
 
-from llvq import checkpointing, evaluate, import_torch
+from llvq import checkpointing, codec, evaluate, import_torch, load_pretrained
 from llvq.errors import UserError
 from llvq.evaluation.evaluator import Evaluator
 from llvq.fields import flatten
@@ -89,6 +89,25 @@ def test_any_model_is_recognised_and_computes_what_pytorch_does(
     np.testing.assert_allclose(model.reconstruct(images), theirs.reconstruct(images), atol=1e-5)
     if "lattice" in quantizer:
         assert len(np.unique(model.encode(images))) > 2  # the test would notice the wrong basis
+
+
+def test_the_value_range_may_be_told(tmp_path):
+    path = tmp_path / "model.ckpt"
+    write(path, "vq", size=24)
+    main = import_torch.main
+    main([f"--checkpoint={path}", f"--output={tmp_path / 'told'}", "--value_range", "-0.5", "0.5"])
+    told = checkpointing.model_of(checkpointing.load(tmp_path / "told"))
+    images = np.random.default_rng(0).integers(0, 256, (2, 12, 12, 1), np.uint8)
+    expected = told.encode(images.astype(np.float32) / 255 - 0.5)
+    np.testing.assert_array_equal(told.encode(images), expected)
+
+    import_torch.import_checkpoint(path, tmp_path / "untold")
+    untold = load_pretrained(tmp_path / "untold")
+    with pytest.raises(UserError, match="import it with --value_range"):
+        codec.fit(untold, [images])
+    with pytest.raises(UserError, match=r"--value_range=1.0 0.0 is impossible"):
+        import_torch.import_checkpoint(path, tmp_path / "never", (1.0, 0.0))
+    assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.parametrize("quantizer", ["vq_ema", "sparse_lattice"])

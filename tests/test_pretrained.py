@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import llvq
-from llvq import checkpointing, evaluate, export, pretrained
+from llvq import checkpointing, codec, evaluate, export, pretrained
 from llvq.data import order
 from llvq.errors import UserError
 from llvq.training import train_state
@@ -60,6 +60,8 @@ def test_what_is_exported_is_what_was_trained(workdir, shipped):
     images = tiny.images(5) / np.float32(255) - np.float32(0.5)
     np.testing.assert_array_equal(model.reconstruct(images), trained.reconstruct(images))
     np.testing.assert_array_equal(model.decode(model.encode(images)), model.reconstruct(images))
+    of_run = llvq.load_pretrained(workdir).code_model
+    assert codec.code_model_of(model).digest == of_run.digest
     jax.tree.map(
         np.testing.assert_array_equal,
         *(
@@ -126,11 +128,13 @@ def test_what_cannot_be_exported_is_one_line(workdir, shipped, tmp_path):
 
 
 def test_unknown_names(workdir, shipped):
-    with pytest.raises(UserError, match=r"^no trained model 'mnist/vq': there are none yet$"):
+    with pytest.raises(
+        UserError, match=r"^no trained model 'mnist/vq', nor .*: there are none yet$"
+    ):
         llvq.load_pretrained("mnist/vq")
     export.export(workdir, COMMAND)
-    for name in ("mnist/vq", "../checkpoints/tiny/vq_ema", ""):
-        with pytest.raises(UserError, match=rf"^no trained model '{name}': .* tiny/vq_ema$"):
+    for name in ("mnist/vq", "../checkpoints/tiny/vq_ema"):
+        with pytest.raises(UserError, match=rf"^no trained model '{name}', nor .* tiny/vq_ema$"):
             llvq.load_pretrained(name)
 
 

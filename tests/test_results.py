@@ -120,8 +120,11 @@ def test_runs_become_a_table(tmp_path, monkeypatch, capsys):
         both("ssim", ".3f"),
         both("effective_codebook_size", ",.0f"),
         f"{79 * 14 * 14:,}",
-        both("entropy_bits_per_vector", ".2f"),
-        both("bits_per_pixel", ".3f"),
+        both("coded_bits_per_vector", ".3f"),
+        both("coded_bits_per_vector_with_tables", ".3f"),
+        both("context_coded_bits_per_vector", ".3f"),
+        both("coded_bits_per_pixel", ".3f"),
+        both("plug_in_entropy_bits_per_vector", ".3f"),
         "64",
         f"{np.mean(rates):.0f} ± {np.std(rates, ddof=1):.0f}",
     ]
@@ -171,7 +174,7 @@ def test_the_summary_has_a_row_for_each_run(tmp_path, capsys):
         "ssim": 0.98765,
         "effective_codebook_size": 1234,
         "effective_codebook_size_is_exact": True,
-        "entropy_bits_per_vector": 5.678,
+        "coded_bits_per_vector": 5.678,
     }
     estimated = {"effective_codebook_size": 2**25, "effective_codebook_size_is_exact": False}
     workdirs = [tmp_path / f"fashion_mnist/long/vq/seed_{seed}" for seed in (2, 32)]
@@ -186,9 +189,9 @@ def test_the_summary_has_a_row_for_each_run(tmp_path, capsys):
     header, _, exact, estimate, *rest = lines
     assert header == (
         "| data set | recipe | quantizer | seed | split | MSE | PSNR | SSIM | codes in use "
-        "| entropy, bits per vector |"
+        "| coded bits per vector |"
     )
-    start = "| fashion_mnist | long | vq | {} | test | 0.01235 | 20.12 | 0.988 | {} | 5.68 |"
+    start = "| fashion_mnist | long | vq | {} | test | 0.01235 | 20.12 | 0.988 | {} | 5.678 |"
     assert exact == start.format(2, "1,234")
     assert estimate == start.format(32, "≈ 33,554,432")
     assert [line.strip() for line in rest[3:5]] == list(map(str, workdirs))

@@ -31,6 +31,7 @@ class VQVAE(nnx.Module):
         images as `pack` returns them, and returns reconstructions for `unpack`, and codes as
         [batch, h / packing, w / packing, packing², ...]. To be set for all layers at once:
         `model.set_attributes(packing=…)`.
+      code_model: None, or what the model's codes cost (see `llvq.codec`).
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class VQVAE(nnx.Module):
         self.value_range = value_range
         self.param_dtype = param_dtype
         self.packing: int | None = None
+        self.code_model: object | None = None
 
     def __call__(
         self,
@@ -158,6 +160,19 @@ class VQVAE(nnx.Module):
     ) -> Shaped[Array, "batch height width channels"]:
         """Images or reconstructions as they were before `pack`."""
         return images if self.packing is None else packing.unpack(images, self._image_packing())
+
+    def unpack_codes(self, codes: Int[Array, "batch h w ..."]) -> Int[Array, "batch h w ..."]:
+        """Codes in the order of the latents, where the model has a packing."""
+        if self.packing is None:
+            return codes
+        flat = codes.reshape(*codes.shape[:3], -1)
+        unpacked = packing.unpack(flat, self.packing)
+        return unpacked.reshape(*unpacked.shape[:3], *codes.shape[4:])
+
+    @property
+    def image_channels(self) -> int:
+        """How many channels the images have."""
+        return self.encoder.downsample[0].kernel.shape[-2]
 
     def _image_packing(self) -> int:
         assert self.packing is not None

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import os
 import pathlib
+import pickle
 import re
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from orbax import checkpoint as ocp
 
 from llvq.errors import UserError, first_line
@@ -21,7 +24,7 @@ from llvq.runtime import relay
 CONNECT_SECONDS = 120  # within which all processes must have started
 LOST_SECONDS = 30  # after which a silent process counts as lost
 
-_PREPARE_SECONDS = 7 * 24 * 3600  # the first process may be downloading a data set
+_PATIENCE_SECONDS = 7 * 24 * 3600  # another process may be downloading a data set
 _SAY_SECONDS = 10  # the last words may have to wait for a slow terminal
 
 LOST = (
@@ -231,12 +234,34 @@ def first_process_first() -> Iterator[None]:
     The processes may share a disk or have one each. Either way, what the first one prepares is
     prepared once where it is shared, and by everyone where it is not. Returns when all are done.
     """
-    wait = ocp.multihost.get_barrier_sync_fn()  # does nothing for a process on its own
-    milliseconds = _PREPARE_SECONDS * 1000
     is_first = jax.process_index() == 0
     if not is_first:
-        wait(key="after the first process", timeout_ms=milliseconds)
+        barrier("after the first process")
     yield
     if is_first:
-        wait(key="after the first process", timeout_ms=milliseconds)
-    wait(key="after all processes", timeout_ms=milliseconds)
+        barrier("after the first process")
+    barrier("after all processes")
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here, however long that takes; a lost one ends the wait."""
+    wait = ocp.multihost.get_barrier_sync_fn()  # does nothing for a process on its own
+    wait(key=name, timeout_ms=_PATIENCE_SECONDS * 1000)
+
+
+def all_gather(value: Any) -> list[Any]:
+    """The values of all processes, in their order. All must call it at the same time.
+
+    Args:
+      value: anything that pickle can store, e.g. a pytree of NumPy arrays.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(len(data), np.int32))
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(data)] = data
+    gathered = multihost_utils.process_allgather(padded)
+    return [
+        pickle.loads(row[:length].tobytes()) for row, length in zip(gathered, lengths, strict=True)
+    ]

@@ -1,0 +1,186 @@
+"""What each code costs: integer frequency tables, kept beside the checkpoint that they belong to.
+
+A code that occurs often in the training split is an entry of the vocabulary and has a frequency of
+its own. Any other is escaped: it costs the escape's frequency and then, integer by integer, what
+the table for its position says (see `integers`). All frequencies are integers, and those of a
+table sum to `TOTAL`, so that every machine has the same model.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import zipfile
+import zlib
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Int32, Int64
+
+from llvq.checkpointing.integrity import digests
+from llvq.data.files import replacing
+from llvq.errors import UserError
+from llvq.models import VQVAE
+from llvq.training import train_state
+
+TOTAL = 2**20
+_FILE = "code_model.npz"
+
+
+def parameters_digest(model: VQVAE) -> str:
+    """A hash of what makes a model's codes and images: its parameters and its value range."""
+    _, params, statistics = train_state.split(model)
+    parts = digests({"params": params, "statistics": statistics}, model.value_range, None)
+    return "".join(parts[name][:16] for name in ("params", "statistics", "config"))
+
+
+def frequencies(counts: Int64[np.ndarray, "n"]) -> Int32[np.ndarray, "n"]:
+    """Integers in proportion to counts, each at least 1, that sum to TOTAL.
+
+    Args:
+      counts: at least 0; at most TOTAL of them.
+    """
+    counts = counts.astype(object)  # Python's integers: the product would overflow
+    free = TOTAL - len(counts)
+    whole = max(int(counts.sum()), 1)
+    shares = np.array([1 + free * count // whole for count in counts], np.int32)
+    shares[np.argmax(shares)] += TOTAL - shares.sum()
+    return shares
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Contexts:
+    """Tables for a code given the codes to its left and above.
+
+    A neighbour counts by its class: one of the frequent codes, another code, or none at the
+    border. A context's table has entries for the codes seen often in it, and an escape to the table
+    without context.
+
+    Attributes:
+      frequent: the id of each frequent code; −1 for a class that has none.
+      ends: the end of each context's entries in the arrays below; a context is
+        left · num_classes + above.
+      ids: the codes of the entries; the last one of each context is the escape, −1.
+      frequencies: of the entries; each context's sum to TOTAL.
+    """
+
+    frequent: Int32[np.ndarray, "classes-2"]
+    ends: Int32[np.ndarray, "contexts"]
+    ids: Int32[np.ndarray, "entries"]
+    frequencies: Int32[np.ndarray, "entries"]
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes of neighbours there are."""
+        return len(self.frequent) + 2
+
+    def classes(self, vocabulary_size: int) -> Int32[np.ndarray, "codes+2"]:
+        """The class of each id, of the escape's (vocabulary_size), and last, −1, of the border."""
+        classes = np.full(vocabulary_size + 2, len(self.frequent), np.int32)
+        has_code = self.frequent >= 0
+        classes[self.frequent[has_code]] = np.flatnonzero(has_code)
+        classes[-1] = len(self.frequent) + 1
+        return classes
+
+    def table(self, context: int) -> tuple[Int32[np.ndarray, "n"], Int32[np.ndarray, "n"]]:
+        """(ids, frequencies) of a context's entries."""
+        entries = slice(self.ends[context - 1] if context else 0, self.ends[context])
+        return self.ids[entries], self.frequencies[entries]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CodeModel:
+    """Attributes:
+    parameters: the digest of the parameters that made the codes; see `parameters_digest`.
+    vocabulary: the codes with an entry, by falling count.
+    frequencies: of these entries, and of the escape.
+    digits: the frequencies of `integers`' symbols, for each integer of an escaped code.
+    contexts: the tables for codes given their neighbours.
+    """
+
+    parameters: str
+    vocabulary: Int32[np.ndarray, "codes width"]
+    frequencies: Int32[np.ndarray, "codes+1"]
+    digits: Int32[np.ndarray, "width symbols"]
+    contexts: Contexts
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of the model, in hexadecimal, independent of how it is stored."""
+        whole = hashlib.sha256(self.parameters.encode())
+        for name, array in sorted(self._arrays().items()):
+            whole.update(f"{name} {array.shape}".encode())
+            whole.update(array.astype("<i4").tobytes())
+        return whole.hexdigest()
+
+    @property
+    def num_table_bytes(self) -> int:
+        """What the tables without contexts take, compressed."""
+        arrays = (self.vocabulary, self.frequencies, self.digits)
+        return sum(len(zlib.compress(array.astype("<i4").tobytes(), 9)) for array in arrays)
+
+    def _arrays(self) -> dict[str, Int32[np.ndarray, "..."]]:
+        return {
+            "vocabulary": self.vocabulary,
+            "frequencies": self.frequencies,
+            "digits": self.digits,
+            "context_frequent": self.contexts.frequent,
+            "context_ends": self.contexts.ends,
+            "context_ids": self.contexts.ids,
+            "context_frequencies": self.contexts.frequencies,
+        }
+
+    def save(self, checkpoint: epath.PathLike) -> None:
+        """Writes the model beside a checkpoint's items.
+
+        Raises:
+          UserError: if it cannot be written.
+        """
+        buffer = io.BytesIO()
+        about = {"parameters": self.parameters, "digest": self.digest}
+        arrays: dict[str, Any] = {"about": json.dumps(about), **self._arrays()}
+        np.savez_compressed(buffer, **arrays)
+        path = epath.Path(checkpoint) / _FILE
+        try:
+            with replacing(path) as file:
+                file.write_bytes(buffer.getvalue())
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
+
+
+def load(checkpoint: epath.PathLike, parameters: str) -> CodeModel | None:
+    """The code model beside a checkpoint; None if there is none for its parameters.
+
+    Args:
+      checkpoint: its directory.
+      parameters: the digest of its parameters.
+
+    Raises:
+      UserError: if it is damaged.
+    """
+    path = epath.Path(checkpoint) / _FILE
+    if not path.exists():
+        return None
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            about: dict[str, Any] = json.loads(str(arrays["about"]))
+            found = CodeModel(
+                about["parameters"],
+                arrays["vocabulary"],
+                arrays["frequencies"],
+                arrays["digits"],
+                Contexts(
+                    arrays["context_frequent"],
+                    arrays["context_ends"],
+                    arrays["context_ids"],
+                    arrays["context_frequencies"],
+                ),
+            )
+        is_sound = found.digest == about["digest"]
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        is_sound = False
+    if not is_sound:
+        raise UserError(f"{path} is damaged: delete it and run main.py --mode=evaluate again")
+    return found if found.parameters == parameters else None

@@ -1,0 +1,187 @@
+"""The container: codes as a stream of bytes that says what it holds and proves that it is whole.
+
+    offset  bytes  little-endian
+         0      4  magic, "LLVQ"
+         4      1  version, 1
+         5      1  flags: 1 if it holds images rather than codes, 2 if it is coded with contexts
+         6      8  start of the code model's digest, which covers the model's parameters, too
+        14      4  number of images
+        18      4  their height, in pixels or, if it holds codes, in codes
+        22      4  their width
+        26      4  CRC-32 of the bytes before it, of the stream's length in 4 bytes, and of the
+                   codes, as int32
+
+The codes follow in blocks of whole images, of at most `VECTORS_PER_BLOCK` vectors unless a single
+image has more. If there are several blocks, each has its length in front, in 4 bytes.
+"""
+
+import math
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from llvq.codec.code_model import TOTAL, CodeModel
+from llvq.codec.coder import DamageError
+from llvq.errors import UserError
+
+MAGIC = b"LLVQ"
+VERSION = 1
+VECTORS_PER_BLOCK = 2**18
+MOST_PIXELS = 2**28
+
+_FIXED = struct.Struct("<4sBB8sIII")
+_CHECKSUM = struct.Struct("<I")
+_LENGTH = struct.Struct("<I")
+HEADER_BYTES = _FIXED.size + _CHECKSUM.size
+_HOLDS_IMAGES, _HAS_CONTEXTS = 1, 2
+
+_DAMAGED = "is truncated or damaged"
+
+
+class Header(NamedTuple):
+    """Attributes:
+    holds_images: whether images are to be made of the codes.
+    has_contexts: how the codes are coded.
+    num_images: how many images.
+    height: of each image, in pixels or, unless it holds images, in codes.
+    width: likewise.
+    """
+
+    holds_images: bool
+    has_contexts: bool
+    num_images: int
+    height: int
+    width: int
+
+
+def images_per_block(height: int, width: int) -> int:
+    """How many images of so many codes a block has."""
+    return max(1, VECTORS_PER_BLOCK // (height * width))
+
+
+def block_sizes(num_images: int, height: int, width: int) -> Iterator[int]:
+    """The number of images in each block."""
+    step = images_per_block(height, width)
+    for start in range(0, num_images, step):
+        yield min(step, num_images - start)
+
+
+def num_bytes(block_lengths: Iterable[int]) -> int:
+    """The length of a stream whose blocks have these lengths in bytes."""
+    lengths = list(block_lengths)
+    framing = _LENGTH.size * len(lengths) if len(lengths) > 1 else 0
+    return HEADER_BYTES + framing + sum(lengths)
+
+
+def _fixed(header: Header, code_model: CodeModel) -> bytes:
+    flags = _HOLDS_IMAGES * header.holds_images | _HAS_CONTEXTS * header.has_contexts
+    digest = bytes.fromhex(code_model.digest)[:8]
+    return _FIXED.pack(MAGIC, VERSION, flags, digest, *header[2:])
+
+
+def _checksum(fixed: bytes, num_bytes: int, codes: Int32[np.ndarray, "..."]) -> bytes:
+    before = zlib.crc32(fixed + _LENGTH.pack(num_bytes))
+    return _CHECKSUM.pack(zlib.crc32(np.ascontiguousarray(codes, "<i4").data, before))
+
+
+def pack(
+    header: Header, code_model: CodeModel, codes: Int32[np.ndarray, "..."], blocks: list[bytes]
+) -> bytes:
+    """A stream.
+
+    Args:
+      header: what it holds.
+      code_model: with which the codes are coded.
+      codes: all of them, for the checksum.
+      blocks: the coded codes.
+    """
+    fixed = _fixed(header, code_model)
+    if len(blocks) > 1:
+        blocks = [_LENGTH.pack(len(block)) + block for block in blocks]
+    length = HEADER_BYTES + sum(map(len, blocks))
+    return b"".join([fixed, _checksum(fixed, length, codes), *blocks])
+
+
+def read_header(data: bytes, code_model: CodeModel, name: str) -> Header:
+    """What a stream holds.
+
+    Args:
+      data: the stream.
+      code_model: the model that it must be of.
+      name: of the stream, for messages.
+
+    Raises:
+      UserError: if it is foreign, of a newer version or another model, or asks for more than a
+        stream of its length can hold.
+    """
+    if data[: len(MAGIC)] != MAGIC:
+        raise UserError(f"{name} is no stream of this program (it does not begin with LLVQ)")
+    if len(data) < HEADER_BYTES:
+        raise UserError(f"{name} {_DAMAGED}")
+    _, version, flags, digest, *sizes = _FIXED.unpack_from(data)
+    if version != VERSION:
+        raise UserError(
+            f"{name} has version {version} of the format, and this program reads {VERSION}: "
+            "it is damaged, or needs a newer llvq"
+        )
+    if digest != bytes.fromhex(code_model.digest)[:8]:
+        raise UserError(
+            f"{name} is of another model (its digest begins with {digest.hex()}, this model's with "
+            f"{code_model.digest[:16]}), or damaged: name the model that encoded it"
+        )
+    if flags > (_HOLDS_IMAGES | _HAS_CONTEXTS):
+        raise UserError(f"{name} {_DAMAGED}")
+    header = Header(bool(flags & _HOLDS_IMAGES), bool(flags & _HAS_CONTEXTS), *sizes)
+    check_size(header, name)
+    return header
+
+
+def check_size(header: Header, name: str) -> None:
+    """Raises UserError if a stream would hold nothing, or more than memory is asked for."""
+    size = math.prod(header[2:])
+    if not 0 < size <= MOST_PIXELS:
+        raise UserError(
+            f"{name} of {header.num_images:,} × {header.height:,} × {header.width:,} pixels or "
+            f"codes is impossible (at most {MOST_PIXELS:,}): it {_DAMAGED}, or must be in parts"
+        )
+
+
+def check_length(block: bytes, code_model: CodeModel, num_vectors: int, has_contexts: bool) -> None:
+    """Raises DamageError if a block is too short for so many codes, before they take memory."""
+    tables = code_model.contexts.frequencies if has_contexts else code_model.frequencies
+    least_bits = num_vectors * -math.log2(min(int(tables.max()), TOTAL - 1) / TOTAL)
+    if len(block) + 4 < least_bits / 8:  # the coder's last word holds less
+        raise DamageError("it is too short for what it says it holds")
+
+
+def unpack(data: bytes, num_blocks: int) -> list[bytes]:
+    """The blocks of a stream.
+
+    Raises:
+      DamageError: if their lengths are not the stream's.
+    """
+    if num_blocks == 1:
+        return [data[HEADER_BYTES:]]
+    blocks: list[bytes] = []
+    position = HEADER_BYTES
+    while position < len(data) and len(blocks) < num_blocks:
+        end = position + _LENGTH.size
+        if end > len(data):
+            raise DamageError("a block is missing")
+        (length,) = _LENGTH.unpack(data[position:end])
+        position = end + length
+        blocks.append(data[end:position])
+    if position != len(data) or len(blocks) != num_blocks:
+        raise DamageError("its length is not that of its blocks")
+    return blocks
+
+
+def check(data: bytes, header: Header, code_model: CodeModel, codes: np.ndarray) -> None:
+    """Raises DamageError unless the codes are those that were encoded."""
+    fixed = _fixed(header, code_model)
+    if _checksum(fixed, len(data), codes) != data[_FIXED.size : HEADER_BYTES]:
+        raise DamageError("its checksum is wrong")

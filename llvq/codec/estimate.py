@@ -1,0 +1,233 @@
+"""A code model from the codes of a split, in one pass and in bounded memory.
+
+The codes come in blocks. Of each block its distinct codes are counted, and the counts are added to
+a table in the order of the blocks; only the `_MOST_CODES` with the highest counts stay. Contexts
+need classes from the start: they are those of the most frequent codes of the first block. The
+result is a function of the blocks alone, since several processes, which count some blocks each,
+exchange the counts and add them up in the same order.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int, Int32, Int64, Shaped, UInt64
+
+from llvq.codec import integers, vocabulary
+from llvq.codec.code_model import CodeModel, Contexts, frequencies
+from llvq.runtime.distributed import all_gather
+
+_MOST_CODES = 2**14
+_MOST_CANDIDATES = 4 * _MOST_CODES
+_MOST_PAIRS = 2**17
+_LEAST_COUNT = 2
+_MOST_FREQUENT = 16  # codes that are a class of their own as neighbours
+
+
+class _Counts(NamedTuple):
+    """How often codes occur, in the order of their keys.
+
+    Attributes:
+      keys: fingerprints, or (context, fingerprint).
+      counts: occurrences.
+      rows: the codes themselves, or nothing.
+    """
+
+    keys: Shaped[np.ndarray, "n ..."]
+    counts: Int64[np.ndarray, "n"]
+    rows: Int32[np.ndarray, "n width"]
+
+
+class _BlockCounts(NamedTuple):
+    """What a block adds: all arrays are NumPy's, so that processes can exchange them.
+
+    Attributes:
+      codes: its distinct codes.
+      pairs: its distinct pairs of context and code.
+      contexts: how many codes occur in each context.
+      digits: how often each of `integers`' symbols occurs, by position in the code.
+    """
+
+    codes: _Counts
+    pairs: _Counts
+    contexts: Int64[np.ndarray, "contexts"]
+    digits: Int64[np.ndarray, "width symbols"]
+
+
+def estimate(
+    blocks: Iterable[Int[np.ndarray, "n height width ..."] | None],
+    code_width: int,
+    parameters: str,
+    report: Callable[[int], None] = lambda _: None,
+) -> CodeModel:
+    """The code model of the codes in some blocks.
+
+    Args:
+      blocks: the codes. If there are several processes, the first block of all of them is the
+        split's first; from there on each process has its own, in turn, and None where the others
+        still have some.
+      code_width: how many integers make up a code.
+      parameters: the digest of the parameters; see `CodeModel`.
+      report: is told how many blocks of all processes are counted.
+
+    Raises:
+      ValueError: if there is no block.
+    """
+    iterator = iter(blocks)
+    first = next(iterator, None)
+    if first is None:
+        raise ValueError("there are no codes to estimate a model from")
+    keys, rows = _keys(first, code_width)
+    distinct = _distinct(keys, rows)
+    frequent = np.sort(distinct.keys[_most_frequent(distinct.counts, _MOST_FREQUENT)])
+    total: _BlockCounts | None = None
+    num_counted = 0
+    for block in itertools.chain([first], iterator):
+        own = None if block is None else _count(block, code_width, frequent)
+        for counted in [own] if total is None else all_gather(own):
+            if counted is not None:
+                total = counted if total is None else _add(total, counted)
+                num_counted += 1
+        report(num_counted)
+    assert total is not None
+    return _finish(total, frequent, parameters)
+
+
+def _keys(
+    codes: Int[np.ndarray, "n height width ..."], code_width: int
+) -> tuple[UInt64[np.ndarray, "vectors"], Int32[np.ndarray, "vectors width"]]:
+    rows = codes.reshape(-1, code_width)
+    return np.asarray(_fingerprints(rows)), rows
+
+
+_fingerprints = jax.jit(vocabulary.keys)
+
+
+def _distinct(keys: UInt64[np.ndarray, "n"], rows: Int32[np.ndarray, "n width"]) -> _Counts:
+    found, index, counts = np.unique(keys, return_index=True, return_counts=True)
+    return _Counts(found, counts, rows[index])
+
+
+def _most_frequent(counts: Int64[np.ndarray, "n"], number: int) -> Int64[np.ndarray, "m"]:
+    """The places of the highest counts, by falling count; of equal ones the first."""
+    return np.argsort(-counts, kind="stable")[:number]
+
+
+def _kept(counted: _Counts, number: int) -> _Counts:
+    """The most frequent of them, in the order of their keys."""
+    if len(counted.keys) <= number:
+        return counted
+    places = np.sort(_most_frequent(counted.counts, number))
+    return _Counts(*(array[places] for array in counted))
+
+
+def _count(
+    codes: Int[np.ndarray, "n height width ..."], code_width: int, frequent: UInt64[np.ndarray, "m"]
+) -> _BlockCounts:
+    keys, rows = _keys(codes, code_width)
+    found, index, inverse, counts = np.unique(
+        keys, return_index=True, return_inverse=True, return_counts=True
+    )
+    distinct = _Counts(found, counts, rows[index])
+    digits = _count_digits(distinct.rows, distinct.counts)
+
+    places = np.minimum(np.searchsorted(frequent, found), len(frequent) - 1)
+    classes = np.where(frequent[places] == found, places, len(frequent))
+    num_classes = len(frequent) + 2
+    n, height, width = codes.shape[:3]
+    padded = np.full((n, height + 1, width + 1), num_classes - 1)
+    padded[:, 1:, 1:] = classes[inverse].reshape(n, height, width)
+    contexts = (padded[:, 1:, :-1] * num_classes + padded[:, :-1, 1:]).reshape(-1)
+    pairs, counts = np.unique(contexts * len(found) + inverse, return_counts=True)
+    context, code = np.divmod(pairs, len(found))
+    return _BlockCounts(
+        _kept(distinct, _MOST_CANDIDATES),
+        _kept(
+            _Counts(
+                np.stack([context.astype(np.uint64), found[code]], axis=1),
+                counts,
+                np.empty((len(pairs), 0), np.int32),
+            ),
+            _MOST_PAIRS,
+        ),
+        np.bincount(contexts, minlength=num_classes**2),
+        digits,
+    )
+
+
+def _count_digits(
+    rows: Int32[np.ndarray, "n width"], counts: Int64[np.ndarray, "n"]
+) -> Int64[np.ndarray, "width symbols"]:
+    width = rows.shape[1]
+    symbols = integers.split(rows).symbols + integers.NUM_SYMBOLS * np.arange(width)
+    # Sums of counts are far below 2^53, so that they are exact.
+    weights = np.repeat(counts, width)
+    sums = np.bincount(symbols.reshape(-1), weights, minlength=width * integers.NUM_SYMBOLS)
+    return sums.astype(np.int64).reshape(width, -1)
+
+
+def _add(total: _BlockCounts, more: _BlockCounts) -> _BlockCounts:
+    return _BlockCounts(
+        _kept(_merge(total.codes, more.codes), _MOST_CANDIDATES),
+        _kept(_merge(total.pairs, more.pairs), _MOST_PAIRS),
+        total.contexts + more.contexts,
+        total.digits + more.digits,
+    )
+
+
+def _merge(a: _Counts, b: _Counts) -> _Counts:
+    keys, counts, rows = (np.concatenate(pair) for pair in zip(a, b, strict=True))
+    columns = keys.reshape(len(keys), -1)
+    order = np.lexsort(columns.T[::-1])
+    columns = columns[order]
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = np.any(columns[1:] != columns[:-1], axis=1)
+    starts = np.flatnonzero(is_new)
+    return _Counts(keys[order][starts], np.add.reduceat(counts[order], starts), rows[order][starts])
+
+
+def _finish(total: _BlockCounts, frequent: UInt64[np.ndarray, "m"], parameters: str) -> CodeModel:
+    keys, counts, rows = total.codes
+    places = _most_frequent(counts, _MOST_CODES)
+    places = places[: max(1, int(np.sum(counts[places] >= _LEAST_COUNT)))]
+    keys, counts, rows = keys[places], counts[places], rows[places]
+    num_vectors = int(total.contexts.sum())
+    num_escaped = num_vectors - int(counts.sum())
+    digits = total.digits - _count_digits(rows, counts)
+    return CodeModel(
+        parameters,
+        rows,
+        frequencies(np.append(counts, num_escaped)),
+        np.stack([frequencies(row) for row in digits]),
+        _finish_contexts(total, frequent, keys),
+    )
+
+
+def _finish_contexts(
+    total: _BlockCounts, frequent: UInt64[np.ndarray, "m"], vocabulary_keys: UInt64[np.ndarray, "v"]
+) -> Contexts:
+    """The tables of contexts, whose codes must all be in the vocabulary."""
+    order = np.argsort(vocabulary_keys)
+    ascending = vocabulary_keys[order]
+
+    def ids_of(keys: UInt64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+        places = np.minimum(np.searchsorted(ascending, keys), len(ascending) - 1)
+        return np.where(ascending[places] == keys, order[places], -1)
+
+    pairs, counts, _ = total.pairs
+    contexts, ids = pairs[:, 0].astype(np.int64), ids_of(pairs[:, 1])
+    has_entry = (counts >= _LEAST_COUNT) & (ids >= 0)
+    contexts, ids, counts = contexts[has_entry], ids[has_entry], counts[has_entry]
+    tables = []
+    for context, num_vectors in enumerate(total.contexts):
+        entries = np.flatnonzero(contexts == context)
+        entries = entries[np.argsort(ids[entries])]
+        num_escaped = num_vectors - counts[entries].sum()
+        tables.append(
+            (np.append(ids[entries], -1), frequencies(np.append(counts[entries], num_escaped)))
+        )
+    ids, shares = (np.concatenate(arrays).astype(np.int32) for arrays in zip(*tables, strict=True))
+    ends = np.cumsum([len(table) for table, _ in tables]).astype(np.int32)
+    return Contexts(ids_of(frequent).astype(np.int32), ends, ids, shares)

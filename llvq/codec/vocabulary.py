@@ -1,0 +1,121 @@
+"""Codes to ids of a vocabulary and back."""
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jaxtyping import Array, Float, Int, Int32, UInt64
+
+from llvq.codec.code_model import CodeModel
+from llvq.codec.coder import Block
+from llvq.quantizers import Quantizer
+from llvq.usage.counting import fingerprints
+
+_NEAREST_AT_ONCE = 1024
+_AT_ONCE = 2**14  # what JAX copies at once then stays in the cache
+
+
+def keys(codes: Int[Array, "n width"]) -> UInt64[Array, "n"]:
+    """The 64-bit fingerprint of each code; call it inside jit."""
+    low, high = fingerprints(codes)
+    with jax.enable_x64(True):
+        return high.astype(jnp.uint64) << jnp.uint64(32) | low.astype(jnp.uint64)
+
+
+_keys = jax.jit(keys)
+
+
+@jax.jit
+def _look_up(
+    codes: Int[Array, "n width"],
+    ascending: UInt64[Array, "codes"],
+    order: Int32[Array, "codes"],
+    rows: Int32[Array, "codes width"],
+) -> Int32[Array, "n"]:
+    """The id of each code, from the vocabulary's keys in ascending order and their ids."""
+    with jax.enable_x64(True):
+        place = jnp.searchsorted(ascending, keys(codes)).astype(jnp.int32)
+    candidate = order.at[place].get(mode="clip")
+    # A fingerprint may be another code's, so that the whole code is compared.
+    is_same = jnp.all(rows[candidate] == codes, axis=-1)
+    return jnp.where(is_same, candidate, len(rows))
+
+
+@jax.jit
+def _nearest(
+    vectors: Float[Array, "n latent_dim"], entries: Float[Array, "codes latent_dim"]
+) -> Int32[Array, "n"]:
+    products = jnp.matmul(vectors, entries.T, precision=jax.lax.Precision.HIGHEST)
+    return jnp.argmin(jnp.sum(entries**2, axis=1) - 2 * products, axis=1).astype(jnp.int32)
+
+
+class Vocabulary:
+    """The vocabulary of a code model.
+
+    Attributes:
+      size: how many codes it has.
+      width: how many integers make up a code.
+    """
+
+    def __init__(self, code_model: CodeModel, code_width: int) -> None:
+        """Args:
+        code_model: holds the vocabulary.
+        code_width: of the model's quantizer. Where it is 1, codes are scalars.
+        """
+        self.codes = code_model.vocabulary
+        self.size, self.width = self.codes.shape
+        self._is_scalar = code_width == 1
+        entries = np.asarray(_keys(self.codes))
+        order = np.argsort(entries, kind="stable")
+        with jax.enable_x64(True):
+            self._keys, self._order = jnp.asarray(entries[order]), jnp.asarray(order, jnp.int32)
+        self._rows = jnp.asarray(self.codes)
+
+    def ids(
+        self, codes: Int[np.ndarray, "n height width ..."]
+    ) -> Int32[np.ndarray, "n height width"]:
+        """The id of each code; `size` for those that the vocabulary lacks."""
+        shape = codes.shape if self._is_scalar else codes.shape[:-1]
+        rows = codes.reshape(-1, self.width)
+        ids = np.empty(len(rows), np.int32)
+        for start in range(0, len(rows), _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
+            ids[some] = _look_up(rows[some], self._keys, self._order, self._rows)
+        return ids.reshape(shape)
+
+    def block(self, codes: Int[np.ndarray, "n height width ..."]) -> Block:
+        """Codes as ids, and those that the vocabulary lacks as they are."""
+        ids = self.ids(codes)
+        is_escaped = ids.reshape(-1) == self.size
+        rows = codes.reshape(-1, self.width)
+        return Block(ids, rows[is_escaped] if is_escaped.any() else rows[:0])
+
+    def tokens(
+        self, codes: Int32[np.ndarray, "n height width ..."], quantizer: Quantizer
+    ) -> tuple[Int32[np.ndarray, "n height width"], int]:
+        """The id of each code or, where the vocabulary lacks it, of the nearest entry.
+
+        Args:
+          codes: of some images.
+          quantizer: whose vectors say what is near.
+
+        Returns:
+          (ids, how many codes the vocabulary lacks).
+        """
+        block = self.block(codes)
+        tokens, num_outside = block.ids.copy(), len(block.escaped)
+        entries = quantizer.lookup(self._rows[:, 0] if self._is_scalar else self._rows)
+        nearest = []
+        for start in range(0, num_outside, _NEAREST_AT_ONCE):
+            rows = block.escaped[start : start + _NEAREST_AT_ONCE]
+            rows = np.pad(rows, ((0, _NEAREST_AT_ONCE - len(rows)), (0, 0)))
+            vectors = quantizer.lookup(jnp.asarray(rows[:, 0] if self._is_scalar else rows))
+            nearest.append(np.asarray(_nearest(vectors, entries)))
+        if nearest:
+            tokens[tokens == self.size] = np.concatenate(nearest)[:num_outside]
+        return tokens, num_outside
+
+    def codes_of(self, block: Block) -> Int32[np.ndarray, "n height width ..."]:
+        """The codes of a block."""
+        rows = np.take(self.codes, block.ids, axis=0, mode="clip")
+        rows[block.ids == self.size] = block.escaped
+        return rows[..., 0] if self._is_scalar else rows

@@ -1,0 +1,180 @@
+"""A data set's codes as tokens: integers that a second-stage model can be trained on."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jaxtyping import Int
+
+from llvq import checkpointing
+from llvq.codec import rates
+from llvq.codec.container import images_per_block
+from llvq.codec.passes import Passes, num_codes
+from llvq.codec.vocabulary import Vocabulary
+from llvq.config import ConfigLike, check_data, check_same_model, parse
+from llvq.data import Dataset
+from llvq.data.files import replacing
+from llvq.runtime import console, distributed
+
+_BLOCKS_PER_SHARD = 8
+
+
+class Writer(Protocol):
+    """Where tokens go; see `input_pipeline.tokens.TokenWriter`, which has the arguments."""
+
+    @property
+    def shards(self) -> Sequence[Any]:
+        """The parts of the output, each with `split` and `positions`."""
+        ...
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything is written."""
+        ...
+
+    def begin(self, job: Mapping[str, Any]) -> None:
+        """Makes the directory, or finds it as an earlier process left it."""
+        ...
+
+    def is_finished(self, shard: Any) -> bool:
+        """Whether a shard is written."""
+        ...
+
+    def write(
+        self, shard: Any, tokens: Int[np.ndarray, "n height width"], note: Mapping[str, Any]
+    ) -> None:
+        """Writes a shard, with a note for the manifest."""
+        ...
+
+    def finish(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """Completes the directory and returns the whole manifest."""
+        ...
+
+
+def encode(
+    config: ConfigLike,
+    workdir: epath.PathLike,
+    data: Dataset,
+    make_writer: Callable[..., Writer],
+    *,
+    checkpoint: epath.PathLike | None = None,
+) -> epath.Path:
+    """Writes the tokens of all splits to WORKDIR/tokens, and vocabulary.npy beside them.
+
+    A token is the id of a code in the vocabulary of the checkpoint's code model, by falling
+    frequency. A code that the vocabulary lacks becomes the id of the nearest entry, as its vector
+    goes. Images are in the order of the data set, unflipped; the tokens of an image are
+    [height, width]. The files depend on the checkpoint and the data alone, not on batch size,
+    devices or processes, each of which writes its own shards. After an interruption the same call
+    writes what is missing.
+
+    Args:
+      config: the run's config; `model`, `quantizer` and `dataset.name` must be the checkpoint's.
+      workdir: where the directory goes, and the run whose newest checkpoint is taken by default.
+      data: the data set.
+      make_writer: makes the writer; see `input_pipeline.tokens.TokenWriter`.
+      checkpoint: another checkpoint (see `checkpointing.find`).
+
+    Returns:
+      The directory.
+
+    Raises:
+      UserError: if the config is impossible, there is no such checkpoint, it is of another model,
+        or the directory holds other tokens or cannot be written.
+    """
+    config = parse(config)
+    check_data(config, data)
+    source = workdir if checkpoint is None else checkpoint
+    checkpointing.find(source)  # before a workdir is made
+    checkpointing.require_writable(workdir)
+    found = checkpointing.load(source)
+    check_same_model(config, found.config, os.fspath(found.path))
+    model = checkpointing.model_of(found)
+    model.value_range = config.model.value_range  # an imported one may not know it
+    code_model = rates.find_or_estimate(model, found.path, data)
+    vocabulary = Vocabulary(code_model, model.quantizer.code_width)
+
+    shape = num_codes(model, *data.image_shape[:2])
+    step = images_per_block(*shape)
+    directory = epath.Path(workdir) / "tokens"
+    writer = make_writer(
+        directory,
+        config.dataset.name,
+        data.num_images,
+        _BLOCKS_PER_SHARD * step,
+        shape,
+        vocabulary.size,
+    )
+    job = {
+        "dataset": config.dataset.name,
+        "num_images": dict(data.num_images),
+        "quantizer": config.quantizer.name,
+        "step": int(found.state.step),
+        "parameters": code_model.parameters,
+        "code_model": code_model.digest,
+        "image_shape": list(data.image_shape),
+        "value_range": list(model.value_range or ()),
+        "preprocessing": "uint8 pixels mapped linearly to value_range; nothing is flipped",
+        "token_shape": list(shape),
+        "order": "images in the data set's order; tokens row by row, from the upper left corner",
+        "vocabulary": "vocabulary.npy: the code of each token, by falling frequency",
+        "vocabulary_size": vocabulary.size,
+    }
+    if jax.process_index() == 0:
+        writer.begin(job)
+        with replacing(directory / "vocabulary.npy") as file, file.open("wb") as stream:
+            np.save(stream, vocabulary.codes)
+    distributed.barrier("the directory is made")
+    if writer.is_complete:
+        logging.info("%s is complete", directory)
+        return directory
+
+    missing = [
+        shard
+        for shard in writer.shards[jax.process_index() :: jax.process_count()]
+        if not writer.is_finished(shard)
+    ]
+    num_blocks = sum(-(-len(shard.positions) // step) for shard in missing)
+    passes, done = Passes(model), 0
+    with console.Progress(num_blocks, "encoding") as report:
+        for split in data.num_images:
+            of_split = [shard for shard in missing if shard.split == split]
+            blocks = [[*_blocks(shard.positions, step)] for shard in of_split]
+            if not of_split:
+                continue
+            codes = passes.of_split(data, split, [block for some in blocks for block in some])
+            for shard, own in zip(of_split, blocks, strict=True):
+                tokens, num_outside = [], 0
+                for _ in own:
+                    ids, outside = vocabulary.tokens(next(codes), model.quantizer)
+                    tokens.append(ids)
+                    num_outside += outside
+                    report(done := done + 1)
+                writer.write(shard, np.concatenate(tokens), {"num_outside_vocabulary": num_outside})
+    distributed.barrier("all shards are written")
+    if jax.process_index() == 0:
+        _summarise(writer.finish(job), directory)
+    return directory
+
+
+def _blocks(positions: range, step: int) -> Iterator[range]:
+    for start in range(positions.start, positions.stop, step):
+        yield range(start, min(start + step, positions.stop))
+
+
+def _summarise(manifest: Mapping[str, Any], directory: epath.Path) -> None:
+    shards = manifest["shards"].values()
+    num_tokens = sum(shard["num_images"] for shard in shards) * np.prod(manifest["token_shape"])
+    num_outside = sum(shard["num_outside_vocabulary"] for shard in shards)
+    logging.info(
+        "%s has %s tokens of %s kinds (%s); %.3g%% stand for a code outside the vocabulary",
+        directory,
+        f"{num_tokens:,}",
+        f"{manifest['vocabulary_size']:,}",
+        manifest["dtype"],
+        100 * num_outside / num_tokens,
+    )
