@@ -5,8 +5,9 @@ beside it, so that the next process, after a kill, continues after the last of t
 what is being written.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ _ABOUT = {
     "homepage": "https://arxiv.org/abs/2310.09382",
     "license": "that of the images",
 }
+
+_NOTES = {"sha256", "num_outside_vocabulary"}  # what a finished shard's note says
 
 
 class TokenWriter:
@@ -68,44 +71,45 @@ class TokenWriter:
         """Whether everything is written."""
         return (self._directory / "manifest.json").exists()
 
-    def begin(self, job: Mapping[str, Any]) -> None:
+    def begin(
+        self, job: Mapping[str, Any], vocabulary: Int[np.ndarray, "tokens code_width"]
+    ) -> None:
         """Makes the directory; one process does it before any writes.
 
         Args:
           job: what is written: all on which the tokens depend.
+          vocabulary: the code of each token, for vocabulary.npy.
 
         Raises:
           UserError: if the directory holds another job's tokens, or cannot be written.
         """
         path = self._directory / "job.json"
-        try:
+        with _writing(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
-            if path.exists() and json.loads(path.read_text()) != job:
+            if path.exists() and _read_json(path) != job:
                 raise UserError(
                     f"{self._directory} holds tokens of another model or data set: move it away"
                 )
-            with replacing(path) as file:
-                file.write_text(json.dumps(job, indent=1) + "\n")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} cannot be written or read ({error}): move {self._directory} away"
-            ) from error
+            _write_json(path, job)
+            with replacing(self._directory / "vocabulary.npy") as file, file.open("wb") as stream:
+                np.save(stream, vocabulary)
 
     def is_finished(self, shard: Shard) -> bool:
         """Whether a shard is written and still what it was."""
-        note = self._read_note(shard)
+        note = _read_json(self._note(shard))
         path = self._directory / shard.file_name
-        return note is not None and path.exists() and note["sha256"] == shards.sha256(path)
+        is_note = isinstance(note, dict) and note.keys() >= _NOTES
+        return is_note and path.exists() and note["sha256"] == shards.sha256(path)
 
     def write(
-        self, shard: Shard, tokens: Int[np.ndarray, "n height width"], note: Mapping[str, Any]
+        self, shard: Shard, tokens: Int[np.ndarray, "n height width"], num_outside: int
     ) -> None:
         """Writes a shard.
 
         Args:
           shard: of `shards`.
           tokens: of its images.
-          note: what the manifest is to say of the shard besides.
+          num_outside: how many of them stand for a code outside the vocabulary.
 
         Raises:
           UserError: if it cannot be written.
@@ -115,12 +119,10 @@ class TokenWriter:
             self._features.serialize_example({"tokens": image.astype(self._dtype)})
             for image in tokens
         )
-        try:
+        with _writing(path):
             digest = shards.write(path, examples)
-            with replacing(self._note(shard)) as file:
-                file.write_text(json.dumps({"sha256": digest, **note}))
-        except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError
-            raise UserError(f"{path} cannot be written ({error})") from error
+            note = {"sha256": digest, "num_outside_vocabulary": num_outside}
+            _write_json(self._note(shard), note)
 
     def finish(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
         """Completes the directory, once all shards are written.
@@ -131,27 +133,43 @@ class TokenWriter:
         Returns:
           The manifest.
         """
-        shards.describe(self._directory, self._name, self.shards, self._features, _ABOUT)
-        notes = {
-            shard.file_name: {
-                "split": shard.split,
-                "num_images": len(shard.positions),
-                **(self._read_note(shard) or {}),
+        with _writing(self._directory):
+            shards.describe(self._directory, self._name, self.shards, self._features, _ABOUT)
+            notes = {
+                shard.file_name: {
+                    "split": shard.split,
+                    "num_images": len(shard.positions),
+                    **_read_json(self._note(shard)),
+                }
+                for shard in self.shards
             }
-            for shard in self.shards
-        }
-        whole = {**manifest, "dtype": str(self._dtype), "shards": notes}
-        with replacing(self._directory / "manifest.json") as file:
-            file.write_text(json.dumps(whole, indent=1) + "\n")
-        for shard in self.shards:
-            self._note(shard).unlink(missing_ok=True)
+            whole = {**manifest, "dtype": str(self._dtype), "shards": notes}
+            _write_json(self._directory / "manifest.json", whole)
+            for shard in self.shards:
+                self._note(shard).unlink(missing_ok=True)
         return whole
 
     def _note(self, shard: Shard) -> epath.Path:
         return self._directory / f"{shard.file_name}.json"
 
-    def _read_note(self, shard: Shard) -> dict[str, Any] | None:
-        try:
-            return json.loads(self._note(shard).read_text())
-        except (OSError, ValueError):
-            return None
+
+@contextlib.contextmanager
+def _writing(path: epath.Path) -> Iterator[None]:
+    """Raises UserError in place of what the file system or ArrayRecord raises."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be written ({error})") from error
+
+
+def _read_json(path: epath.Path) -> Any:
+    """What a file holds; None if there is none, or if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _write_json(path: epath.Path, content: Mapping[str, Any]) -> None:
+    with replacing(path) as file:
+        file.write_text(json.dumps(content, indent=1) + "\n")

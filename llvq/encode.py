@@ -17,7 +17,6 @@ from llvq.codec.passes import Passes, num_codes
 from llvq.codec.vocabulary import Vocabulary
 from llvq.config import ConfigLike, check_data, check_same_model, parse
 from llvq.data import Dataset
-from llvq.data.files import replacing
 from llvq.runtime import console, distributed
 
 _BLOCKS_PER_SHARD = 8
@@ -36,7 +35,9 @@ class Writer(Protocol):
         """Whether everything is written."""
         ...
 
-    def begin(self, job: Mapping[str, Any]) -> None:
+    def begin(
+        self, job: Mapping[str, Any], vocabulary: Int[np.ndarray, "tokens code_width"]
+    ) -> None:
         """Makes the directory, or finds it as an earlier process left it."""
         ...
 
@@ -45,9 +46,9 @@ class Writer(Protocol):
         ...
 
     def write(
-        self, shard: Any, tokens: Int[np.ndarray, "n height width"], note: Mapping[str, Any]
+        self, shard: Any, tokens: Int[np.ndarray, "n height width"], num_outside: int
     ) -> None:
-        """Writes a shard, with a note for the manifest."""
+        """Writes a shard."""
         ...
 
     def finish(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,9 +126,7 @@ def encode(
         "vocabulary_size": vocabulary.size,
     }
     if jax.process_index() == 0:
-        writer.begin(job)
-        with replacing(directory / "vocabulary.npy") as file, file.open("wb") as stream:
-            np.save(stream, vocabulary.codes)
+        writer.begin(job, vocabulary.codes)
     distributed.barrier("the directory is made")
     if writer.is_complete:
         logging.info("%s is complete", directory)
@@ -154,7 +153,7 @@ def encode(
                     tokens.append(ids)
                     num_outside += outside
                     report(done := done + 1)
-                writer.write(shard, np.concatenate(tokens), {"num_outside_vocabulary": num_outside})
+                writer.write(shard, np.concatenate(tokens), num_outside)
     distributed.barrier("all shards are written")
     if jax.process_index() == 0:
         _summarise(writer.finish(job), directory)

@@ -1,5 +1,6 @@
 """python -m llvq.codec: image files to streams and back, and what a mistake ends in."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -13,6 +14,15 @@ from llvq.codec.__main__ import main
 from llvq.training import train_state
 from tests import tiny
 from tests.runs import create_model
+
+
+@pytest.fixture(autouse=True)
+def _keep_log_level():
+    """The command silences absl's logger in its process."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,7 @@ def test_a_file_or_a_terminal_of_unknown_width_has_plain_lines(read):
 
 
 def test_only_the_first_process_shows_progress(monkeypatch, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="absl")
     monkeypatch.setattr(console, "_EVERY_SECONDS", 0)
     for index, expected in ((1, 0), (0, 2)):
         monkeypatch.setattr(console.jax, "process_index", lambda index=index: index)
@@ -171,7 +171,7 @@ def test_times_are_short():
     ],
 )
 def test_the_console_shows_five_figures(scalars, line, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="absl")
     console.ConsoleWriter().write_scalars(50, scalars)
     assert caplog.messages == [line]
 

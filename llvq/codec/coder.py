@@ -26,8 +26,8 @@ class Block(NamedTuple):
     """The codes of some images of one size.
 
     Attributes:
-      ids: of the vocabulary's codes; of all others the number of codes in it.
-      escaped: those others, in order.
+      ids: each code's id; a code that the vocabulary lacks has the vocabulary's size as its id.
+      escaped: the codes that the vocabulary lacks, in order.
     """
 
     ids: Int32[np.ndarray, "n height width"]
@@ -44,16 +44,16 @@ def _uniform(num_bits: int) -> stream.model.Uniform:
 
 
 def _pieces(num_bits: int) -> Iterator[tuple[int, int]]:
-    """(position, length) of the pieces in which so many bits are coded."""
+    """The pieces in which so many bits are coded, as (position, length)."""
     for position in range(0, num_bits, _BITS_AT_ONCE):
         yield position, min(_BITS_AT_ONCE, num_bits - position)
 
 
 class _Context(NamedTuple):
     """Attributes:
-    ids: the codes of the entries, the escape's being −1.
-    places: of each id among the entries; of one without entry the escape's.
-    model: the coder's; None if the escape is the only entry and costs nothing.
+    ids: the ids that have an entry, and last −1, the escape.
+    places: each id's place among the entries; an id without an entry has the escape's.
+    model: the entries' probabilities; None if the escape is the only entry and costs nothing.
     """
 
     ids: Int32[np.ndarray, "entries"]

@@ -71,7 +71,7 @@ def block_sizes(num_images: int, height: int, width: int) -> Iterator[int]:
 
 
 def num_bytes(block_lengths: Iterable[int]) -> int:
-    """The length of a stream whose blocks have these lengths in bytes."""
+    """The length in bytes of a stream, from the lengths of its blocks."""
     lengths = list(block_lengths)
     framing = _LENGTH.size * len(lengths) if len(lengths) > 1 else 0
     return HEADER_BYTES + framing + sum(lengths)

@@ -30,11 +30,11 @@ import math
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float64, Int32, Int64, Shaped, UInt64
 
 from llvq.runtime import sharding
+from llvq.runtime.distributed import all_gather
 from llvq.usage.counting import CodeCounts
 
 BUDGET = 2**24
@@ -238,6 +238,4 @@ def _count(
 
 def _gather(array: Int64[np.ndarray, "..."] | Int32[np.ndarray, "..."]) -> np.ndarray:
     """The arrays of all hosts, stacked; of equal shape on each."""
-    # As 32-bit words, because JAX has no 64-bit integers by default.
-    words = multihost_utils.process_allgather(np.ascontiguousarray(array).view(np.uint32))
-    return np.ascontiguousarray(words).view(array.dtype)
+    return np.stack(all_gather(array))
