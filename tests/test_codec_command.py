@@ -179,7 +179,7 @@ def test_other_mistakes_are_one_line(checkpoints, tmp_path):
         assert "\n" not in str(ended.value)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_photograph_takes_little_memory(tmp_path):
     """4,000×3,000 pixels through FFHQ's network, in a process of its own for each command."""
     config = tiny.config(

@@ -566,7 +566,7 @@ def main(*arguments):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long  # 70,000 images
 @needs_files
 def test_main_encodes_the_real_data(tmp_path):
     workdir = f"--workdir={tmp_path}"
