@@ -190,9 +190,9 @@ def ways(model: VQVAE, codes: Codes) -> Iterator[Way]:
     import zstandard
 
     code_model = codec.code_model_of(model)
-    vocabulary = Vocabulary(code_model, model.quantizer.code_width)
-    ends = np.cumsum(list(container.block_sizes(*codes.shape[:3])))
-    parts = np.split(codes, ends[:-1])
+    vocabulary = Vocabulary(code_model, model.quantizer)
+    ranges = container.blocks(range(len(codes)), *codes.shape[1:3])
+    parts = [codes[images.start : images.stop] for images in ranges]
     blocks = [vocabulary.block(part) for part in parts]
     yield Way("codes and ids", "llvq", parts, vocabulary.block, vocabulary.codes_of)
     for by in _CODERS:

@@ -26,7 +26,7 @@ _ABOUT = {
     "license": "that of the images",
 }
 
-_NOTES = {"sha256", "num_outside_vocabulary"}  # what a finished shard's note says
+_NOTES = {"sha256", "num_outside_vocabulary"}  # the fields of a finished shard's note
 
 
 class TokenWriter:

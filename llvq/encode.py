@@ -1,7 +1,7 @@
 """A data set's codes as tokens: integers that a second-stage model can be trained on."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from llvq import checkpointing
 from llvq.codec import rates
-from llvq.codec.container import images_per_block
+from llvq.codec.container import blocks, images_per_block
 from llvq.codec.passes import Passes, num_codes
 from llvq.codec.vocabulary import Vocabulary
 from llvq.config import ConfigLike, check_data, check_same_model, parse
@@ -97,18 +97,13 @@ def encode(
     model = checkpointing.model_of(found)
     model.value_range = config.model.value_range  # an imported one may not know it
     code_model = rates.find_or_estimate(model, found.path, data)
-    vocabulary = Vocabulary(code_model, model.quantizer.code_width)
+    vocabulary = Vocabulary(code_model, model.quantizer)
 
     shape = num_codes(model, *data.image_shape[:2])
-    step = images_per_block(*shape)
     directory = epath.Path(workdir) / "tokens"
+    images_per_shard = _BLOCKS_PER_SHARD * images_per_block(*shape)
     writer = make_writer(
-        directory,
-        config.dataset.name,
-        data.num_images,
-        _BLOCKS_PER_SHARD * step,
-        shape,
-        vocabulary.size,
+        directory, config.dataset.name, data.num_images, images_per_shard, shape, vocabulary.size
     )
     job = {
         "dataset": config.dataset.name,
@@ -118,7 +113,7 @@ def encode(
         "parameters": code_model.parameters,
         "code_model": code_model.digest,
         "image_shape": list(data.image_shape),
-        "value_range": list(model.value_range or ()),
+        "value_range": list(config.model.value_range),
         "preprocessing": "uint8 pixels mapped linearly to value_range; nothing is flipped",
         "token_shape": list(shape),
         "order": "images in the data set's order; tokens row by row, from the upper left corner",
@@ -131,38 +126,40 @@ def encode(
     if writer.is_complete:
         logging.info("%s is complete", directory)
         return directory
-
-    missing = [
-        shard
-        for shard in writer.shards[jax.process_index() :: jax.process_count()]
-        if not writer.is_finished(shard)
-    ]
-    num_blocks = sum(-(-len(shard.positions) // step) for shard in missing)
-    passes, done = Passes(model), 0
-    with console.Progress(num_blocks, "encoding") as report:
-        for split in data.num_images:
-            of_split = [shard for shard in missing if shard.split == split]
-            blocks = [[*_blocks(shard.positions, step)] for shard in of_split]
-            if not of_split:
-                continue
-            codes = passes.of_split(data, split, [block for some in blocks for block in some])
-            for shard, own in zip(of_split, blocks, strict=True):
-                tokens, num_outside = [], 0
-                for _ in own:
-                    ids, outside = vocabulary.tokens(next(codes), model.quantizer)
-                    tokens.append(ids)
-                    num_outside += outside
-                    report(done := done + 1)
-                writer.write(shard, np.concatenate(tokens), num_outside)
+    _write_missing(writer, Passes(model), vocabulary, data, shape)
     distributed.barrier("all shards are written")
     if jax.process_index() == 0:
         _summarise(writer.finish(job), directory)
     return directory
 
 
-def _blocks(positions: range, step: int) -> Iterator[range]:
-    for start in range(positions.start, positions.stop, step):
-        yield range(start, min(start + step, positions.stop))
+def _write_missing(
+    writer: Writer,
+    passes: Passes,
+    vocabulary: Vocabulary,
+    data: Dataset,
+    token_shape: tuple[int, int],
+) -> None:
+    """Writes this process's share of the shards, but for those that are finished."""
+    own = writer.shards[jax.process_index() :: jax.process_count()]
+    missing = [
+        (shard, blocks(shard.positions, *token_shape))
+        for shard in own
+        if not writer.is_finished(shard)
+    ]
+    done = 0
+    with console.Progress(sum(len(parts) for _, parts in missing), "encoding") as report:
+        for split in data.num_images:
+            of_split = [(shard, parts) for shard, parts in missing if shard.split == split]
+            codes = passes.of_split(data, split, [part for _, parts in of_split for part in parts])
+            for shard, parts in of_split:
+                tokens, num_outside = [], 0
+                for _ in parts:
+                    ids, outside = vocabulary.tokens(next(codes))
+                    tokens.append(ids)
+                    num_outside += outside
+                    report(done := done + 1)
+                writer.write(shard, np.concatenate(tokens), num_outside)
 
 
 def _summarise(manifest: Mapping[str, Any], directory: epath.Path) -> None:

@@ -1,10 +1,9 @@
 """Evaluation of a checkpoint: metrics of its reconstructions, and which codes it uses."""
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from llvq.config import (
     parse,
 )
 from llvq.data import Dataset
-from llvq.data.files import replacing
+from llvq.data.files import writing
 from llvq.data.order import steps_per_epoch
 from llvq.errors import UserError
 from llvq.evaluation import pictures
@@ -97,6 +96,22 @@ def evaluate(
         "step": int(found.state.step),
         "split": split,
         **means,
+        **_codebook_figures(usage, model.quantizer.code_width),
+        **rates.measure(trained, code_model, data, split),
+        **_length_of_run(found.config, data),
+    }
+    if jax.process_index() == 0:
+        with writing(epath.Path(workdir) / "reconstructions.png") as file:
+            pictures.write_png(file, picture)
+        with writing(epath.Path(workdir) / _REPORT) as file:
+            # A metric that is not finite is null, which JSON has a word for.
+            figures = {k: v if _is_finite(v) else None for k, v in results.items()}
+            file.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    return results
+
+
+def _codebook_figures(usage: CodebookUsage, code_width: int) -> dict[str, Any]:
+    figures: dict[str, Any] = {
         "effective_codebook_size": usage.num_distinct,
         "effective_codebook_size_is_exact": usage.is_exact,
         "effective_codebook_size_relative_error": usage.standard_error,
@@ -104,37 +119,23 @@ def evaluate(
         "perplexity": usage.perplexity,
         "plug_in_entropy_bits_per_vector": usage.entropy,
         "plug_in_entropy_error_bits": usage.entropy_standard_error,
-        **rates.measure(trained, code_model, data, split),
-        "vocabulary_size": len(code_model.vocabulary),
     }
-    if model.quantizer.code_width > 1:
-        results["basis_directions_in_use"] = usage.num_entries_in_use
-    run = of_saved(found.config)
-    if "num_epochs" in run:  # an imported checkpoint does not know its run
-        per_epoch = steps_per_epoch(data.num_images["train"], run["batch_size"])
-        results["num_train_steps"] = run["num_train_steps"] or run["num_epochs"] * per_epoch
-    if jax.process_index() == 0:
-        with _writing(epath.Path(workdir) / "reconstructions.png") as file:
-            pictures.write_png(file, picture)
-        with _writing(epath.Path(workdir) / _REPORT) as file:
-            # A metric that is not finite is null, which JSON has a word for.
-            figures = {k: v if _is_finite(v) else None for k, v in results.items()}
-            file.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
-    return results
+    if code_width > 1:
+        figures["basis_directions_in_use"] = usage.num_entries_in_use
+    return figures
+
+
+def _length_of_run(saved: Mapping[str, Any], data: Dataset) -> dict[str, int]:
+    """The number of steps that a run's config asks for; nothing for an imported checkpoint."""
+    run = of_saved(saved)
+    if "num_epochs" not in run:
+        return {}
+    per_epoch = steps_per_epoch(data.num_images["train"], run["batch_size"])
+    return {"num_train_steps": run["num_train_steps"] or run["num_epochs"] * per_epoch}
 
 
 def _is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
-
-
-@contextlib.contextmanager
-def _writing(path: epath.Path) -> Iterator[epath.Path]:
-    """Replaces a file; a UserError names the one that cannot be written."""
-    try:
-        with replacing(path) as unfinished:
-            yield unfinished
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
 
 
 def _name(checkpoint: epath.Path, workdir: epath.PathLike) -> str:

@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs=2,
         type=float,
         metavar=("LOW", "HIGH"),
-        help="what pixel values 0 … 255 were mapped to (FashionMNIST: -0.5 0.5, others: 0 1)",
+        help="the values that pixel values 0 … 255 were mapped to, e.g. -0.5 0.5",
     )
     options = parser.parse_args(arguments)
     with one_line_exit(parser.prog):

@@ -300,6 +300,18 @@ def test_any_code_comes_back(model):
         codec.decode(model, stream)
 
 
+def test_a_lattice_of_one_dimension_has_codes_with_a_last_axis():
+    model = create_model(tiny.config("sparse_lattice", **{"model.latent_dim": 1}))
+    codec.fit(model, [tiny.images(20)])
+    codes = np.asarray(model.encode(tiny.images(3)))
+    assert codes.shape == (3, 6, 6, 1)
+    for with_contexts in (False, True):
+        stream = codec.encode_codes(model, codes, with_contexts=with_contexts)
+        np.testing.assert_array_equal(codec.decode_codes(model, stream), codes)
+    tokens, _ = Vocabulary(model.code_model, model.quantizer).tokens(codes)
+    assert tokens.shape == (3, 6, 6)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (13, 12), (7, 31)])
 def test_images_of_any_size_are_padded_and_cropped(size):
     model = create_model(tiny.config("sparse_lattice"))
@@ -327,7 +339,7 @@ def test_a_stream_is_what_its_format_says(model):
         assert checksum == zlib.crc32(
             stream[:26] + struct.pack("<I", len(stream)) + codes.astype("<i4").tobytes()
         )
-        block = Vocabulary(model.code_model, model.quantizer.code_width).block(codes)
+        block = Vocabulary(model.code_model, model.quantizer).block(codes)
         payload = Coder(model.code_model).encode(block, with_contexts=with_contexts)
         assert stream[30:] == payload
     assert container.HEADER_BYTES == 30
@@ -401,7 +413,7 @@ def test_what_cannot_be_decoded_is_named():
         stream + b"\1" * 8: "truncated or damaged",
         header + b"\0\0\0\0" + rest[4:]: "truncated or damaged",
         codec.encode(other, tiny.images(3)): "is of another model",
-        huge: "is impossible",
+        huge: "cannot hold 1 × 2,147,483,648 × 2,147,483,648 pixels",
         long: "too short",
     }.items():
         with pytest.raises(UserError, match=words):

@@ -9,21 +9,21 @@ checkpoint that was not evaluated on its data set a code model estimated from so
 """
 
 import argparse
-import io
+import functools
 import logging
 import os
 import pathlib
 from collections.abc import Callable, Sequence
 from concurrent import futures
-from typing import Any
 
 import numpy as np
+from etils import epath
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from llvq import checkpointing, codec
-from llvq.data.files import replacing
+from llvq.data.files import writing
 from llvq.errors import UserError, one_line_exit
 from llvq.models import VQVAE
 from llvq.pretrained import find_pretrained, load_pretrained
@@ -61,56 +61,43 @@ def read_image(path: pathlib.Path, channels: int) -> UInt8[np.ndarray, "1 height
     return pixels[..., :channels]
 
 
-def _encode(model: VQVAE, source: pathlib.Path, target: pathlib.Path, options: Any) -> None:
+def _encode(model: VQVAE, with_contexts: bool, source: pathlib.Path, target: pathlib.Path) -> None:
     images = read_image(source, model.image_channels)
-    _write(target, codec.encode(model, images, with_contexts=options.contexts))
+    with writing(target) as file:
+        file.write_bytes(codec.encode(model, images, with_contexts=with_contexts))
 
 
-def _decode(model: VQVAE, source: pathlib.Path, target: pathlib.Path, options: Any) -> None:
-    del options
+def _decode(model: VQVAE, source: pathlib.Path, target: pathlib.Path) -> None:
     try:
-        stream = source.read_bytes()
+        images = codec.decode(model, source.read_bytes())
     except OSError as error:
         raise UserError(f"{source} cannot be read ({error.strerror})") from error
-    try:
-        images = codec.decode(model, stream)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     for i, image in enumerate(images):
-        buffer = io.BytesIO()
-        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")
         name = target if len(images) == 1 else target.with_stem(f"{target.stem}_{i:06d}")
-        _write(name, buffer.getvalue())
+        with writing(name) as file:
+            picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+            picture.save(file, "PNG")
 
 
-def _write(path: pathlib.Path, content: bytes) -> None:
-    try:
-        with replacing(path) as file:
-            file.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})") from error
-
-
-def _each(
-    convert: Callable[[VQVAE, pathlib.Path, pathlib.Path, Any], None],
+def _convert(
+    convert: Callable[[pathlib.Path, pathlib.Path], None],
+    files: Sequence[pathlib.Path],
+    output: pathlib.Path,
     suffix: str,
-    model: VQVAE,
-    options: Any,
 ) -> None:
-    """Converts all files, one per core at a time."""
-    targets = [options.output / source.with_suffix(suffix).name for source in options.files]
+    """Converts files, as many at a time as there are cores."""
+    targets = [output / source.with_suffix(suffix).name for source in files]
     for i, target in enumerate(targets):
         if target in targets[:i]:
             raise UserError(f"two files would become {target}: give them different --output")
     try:
-        options.output.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output={options.output} is no directory ({error.strerror})") from error
+        raise UserError(f"--output={output} is no directory ({error.strerror})") from error
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [
-            pool.submit(convert, model, source, target, options)
-            for source, target in zip(options.files, targets, strict=True)
-        ]
+        jobs = [pool.submit(convert, *paths) for paths in zip(files, targets, strict=True)]
         try:
             for job in tqdm(futures.as_completed(jobs), total=len(jobs), unit="file", disable=None):
                 job.result()
@@ -119,13 +106,10 @@ def _each(
             raise
 
 
-def _fit(options: Any) -> None:
-    checkpoint = checkpointing.find(find_pretrained(options.model))
-    model = load_pretrained(options.model)
-    images = [read_image(path, model.image_channels) for path in options.files]
-    codec.fit(model, images)
+def _fit(model: VQVAE, checkpoint: epath.Path, files: Sequence[pathlib.Path]) -> None:
+    codec.fit(model, (read_image(path, model.image_channels) for path in files))
     codec.code_model_of(model).save(checkpoint)
-    print(f"{checkpoint} has a code model of {len(images)} images")
+    print(f"{checkpoint} has a code model of {len(files)} images")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -149,15 +133,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     options = parser.parse_args(arguments)
     with one_line_exit(parser.prog):
-        if options.command == "fit":
-            _fit(options)
-            return
         model = load_pretrained(options.model)
-        codec.code_model_of(model)
+        if options.command == "fit":
+            checkpoint = checkpointing.find(find_pretrained(options.model))
+            _fit(model, checkpoint, options.files)
+            return
+        codec.code_model_of(model)  # before files are read
         if options.command == "encode":
-            _each(_encode, _SUFFIX, model, options)
+            convert, suffix = functools.partial(_encode, model, options.contexts), _SUFFIX
         else:
-            _each(_decode, ".png", model, options)
+            convert, suffix = functools.partial(_decode, model), ".png"
+        _convert(convert, options.files, options.output, suffix)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What each code costs: integer frequency tables, kept beside the checkpoint that they belong to.
+"""Code models: the cost of each code, as integer frequency tables beside a checkpoint.
 
 A code that occurs often in the training split is an entry of the vocabulary and has a frequency of
 its own. Any other is escaped: it costs the escape's frequency and then, integer by integer, what
@@ -20,7 +20,7 @@ from etils import epath
 from jaxtyping import Int32, Int64
 
 from llvq.checkpointing.integrity import digests
-from llvq.data.files import replacing
+from llvq.data.files import writing
 from llvq.errors import UserError
 from llvq.models import VQVAE
 from llvq.training import train_state
@@ -30,7 +30,7 @@ _FILE = "code_model.npz"
 
 
 def parameters_digest(model: VQVAE) -> str:
-    """A hash of what makes a model's codes and images: its parameters and its value range."""
+    """A hash of all that a model's codes and images depend on: parameters and value range."""
     _, params, statistics = train_state.split(model)
     parts = digests({"params": params, "statistics": statistics}, model.value_range, None)
     return "".join(parts[name][:16] for name in ("params", "statistics", "config"))
@@ -117,7 +117,7 @@ class CodeModel:
 
     @property
     def num_table_bytes(self) -> int:
-        """What the tables without contexts take, compressed."""
+        """The compressed size of the tables without contexts, in bytes."""
         arrays = (self.vocabulary, self.frequencies, self.digits)
         return sum(len(zlib.compress(array.astype("<i4").tobytes(), 9)) for array in arrays)
 
@@ -142,12 +142,8 @@ class CodeModel:
         about = {"parameters": self.parameters, "digest": self.digest}
         arrays: dict[str, Any] = {"about": json.dumps(about), **self._arrays()}
         np.savez_compressed(buffer, **arrays)
-        path = epath.Path(checkpoint) / _FILE
-        try:
-            with replacing(path) as file:
-                file.write_bytes(buffer.getvalue())
-        except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror or error})") from error
+        with writing(epath.Path(checkpoint) / _FILE) as file:
+            file.write_bytes(buffer.getvalue())
 
 
 def load(checkpoint: epath.PathLike, parameters: str) -> CodeModel | None:

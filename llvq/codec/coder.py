@@ -19,7 +19,7 @@ _BITS_AT_ONCE = 16
 
 
 class DamageError(Exception):
-    """Why bits cannot have come from `Coder.encode`."""
+    """Bits that `Coder.encode` cannot have made, and why."""
 
 
 class Block(NamedTuple):

@@ -18,7 +18,7 @@ image has more. If there are several blocks, each has its length in front, in 4 
 import math
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +39,7 @@ _LENGTH = struct.Struct("<I")
 HEADER_BYTES = _FIXED.size + _CHECKSUM.size
 _HOLDS_IMAGES, _HAS_CONTEXTS = 1, 2
 
-_DAMAGED = "is truncated or damaged"
+_DAMAGED = "the stream is truncated or damaged"
 
 
 class Header(NamedTuple):
@@ -63,11 +63,10 @@ def images_per_block(height: int, width: int) -> int:
     return max(1, VECTORS_PER_BLOCK // (height * width))
 
 
-def block_sizes(num_images: int, height: int, width: int) -> Iterator[int]:
-    """The number of images in each block."""
+def blocks(images: range, height: int, width: int) -> list[range]:
+    """The images of each block, for images of so many codes."""
     step = images_per_block(height, width)
-    for start in range(0, num_images, step):
-        yield min(step, num_images - start)
+    return [images[start : start + step] for start in range(0, len(images), step)]
 
 
 def num_bytes(block_lengths: Iterable[int]) -> int:
@@ -106,47 +105,46 @@ def pack(
     return b"".join([fixed, _checksum(fixed, length, codes), *blocks])
 
 
-def read_header(data: bytes, code_model: CodeModel, name: str) -> Header:
-    """What a stream holds.
+def read_header(data: bytes, code_model: CodeModel) -> Header:
+    """The header of a stream.
 
     Args:
       data: the stream.
       code_model: the model that it must be of.
-      name: of the stream, for messages.
 
     Raises:
       UserError: if it is foreign, of a newer version or another model, or asks for more than a
         stream of its length can hold.
     """
     if data[: len(MAGIC)] != MAGIC:
-        raise UserError(f"{name} is no stream of this program (it does not begin with LLVQ)")
+        raise UserError("the stream is none of this program (it does not begin with LLVQ)")
     if len(data) < HEADER_BYTES:
-        raise UserError(f"{name} {_DAMAGED}")
+        raise UserError(_DAMAGED)
     _, version, flags, digest, *sizes = _FIXED.unpack_from(data)
     if version != VERSION:
         raise UserError(
-            f"{name} has version {version} of the format, and this program reads {VERSION}: "
+            f"the stream has version {version} of the format, and this program reads {VERSION}: "
             "it is damaged, or needs a newer llvq"
         )
     if digest != bytes.fromhex(code_model.digest)[:8]:
         raise UserError(
-            f"{name} is of another model (its digest begins with {digest.hex()}, this model's with "
-            f"{code_model.digest[:16]}), or damaged: name the model that encoded it"
+            f"the stream is of another model (its digest begins with {digest.hex()}, this model's "
+            f"with {code_model.digest[:16]}), or damaged: name the model that encoded it"
         )
     if flags > (_HOLDS_IMAGES | _HAS_CONTEXTS):
-        raise UserError(f"{name} {_DAMAGED}")
+        raise UserError(_DAMAGED)
     header = Header(bool(flags & _HOLDS_IMAGES), bool(flags & _HAS_CONTEXTS), *sizes)
-    check_size(header, name)
+    check_size(header)
     return header
 
 
-def check_size(header: Header, name: str) -> None:
-    """Raises UserError if a stream would hold nothing, or more than memory is asked for."""
-    size = math.prod(header[2:])
-    if not 0 < size <= MOST_PIXELS:
+def check_size(header: Header) -> None:
+    """Raises UserError if a stream would hold nothing, or more than may take memory."""
+    if not 0 < math.prod(header[2:]) <= MOST_PIXELS:
         raise UserError(
-            f"{name} of {header.num_images:,} × {header.height:,} × {header.width:,} pixels or "
-            f"codes is impossible (at most {MOST_PIXELS:,}): it {_DAMAGED}, or must be in parts"
+            f"a stream cannot hold {header.num_images:,} × {header.height:,} × {header.width:,} "
+            f"pixels or codes, but 1 to {MOST_PIXELS:,}: encode fewer at a time; a stream that "
+            "says so is damaged"
         )
 
 

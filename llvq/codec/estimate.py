@@ -1,22 +1,22 @@
 """A code model from the codes of a split, in one pass and in bounded memory.
 
-The codes come in blocks. Of each block its distinct codes are counted, and the counts are added to
-a table in the order of the blocks; only the `_MOST_CODES` with the highest counts stay. Contexts
-need classes from the start: they are those of the most frequent codes of the first block. The
-result is a function of the blocks alone, since several processes, which count some blocks each,
-exchange the counts and add them up in the same order.
+The codes come in blocks. Each block's codes are counted, and the counts are added to a table in the
+order of the blocks. The table keeps the `_MOST_CANDIDATES` codes with the highest counts; in the
+end the first `_MOST_CODES` of them are the vocabulary. Contexts need their frequent codes from the
+start: they are those of the first block. The result is a function of the blocks alone, since
+several processes, which count some blocks each, exchange the counts and add them up in the same
+order.
 """
 
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Int, Int32, Int64, Shaped, UInt64
 
-from llvq.codec import integers, vocabulary
+from llvq.codec import integers
 from llvq.codec.code_model import CodeModel, Contexts, frequencies
+from llvq.codec.vocabulary import keys
 from llvq.runtime.distributed import all_gather
 
 _MOST_CODES = 2**14
@@ -41,11 +41,11 @@ class _Counts(NamedTuple):
 
 
 class _BlockCounts(NamedTuple):
-    """What a block adds: all arrays are NumPy's, so that processes can exchange them.
+    """The counts of one block or of several, in NumPy arrays, which processes can exchange.
 
     Attributes:
-      codes: its distinct codes.
-      pairs: its distinct pairs of context and code.
+      codes: the distinct codes.
+      pairs: the distinct pairs of context and code.
       contexts: how many codes occur in each context.
       digits: how often each of `integers`' symbols occurs, by position in the code.
     """
@@ -60,7 +60,6 @@ def estimate(
     blocks: Iterable[Int[np.ndarray, "n height width ..."] | None],
     code_width: int,
     parameters: str,
-    report: Callable[[int], None] = lambda _: None,
 ) -> CodeModel:
     """The code model of the codes in some blocks.
 
@@ -70,7 +69,6 @@ def estimate(
         still have some.
       code_width: how many integers make up a code.
       parameters: the digest of the parameters; see `CodeModel`.
-      report: is told how many blocks of all processes are counted.
 
     Raises:
       ValueError: if there is no block.
@@ -79,35 +77,14 @@ def estimate(
     first = next(iterator, None)
     if first is None:
         raise ValueError("there are no codes to estimate a model from")
-    keys, rows = _keys(first, code_width)
-    distinct = _distinct(keys, rows)
-    frequent = np.sort(distinct.keys[_most_frequent(distinct.counts, _MOST_FREQUENT)])
-    total: _BlockCounts | None = None
-    num_counted = 0
-    for block in itertools.chain([first], iterator):
+    found, counts = np.unique(keys(first.reshape(-1, code_width)), return_counts=True)
+    frequent = np.sort(found[_most_frequent(counts, _MOST_FREQUENT)])
+    total = _count(first, code_width, frequent)
+    for block in iterator:
         own = None if block is None else _count(block, code_width, frequent)
-        for counted in [own] if total is None else all_gather(own):
-            if counted is not None:
-                total = counted if total is None else _add(total, counted)
-                num_counted += 1
-        report(num_counted)
-    assert total is not None
+        for counted in all_gather(own):
+            total = total if counted is None else _add(total, counted)
     return _finish(total, frequent, parameters)
-
-
-def _keys(
-    codes: Int[np.ndarray, "n height width ..."], code_width: int
-) -> tuple[UInt64[np.ndarray, "vectors"], Int32[np.ndarray, "vectors width"]]:
-    rows = codes.reshape(-1, code_width)
-    return np.asarray(_fingerprints(rows)), rows
-
-
-_fingerprints = jax.jit(vocabulary.keys)
-
-
-def _distinct(keys: UInt64[np.ndarray, "n"], rows: Int32[np.ndarray, "n width"]) -> _Counts:
-    found, index, counts = np.unique(keys, return_index=True, return_counts=True)
-    return _Counts(found, counts, rows[index])
 
 
 def _most_frequent(counts: Int64[np.ndarray, "n"], number: int) -> Int64[np.ndarray, "m"]:
@@ -126,9 +103,9 @@ def _kept(counted: _Counts, number: int) -> _Counts:
 def _count(
     codes: Int[np.ndarray, "n height width ..."], code_width: int, frequent: UInt64[np.ndarray, "m"]
 ) -> _BlockCounts:
-    keys, rows = _keys(codes, code_width)
+    rows = codes.reshape(-1, code_width)
     found, index, inverse, counts = np.unique(
-        keys, return_index=True, return_inverse=True, return_counts=True
+        keys(rows), return_index=True, return_inverse=True, return_counts=True
     )
     distinct = _Counts(found, counts, rows[index])
     digits = _count_digits(distinct.rows, distinct.counts)
@@ -178,21 +155,21 @@ def _add(total: _BlockCounts, more: _BlockCounts) -> _BlockCounts:
 
 
 def _merge(a: _Counts, b: _Counts) -> _Counts:
-    keys, counts, rows = (np.concatenate(pair) for pair in zip(a, b, strict=True))
-    columns = keys.reshape(len(keys), -1)
+    both, counts, rows = (np.concatenate(pair) for pair in zip(a, b, strict=True))
+    columns = both.reshape(len(both), -1)
     order = np.lexsort(columns.T[::-1])
     columns = columns[order]
     is_new = np.ones(len(order), bool)
     is_new[1:] = np.any(columns[1:] != columns[:-1], axis=1)
     starts = np.flatnonzero(is_new)
-    return _Counts(keys[order][starts], np.add.reduceat(counts[order], starts), rows[order][starts])
+    return _Counts(both[order][starts], np.add.reduceat(counts[order], starts), rows[order][starts])
 
 
 def _finish(total: _BlockCounts, frequent: UInt64[np.ndarray, "m"], parameters: str) -> CodeModel:
-    keys, counts, rows = total.codes
+    known, counts, rows = total.codes
     places = _most_frequent(counts, _MOST_CODES)
     places = places[: max(1, int(np.sum(counts[places] >= _LEAST_COUNT)))]
-    keys, counts, rows = keys[places], counts[places], rows[places]
+    known, counts, rows = known[places], counts[places], rows[places]
     num_vectors = int(total.contexts.sum())
     num_escaped = num_vectors - int(counts.sum())
     digits = total.digits - _count_digits(rows, counts)
@@ -201,7 +178,7 @@ def _finish(total: _BlockCounts, frequent: UInt64[np.ndarray, "m"], parameters: 
         rows,
         frequencies(np.append(counts, num_escaped)),
         np.stack([frequencies(row) for row in digits]),
-        _finish_contexts(total, frequent, keys),
+        _finish_contexts(total, frequent, known),
     )
 
 
@@ -212,9 +189,9 @@ def _finish_contexts(
     order = np.argsort(vocabulary_keys)
     ascending = vocabulary_keys[order]
 
-    def ids_of(keys: UInt64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
-        places = np.minimum(np.searchsorted(ascending, keys), len(ascending) - 1)
-        return np.where(ascending[places] == keys, order[places], -1)
+    def ids_of(some: UInt64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+        places = np.minimum(np.searchsorted(ascending, some), len(ascending) - 1)
+        return np.where(ascending[places] == some, order[places], -1)
 
     pairs, counts, _ = total.pairs
     contexts, ids = pairs[:, 0].astype(np.int64), ids_of(pairs[:, 1])

@@ -79,7 +79,7 @@ class Passes:
         """How many images of so many pixels all devices take at a time."""
         return max(1, _PIXELS_PER_DEVICE // (height * width)) * self._mesh.size
 
-    def encode(
+    def _encode(
         self, batches: Iterable[UInt8[np.ndarray, "share height width channels"]]
     ) -> Iterator[Int32[np.ndarray, "share h w ..."]]:
         """The codes of batches of `_share` images."""
@@ -95,7 +95,7 @@ class Passes:
     ) -> Int32[np.ndarray, "n h w ..."]:
         """The codes of images, whose height and width are multiples of what the model halves."""
         share = self._share(*images.shape[1:3])
-        return _joined(self.encode(_padded(images, share)), len(images))
+        return _joined(self._encode(_padded(images, share)), len(images))
 
     def images(
         self, codes: Int[np.ndarray, "n h w ..."]
@@ -115,7 +115,9 @@ class Passes:
         waiting: list[np.ndarray] = []
         remaining = iter(ranges)
         wanted = next(remaining)
-        codes = self.encode(images for _, images in data.batches(split, _batches(positions, share)))
+        codes = self._encode(
+            images for _, images in data.batches(split, _batches(positions, share))
+        )
         for batch in codes:
             waiting.append(batch)
             while sum(map(len, waiting)) >= len(wanted):

@@ -21,15 +21,9 @@ from llvq.runtime import console
 from llvq.runtime.distributed import all_gather
 
 
-def ranges(num_images: int, images_per_range: int) -> list[range]:
-    """All images of a split, in ranges of so many but for the last."""
-    starts = range(0, num_images, images_per_range)
-    return [range(start, min(start + images_per_range, num_images)) for start in starts]
-
-
 def _blocks(model: VQVAE, data: Dataset, split: str) -> list[range]:
-    step = container.images_per_block(*num_codes(model, *data.image_shape[:2]))
-    return ranges(data.num_images[split], step)
+    shape = num_codes(model, *data.image_shape[:2])
+    return container.blocks(range(data.num_images[split]), *shape)
 
 
 def find_or_estimate(model: VQVAE, checkpoint: epath.PathLike, data: Dataset) -> CodeModel:
@@ -50,16 +44,17 @@ def find_or_estimate(model: VQVAE, checkpoint: epath.PathLike, data: Dataset) ->
     if found:
         return found
     first, *others = _blocks(model, data, "train")
-    count, own = jax.process_count(), [first, *others[jax.process_index() :: jax.process_count()]]
+    own = [first, *others[jax.process_index() :: jax.process_count()]]
+    num_rounds = 1 + -(-len(others) // jax.process_count())
 
     def blocks() -> Iterator[np.ndarray | None]:
-        yield from Passes(model).of_split(data, "train", own)
-        for _ in range(len(own), 1 + -(-len(others) // count)):
-            yield None
+        codes = Passes(model).of_split(data, "train", own)
+        with console.Progress(num_rounds, "estimating the code model") as report:
+            for i in range(num_rounds):
+                yield next(codes, None)
+                report(i + 1)
 
-    with console.Progress(1 + len(others), "estimating the code model") as report:
-        width = model.quantizer.code_width
-        estimated = estimate(blocks(), width, parameters, lambda done: report(done))
+    estimated = estimate(blocks(), model.quantizer.code_width, parameters)
     if jax.process_index() == 0:
         try:
             estimated.save(checkpoint)
@@ -80,8 +75,8 @@ def measure(model: VQVAE, code_model: CodeModel, data: Dataset, split: str) -> d
     Returns:
       `coded_bits_per_vector`, from the bytes of the stream; the same `_with_tables`, which the
       receiver may have to be sent, too; `coded_bits_per_pixel`; `context_coded_bits_per_vector`, of
-      a stream in which a code's neighbours predict it; and `escaped_fraction`, of the vectors whose
-      codes have no entry of their own.
+      a stream in which a code's neighbours predict it; `escaped_fraction`, of the vectors whose
+      codes have no entry of their own; and `vocabulary_size`, the number of entries.
     """
     blocks = _blocks(model, data, split)
     own = blocks[jax.process_index() :: jax.process_count()]
@@ -98,6 +93,7 @@ def measure(model: VQVAE, code_model: CodeModel, data: Dataset, split: str) -> d
         "coded_bits_per_pixel": 8 * num_bytes / num_pixels,
         "context_coded_bits_per_vector": 8 * num_bytes_in_context / num_vectors,
         "escaped_fraction": float(lengths[:, 2].sum()) / num_vectors,
+        "vocabulary_size": len(code_model.vocabulary),
     }
 
 
@@ -108,7 +104,7 @@ def _lengths(
     lengths = np.zeros((len(blocks), 3), np.int64)
     if not blocks:
         return lengths
-    vocabulary, coder = Vocabulary(code_model, model.quantizer.code_width), Coder(code_model)
+    vocabulary, coder = Vocabulary(code_model, model.quantizer), Coder(code_model)
     with console.Progress(len(blocks), f"coding {split}") as report:
         for i, codes in enumerate(Passes(model).of_split(data, split, blocks)):
             block = vocabulary.block(codes)

@@ -1,5 +1,7 @@
 """Images and codes as streams of bytes, and back."""
 
+import itertools
+import math
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -26,16 +28,9 @@ def fit(model: VQVAE, images: Iterable[UInt8[np.ndarray, "n height width channel
     Raises:
       ValueError: if there are none.
     """
-
-    def blocks() -> Iterator[Int[np.ndarray, "n h w ..."]]:
-        for some in images:
-            codes, start = _codes(model, some), 0
-            for size in container.block_sizes(*codes.shape[:3]):
-                yield codes[start : start + size]
-                start += size
-
+    blocks = itertools.chain.from_iterable(_blocks(_codes(model, some)) for some in images)
     width = model.quantizer.code_width
-    model.code_model = estimate(blocks(), width, parameters_digest(model))
+    model.code_model = estimate(blocks, width, parameters_digest(model))
 
 
 def encode(
@@ -55,8 +50,8 @@ def encode(
       The stream; see `container` for its format.
 
     Raises:
-      UserError: if the model has no code model.
-      ValueError: if the images are no such array, or there are more than a stream holds.
+      UserError: if the model has no code model, or there are more images than a stream holds.
+      ValueError: if the images are no such array.
     """
     codes = _codes(model, images)
     return _encode(model, codes, images.shape[1:3], with_contexts)
@@ -129,12 +124,8 @@ def _codes(
         )
     if not images.size:
         raise ValueError(f"there is no pixel in images of the shape {list(images.shape)}")
-    _, height, width, _ = images.shape
     factor = 2 ** len(model.encoder.downsample)
-    bottom, right = (
-        n * factor - m
-        for n, m in zip(num_codes(model, height, width), (height, width), strict=True)
-    )
+    bottom, right = (-size % factor for size in images.shape[1:3])
     padded = np.pad(images, ((0, 0), (0, bottom), (0, right), (0, 0)), "edge")
     return Passes(model, jax.local_devices()[:1]).codes(padded)
 
@@ -149,34 +140,37 @@ def _encode(
     header = container.Header(
         image_size is not None, with_contexts, len(codes), *(image_size or codes.shape[1:3])
     )
-    container.check_size(header, "a stream")
-    vocabulary, coder = Vocabulary(code_model, model.quantizer.code_width), Coder(code_model)
-    blocks, start = [], 0
-    for size in container.block_sizes(*codes.shape[:3]):
-        block = vocabulary.block(codes[start : start + size])
-        blocks.append(coder.encode(block, with_contexts=with_contexts))
-        start += size
+    container.check_size(header)
+    vocabulary, coder = Vocabulary(code_model, model.quantizer), Coder(code_model)
+    blocks = [
+        coder.encode(vocabulary.block(block), with_contexts=with_contexts)
+        for block in _blocks(codes)
+    ]
     return container.pack(header, code_model, codes, blocks)
 
 
-def _decode(
-    model: VQVAE, stream: bytes, name: str = "the stream"
-) -> tuple[container.Header, Int[np.ndarray, "n h w ..."]]:
+def _blocks(codes: Int[np.ndarray, "n h w ..."]) -> Iterator[Int[np.ndarray, "n h w ..."]]:
+    for images in container.blocks(range(len(codes)), *codes.shape[1:3]):
+        yield codes[images.start : images.stop]
+
+
+def _decode(model: VQVAE, stream: bytes) -> tuple[container.Header, Int[np.ndarray, "n h w ..."]]:
     code_model = code_model_of(model)
-    header = container.read_header(stream, code_model, name)
+    header = container.read_header(stream, code_model)
     height, width = header.height, header.width
     if header.holds_images:
         height, width = num_codes(model, height, width)
-    vocabulary, coder = Vocabulary(code_model, model.quantizer.code_width), Coder(code_model)
-    sizes = list(container.block_sizes(header.num_images, height, width))
+    vocabulary, coder = Vocabulary(code_model, model.quantizer), Coder(code_model)
+    blocks = container.blocks(range(header.num_images), height, width)
     try:
         decoded = []
-        for size, data in zip(sizes, container.unpack(stream, len(sizes)), strict=True):
-            container.check_length(data, code_model, size * height * width, header.has_contexts)
-            block = coder.decode(data, (size, height, width), with_contexts=header.has_contexts)
+        for images, data in zip(blocks, container.unpack(stream, len(blocks)), strict=True):
+            shape = len(images), height, width
+            container.check_length(data, code_model, math.prod(shape), header.has_contexts)
+            block = coder.decode(data, shape, with_contexts=header.has_contexts)
             decoded.append(vocabulary.codes_of(block))
         codes = np.concatenate(decoded)
         container.check(stream, header, code_model, codes)
     except DamageError as error:
-        raise UserError(f"{name} is truncated or damaged ({error})") from error
+        raise UserError(f"the stream is truncated or damaged ({error})") from error
     return header, codes

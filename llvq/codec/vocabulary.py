@@ -14,14 +14,12 @@ _NEAREST_AT_ONCE = 1024
 _AT_ONCE = 2**14  # what JAX copies at once then stays in the cache
 
 
+@jax.jit
 def keys(codes: Int[Array, "n width"]) -> UInt64[Array, "n"]:
-    """The 64-bit fingerprint of each code; call it inside jit."""
+    """The 64-bit fingerprint of each code."""
     low, high = fingerprints(codes)
     with jax.enable_x64(True):
         return high.astype(jnp.uint64) << jnp.uint64(32) | low.astype(jnp.uint64)
-
-
-_keys = jax.jit(keys)
 
 
 @jax.jit
@@ -56,15 +54,15 @@ class Vocabulary:
       width: how many integers make up a code.
     """
 
-    def __init__(self, code_model: CodeModel, code_width: int) -> None:
+    def __init__(self, code_model: CodeModel, quantizer: Quantizer) -> None:
         """Args:
         code_model: holds the vocabulary.
-        code_width: of the model's quantizer. Where it is 1, codes are scalars.
+        quantizer: whose codes they are.
         """
         self.codes = code_model.vocabulary
         self.size, self.width = self.codes.shape
-        self._is_scalar = code_width == 1
-        entries = np.asarray(_keys(self.codes))
+        self._quantizer = quantizer
+        entries = np.asarray(keys(self.codes))
         order = np.argsort(entries, kind="stable")
         with jax.enable_x64(True):
             self._keys, self._order = jnp.asarray(entries[order]), jnp.asarray(order, jnp.int32)
@@ -74,13 +72,12 @@ class Vocabulary:
         self, codes: Int[np.ndarray, "n height width ..."]
     ) -> Int32[np.ndarray, "n height width"]:
         """The id of each code; `size` for those that the vocabulary lacks."""
-        shape = codes.shape if self._is_scalar else codes.shape[:-1]
         rows = codes.reshape(-1, self.width)
         ids = np.empty(len(rows), np.int32)
         for start in range(0, len(rows), _AT_ONCE):
             some = slice(start, start + _AT_ONCE)
             ids[some] = _look_up(rows[some], self._keys, self._order, self._rows)
-        return ids.reshape(shape)
+        return ids.reshape(codes.shape[:3])
 
     def block(self, codes: Int[np.ndarray, "n height width ..."]) -> Block:
         """Codes as ids, and those that the vocabulary lacks as they are."""
@@ -90,32 +87,30 @@ class Vocabulary:
         return Block(ids, rows[is_escaped] if is_escaped.any() else rows[:0])
 
     def tokens(
-        self, codes: Int32[np.ndarray, "n height width ..."], quantizer: Quantizer
+        self, codes: Int32[np.ndarray, "n height width ..."]
     ) -> tuple[Int32[np.ndarray, "n height width"], int]:
         """The id of each code or, where the vocabulary lacks it, of the nearest entry.
-
-        Args:
-          codes: of some images.
-          quantizer: whose vectors say what is near.
 
         Returns:
           (ids, how many codes the vocabulary lacks).
         """
         block = self.block(codes)
         tokens, num_outside = block.ids.copy(), len(block.escaped)
-        entries = quantizer.lookup(self._rows[:, 0] if self._is_scalar else self._rows)
+        entries = self._vectors(self.codes)
         nearest = []
         for start in range(0, num_outside, _NEAREST_AT_ONCE):
             rows = block.escaped[start : start + _NEAREST_AT_ONCE]
             rows = np.pad(rows, ((0, _NEAREST_AT_ONCE - len(rows)), (0, 0)))
-            vectors = quantizer.lookup(jnp.asarray(rows[:, 0] if self._is_scalar else rows))
-            nearest.append(np.asarray(_nearest(vectors, entries)))
+            nearest.append(np.asarray(_nearest(self._vectors(rows), entries)))
         if nearest:
             tokens[tokens == self.size] = np.concatenate(nearest)[:num_outside]
         return tokens, num_outside
+
+    def _vectors(self, rows: Int32[np.ndarray, "n width"]) -> Float[Array, "n latent_dim"]:
+        return self._quantizer.lookup(jnp.asarray(rows.reshape(-1, *self._quantizer.code_shape)))
 
     def codes_of(self, block: Block) -> Int32[np.ndarray, "n height width ..."]:
         """The codes of a block."""
         rows = np.take(self.codes, block.ids, axis=0, mode="clip")
         rows[block.ids == self.size] = block.escaped
-        return rows[..., 0] if self._is_scalar else rows
+        return rows.reshape(*block.ids.shape, *self._quantizer.code_shape)

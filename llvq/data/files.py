@@ -1,9 +1,12 @@
 """Files that are written completely or not at all."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 from etils import epath
+
+from llvq.errors import UserError
 
 
 @contextlib.contextmanager
@@ -21,3 +24,18 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def writing(path: epath.PathLike) -> Iterator[epath.Path]:
+    """As `replacing`, for a file that the user asked for.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    try:
+        with replacing(path) as unfinished:
+            yield unfinished
+    except OSError as error:
+        name = os.fspath(path)
+        raise UserError(f"{name} cannot be written ({error.strerror or error})") from error

@@ -11,6 +11,7 @@ reach 1e7.
 """
 
 import abc
+import math
 from typing import Annotated
 
 import jax
@@ -34,9 +35,14 @@ class Quantizer(nnx.Module):
     """A map of latent vectors to a discrete set, learnt with the network around it."""
 
     latent_dim: int
-    code_width: int
-    """How many integers make up the code of one latent vector."""
+    code_shape: tuple[int, ...]
+    """The shape of one latent vector's code: () for an index, (n,) for n integers."""
     param_dtype: DTypeLike
+
+    @property
+    def code_width(self) -> int:
+        """How many integers make up the code of one latent vector."""
+        return math.prod(self.code_shape)
 
     @abc.abstractmethod
     def quantize(

@@ -96,7 +96,7 @@ class CodebookQuantizer(Quantizer):
     Codes are indices into the codebook, one for each latent vector: int32 [batch, ...].
     """
 
-    code_width = 1
+    code_shape = ()
     codebook: nnx.Variable[Array]  # [codebook_size, latent_dim]
 
     def quantize(

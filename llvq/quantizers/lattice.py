@@ -65,7 +65,7 @@ class LatticeQuantizer(Quantizer):
         rngs: nnx.Rngs,
     ) -> None:
         self.latent_dim = latent_dim
-        self.code_width = latent_dim
+        self.code_shape = (latent_dim,)
         self.gamma = gamma
         self.commitment_cost = commitment_cost
         self.param_dtype = param_dtype
