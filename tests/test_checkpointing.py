@@ -99,6 +99,7 @@ def as_second_process(monkeypatch):
     return pretend
 
 
+@pytest.mark.slow
 def test_every_process_takes_the_checkpoint_of_the_first(tmp_path, as_second_process):
     """Which may have looked before, or after, the newest one was there."""
     train.train_and_evaluate(tiny.config("vq"), tmp_path, tiny.dataset())
@@ -150,9 +151,8 @@ def as_before_format_2(checkpoint):
     (checkpoint / "digests/metadata").write_text(json.dumps(digests))
 
 
-@pytest.mark.parametrize(
-    "quantizer", ["vq_ema", pytest.param("sparse_lattice", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("quantizer", ["vq_ema", "sparse_lattice"])
 def test_a_run_of_version_0_1_resumes_bit_identical(quantizer, tmp_path):
     data = tiny.dataset()
     whole = train.train_and_evaluate(tiny.config(quantizer), tmp_path / "whole", data)

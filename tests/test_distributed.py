@@ -93,6 +93,7 @@ def test_a_tpu_without_its_metadata_is_one_line(monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_first_process_that_is_not_there_is_one_line():
     script = (
         "from llvq.runtime import distributed as d; d.CONNECT_SECONDS = 1; d.initialize('{}', 2, 1)"

@@ -10,13 +10,12 @@ from llvq.train import train_and_evaluate
 from tests import test_celeba, test_ffhq1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "get_config", "hidden_dims", "split"),
     [
         (test_celeba, celeba.get_config, (4,), "test"),
-        pytest.param(
-            test_ffhq1024, ffhq1024.get_config, (4, 4), "validation", marks=pytest.mark.slow
-        ),
+        (test_ffhq1024, ffhq1024.get_config, (4, 4), "validation"),
     ],
 )
 def test_train_and_evaluate_from_official_files(module, get_config, hidden_dims, split, tmp_path):

@@ -58,7 +58,12 @@ def run(workdir, config, data=None):
     ("batch_size", "several", "ends"),
     [
         # After an epoch the steps are others: those without a gradient.
-        (16, config("vq_ema", 20, 10, (20, 20, 20), schedule="first_epoch"), [5, 10, 15, 20]),
+        pytest.param(
+            16,
+            config("vq_ema", 20, 10, (20, 20, 20), schedule="first_epoch"),
+            [5, 10, 15, 20],
+            marks=pytest.mark.slow,
+        ),
         # As many steps as there are.
         (4, config("sparse_lattice", 9, 6, (6, 6, 12), schedule="cosine"), [3, 6, 9]),
     ],

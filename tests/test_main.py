@@ -144,7 +144,11 @@ def test_a_mistake_in_the_flags_is_one_line(arguments, words, monkeypatch):
     [
         ([f"{FASHION}:vq", "--config.nope=1"], ["no field 'nope'"]),
         ([f"{FASHION}:vq", "--config.dataset.manual_dir=/nowhere"], ["manual_dir=/nowhere"]),
-        ([f"{FASHION}:vq", "--mode=evaluate"], ["no checkpoint in", "train first"]),
+        pytest.param(
+            [f"{FASHION}:vq", "--mode=evaluate"],
+            ["no checkpoint in", "train first"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_users_mistake_is_one_line(arguments, words, tmp_path):

@@ -112,6 +112,7 @@ def test_two_processes_stop_at_one_step_and_go_on(tmp_path):
     assert newest(tmp_path / "checkpoints") == step + 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "lost"), [pytest.param(4, 3, marks=pytest.mark.long), (2, 0)])
 def test_where_a_process_is_lost_the_others_end_in_one_line(count, lost, tmp_path):
     """The last of four, and of two the first, which JAX's clients cannot do without."""

@@ -35,7 +35,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "quantizer",
-    ["vq_ema", "dense_lattice", *(pytest.param(q, marks=SLOW) for q in ("vq", "sparse_lattice"))],
+    ["vq_ema", *(pytest.param(q, marks=SLOW) for q in tiny.NAMES if q != "vq_ema")],
 )
 def test_a_resumed_run_is_bit_identical(quantizer, tmp_path):
     """Stopped at step 4 and resumed to 6; and a finished run of 4 steps extended to 6."""
@@ -124,6 +124,7 @@ def test_training_is_adam_on_the_sum_of_losses(tmp_path):
         assert np.linalg.norm(ours - value) <= 1e-4 * np.linalg.norm(value), name
 
 
+@pytest.mark.slow
 def test_where_the_learning_rate_is_zero_only_statistics_move(tmp_path):
     """vq_ema's later epochs: as the quantizer, tested on its own, moves on the same latents."""
     config = tiny.config(
@@ -178,6 +179,7 @@ def test_cosine_schedule(num_steps):
     assert schedules.num_active_steps("cosine", 1e-3, 860, num_steps) == num_steps
 
 
+@pytest.mark.slow
 def test_divergence_stops_the_run_and_leaves_the_last_checkpoint(tmp_path):
     config = tiny.config("vq", num_train_steps=4)
     train.train_and_evaluate(config, tmp_path, tiny.dataset())
@@ -424,7 +426,8 @@ def test_a_missing_split_is_named_before_anything_is_done(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("quantizer", [pytest.param("vq", marks=pytest.mark.slow), "vq_ema"])
+@pytest.mark.slow
+@pytest.mark.parametrize("quantizer", ["vq", "vq_ema"])
 def test_a_run_may_start_from_a_models_parameters(quantizer, tmp_path):
     data, config = tiny.dataset(), tiny.config(quantizer)
     first = train.train_and_evaluate(config, tmp_path / "first", data)
