@@ -163,7 +163,7 @@ def _writing(path: epath.Path) -> Iterator[None]:
 
 
 def _read_json(path: epath.Path) -> Any:
-    """What a file holds; None if there is none, or if it is damaged."""
+    """The contents of a file; None if there is none, or if it is damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
