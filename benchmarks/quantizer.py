@@ -128,7 +128,7 @@ def _create_torch(kind: str, quantizer: str, codebook_size: int) -> Any:
         return package.FSQ(fsq_levels(codebook_size), dim=LATENT_DIM)
     if kind == "LFQ":
         return package.LFQ(dim=LATENT_DIM, codebook_size=codebook_size)
-    return torch_model.QUANTIZERS[quantizer](LATENT_DIM, **options)
+    return torch_model.create_quantizer(quantizer, LATENT_DIM, options)
 
 
 def prepare_torch(kind: str, quantizer: str, codebook_size: int, num_vectors: int) -> Contender:

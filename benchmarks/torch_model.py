@@ -7,7 +7,7 @@ Modules take images NCHW, usually in the channels-last memory format, so that th
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -131,13 +131,23 @@ def _sparse_lattice(latent_dim: int, codebook_size: int, **options: float) -> La
     return Lattice(latent_dim, sparse_basis_bound(codebook_size, latent_dim), **options)
 
 
-# The counterparts of those in llvq.quantizers.QUANTIZERS, with the same options.
+# The counterparts of those in llvq.quantizers.QUANTIZERS.
 QUANTIZERS: dict[str, Callable[..., nn.Module]] = {
     "vq": VectorQuantizer,
     "vq_ema": EMAVectorQuantizer,
     "sparse_lattice": _sparse_lattice,
     "dense_lattice": functools.partial(Lattice, basis_bound=1.0),
 }
+
+
+# Options that the counterparts lack: they do what the defaults say.
+_LACKING = ("distance", "gradient", "initialisation", "restart_threshold")
+
+
+def create_quantizer(name: str, latent_dim: int, options: Mapping[str, Any]) -> nn.Module:
+    """The counterpart of a quantizer, with the same options."""
+    known = {option: value for option, value in options.items() if option not in _LACKING}
+    return QUANTIZERS[name](latent_dim, **known)
 
 
 class VQVAE(nn.Module):
@@ -188,7 +198,7 @@ def create(architecture: Architecture) -> VQVAE:
     """A freshly initialised model with the architecture of a config."""
     model, quantizer, _ = architecture
     return VQVAE(
-        QUANTIZERS[quantizer.name](model.latent_dim, **quantizer.options),
+        create_quantizer(quantizer.name, model.latent_dim, quantizer.options),
         model.latent_dim,
         image_channels=model.image_shape[-1],
         hidden_dims=model.hidden_dims,

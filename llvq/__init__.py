@@ -10,19 +10,29 @@ if TYPE_CHECKING:
     from llvq.models import VQVAE
     from llvq.pretrained import load_pretrained, pretrained_index
     from llvq.quantizers import (
+        BSQ,
+        FSQ,
+        LFQ,
         DenseLatticeQuantizer,
         EMAVectorQuantizer,
         LatticeQuantizer,
         Quantizer,
+        ResidualVQ,
+        SimVQ,
         VectorQuantizer,
     )
 
 __all__ = [
+    "BSQ",
+    "FSQ",
+    "LFQ",
     "VQVAE",
     "DenseLatticeQuantizer",
     "EMAVectorQuantizer",
     "LatticeQuantizer",
     "Quantizer",
+    "ResidualVQ",
+    "SimVQ",
     "VectorQuantizer",
     "load_pretrained",
     "pretrained_index",

@@ -24,8 +24,7 @@ from llvq.errors import UserError
 from llvq.fields import Choice, Flag, Integer, Number, Several, Text, flatten, plain
 from llvq.models.vqvae import NUM_RESIDUAL_BLOCKS
 from llvq.quantizers import check_options, default_options
-from llvq.quantizers.base import Quantizer
-from llvq.quantizers.registry import quantizer_class
+from llvq.quantizers.registry import QUANTIZERS, quantizer_class, resolve_latent_dim
 from llvq.runtime.console import markdown_table
 
 # compute_dtype: the dtype of the convolutions' arithmetic, and that of all parameters with it.
@@ -66,14 +65,17 @@ class ModelConfig:
       value_range: what pixel values 0 … 255 are mapped to.
       hidden_dims: the width of the network after each halving of the image.
       num_residual_blocks: in the encoder, and as many in the decoder.
-      latent_dim: the number of entries of a latent vector.
+      latent_dim: the number of entries of a latent vector; 0: as many as the quantizer needs.
+      latent_activation: what the encoder ends in: leaky_relu, as in the paper, or none. Empty:
+        the quantizer's own default.
     """
 
     image_shape: Annotated[tuple[int, int, int], Several(Integer(1), 3)] = (0, 0, 0)
     value_range: Annotated[tuple[float, float], Several(Number(), 2)] = (0.0, 1.0)
     hidden_dims: Annotated[tuple[int, ...], Several(Integer(1, 2**16))] = (64,)
     num_residual_blocks: Annotated[int, Integer(0, 100)] = NUM_RESIDUAL_BLOCKS
-    latent_dim: Annotated[int, Integer(1, 2**16)] = 64
+    latent_dim: Annotated[int, Integer(0, 2**16)] = 0
+    latent_activation: Annotated[str, Choice("", "leaky_relu", "none")] = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,10 +165,7 @@ ConfigLike = TrainConfig | Mapping[str, Any]
 def _paper(quantizer: str) -> dict[str, Any]:
     # The authors ran 5 epochs with a learning rate of exactly 0 from the second on. Only what is
     # learnt without gradients notices those.
-    learns_without_gradients = (
-        quantizer_class(quantizer).update_statistics is not Quantizer.update_statistics
-    )
-    if learns_without_gradients:
+    if quantizer_class(quantizer).learns_without_gradients:
         return {"num_epochs": 5, "schedule": "first_epoch"}
     return {"num_epochs": 1, "schedule": "constant"}
 
@@ -271,7 +270,15 @@ def parse(config: ConfigLike) -> TrainConfig:
         model.value_range,
         "two numbers, the lower one first",
     )
-    return parsed
+    return dataclasses.replace(parsed, model=_resolve(model, parsed.quantizer))
+
+
+def _resolve(model: ModelConfig, quantizer: QuantizerConfig) -> ModelConfig:
+    """A network with nothing left to its quantizer's defaults."""
+    name, options = quantizer.name, quantizer.options
+    activation = model.latent_activation or quantizer_class(name).latent_activation
+    latent_dim = resolve_latent_dim(name, options, model.latent_dim)
+    return dataclasses.replace(model, latent_dim=latent_dim, latent_activation=activation)
 
 
 def to_dict(config: ConfigLike) -> dict[str, Any]:
@@ -366,8 +373,27 @@ def to_saved(config: TrainConfig, derived: TrainConfig) -> dict[str, Any]:
 
 def of_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that the run of a checkpoint used, as one flat dict with dotted names."""
-    asked = flatten(plain({name: value for name, value in saved.items() if name != "derived"}))
-    return asked | plain(saved.get("derived", {}))
+    values = completed(saved)
+    derived = values.pop("derived", {})
+    return flatten(values) | derived
+
+
+def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's config with what the version that saved it did not know.
+
+    That is its activation before the quantizer and newer options of the quantizer, at the values
+    that do what was done without them.
+    """
+    values = plain(saved)
+    name = values.get("quantizer", {}).get("name")
+    if name not in QUANTIZERS:
+        return values
+    activation = values["model"].get("latent_activation") or QUANTIZERS[name].latent_activation
+    return {
+        **values,
+        "model": {**values["model"], "latent_activation": activation},
+        "quantizer": default_options(name) | values["quantizer"],
+    }
 
 
 def architecture_of(saved: Mapping[str, Any]) -> Architecture:
@@ -378,7 +404,7 @@ def architecture_of(saved: Mapping[str, Any]) -> Architecture:
     Raises:
       UserError: if the config is impossible; the message names the field.
     """
-    values = plain(saved)
+    values = completed(saved)
     of_run = fields.ranges(TrainConfig)
     fields.check(values, {name: of_run[name] for name in of_run if name in values})
     model = {"image_shape": (None, None, 0), "value_range": None, **values["model"]}
@@ -393,11 +419,11 @@ def architecture_of(saved: Mapping[str, Any]) -> Architecture:
         model["image_shape"][-1],
         str(channels),
     )
-    quantizer = dict(values["quantizer"])
-    name = quantizer.pop("name")
+    options = dict(values["quantizer"])
+    quantizer = QuantizerConfig(options.pop("name"), options)
     return Architecture(
-        _build(ModelConfig, model, "model."),
-        QuantizerConfig(name, quantizer),
+        _resolve(_build(ModelConfig, model, "model."), quantizer),
+        quantizer,
         values["compute_dtype"],
     )
 

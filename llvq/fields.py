@@ -40,6 +40,20 @@ class Integer:
 
 
 @dataclasses.dataclass(frozen=True)
+class PowerOfTwo:
+    """The powers of two from `smallest` to `largest`."""
+
+    smallest: int
+    largest: int
+
+    def accepts(self, value: Any) -> bool:
+        return Integer(self.smallest, self.largest).accepts(value) and value & (value - 1) == 0
+
+    def __str__(self) -> str:
+        return f"a power of two from {self.smallest} to {self.largest}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Number:
     """The numbers from `smallest` to `largest`, perhaps without one of these two."""
 

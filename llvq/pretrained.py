@@ -13,6 +13,7 @@ from etils import epath
 
 from llvq import checkpointing
 from llvq.codec import code_model
+from llvq.config import completed
 from llvq.errors import UserError
 from llvq.models.vqvae import VQVAE
 
@@ -31,7 +32,8 @@ def pretrained_index() -> dict[str, dict[str, Any]]:
     `pretrained_index()[name]["config"]["model"]` has `image_shape` (height, width, channels) and
     `value_range`, what pixel values 0 … 255 were mapped to.
     """
-    return json.loads((DIRECTORY / "index.json").read_text())
+    index = json.loads((DIRECTORY / "index.json").read_text())
+    return {name: {**entry, "config": completed(entry["config"])} for name, entry in index.items()}
 
 
 def load_pretrained(name: epath.PathLike) -> VQVAE:

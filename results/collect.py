@@ -25,7 +25,6 @@ from llvq.config import (
     INTERVALS,
     RECIPES,
     derive,
-    make_config,
     of_saved,
     parse,
     to_dict,
@@ -72,11 +71,11 @@ def recipe_of(saved: Mapping[str, Any]) -> str:
     """
     used = of_saved(saved)
     dataset, quantizer = used["dataset.name"], used["quantizer.name"]
-    ours = {**flatten(to_dict(make_config(quantizer))), **used}
     try:
         module = importlib.import_module(f"configs.{dataset}")
     except ModuleNotFoundError as error:
         raise UserError(f"it follows no recipe: there is no configs/{dataset}.py") from error
+    ours = {**flatten(to_dict(parse(module.get_config(quantizer)))), **used}
     differences: list[list[str]] = []
     for recipe in RECIPES:
         config = parse(module.get_config(f"{quantizer},{recipe}"))

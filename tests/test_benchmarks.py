@@ -465,4 +465,4 @@ def test_levels_multiply_to_the_codebook_size(bits):
 def test_the_quantizers_options_reach_both_sides(name):
     options = quantizer._options(name, 32)
     assert options.keys() == quantizers.default_options(name).keys()
-    torch_model.QUANTIZERS[name](8, **options)
+    torch_model.create_quantizer(name, 8, options)

@@ -260,7 +260,7 @@ def test_a_code_model_is_kept_and_its_damage_is_seen(tmp_path):
         code_models.load(tmp_path, "none")
 
 
-QUANTIZERS = tiny.NAMES
+QUANTIZERS = tiny.PAPER
 
 
 @pytest.fixture(scope="module", params=QUANTIZERS)

@@ -42,14 +42,14 @@ def test_shipped_configs_are_valid(quantizer):
     # The paper recipe: DESIGN's 860 steps, and 4,300 for vq_ema, of which 860 with gradients.
     steps = num_train_steps(config, 55_000)
     assert (steps, config.schedule) == (
-        (4300, "first_epoch") if quantizer == "vq_ema" else (860, "constant")
+        (4300, "first_epoch") if quantizer in ("vq_ema", "residual_vq") else (860, "constant")
     )
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("fsq", r"unknown quantizer 'fsq': choose one of vq, vq_ema, "),
+        ("xvq", r"unknown quantizer 'xvq': choose one of vq, vq_ema, "),
         ("vq,longest", r"unknown recipe 'longest': choose one of paper"),
         ("vq,paper,x", r"unknown recipe 'paper,x'"),
     ],
@@ -79,7 +79,8 @@ BAD = [
     ("compute_dtype", "float16"),
     ("compute_dtype", "float64"),  # x64 is off
     ("schedule", "cosine?"),
-    ("model.latent_dim", 0),
+    ("model.latent_dim", -1),
+    ("model.latent_activation", "relu"),
     ("model.num_residual_blocks", -1),
     ("model.hidden_dims", ()),
     ("model.hidden_dims", (8, 0)),
@@ -158,9 +159,10 @@ def test_missing_fields_have_their_defaults(field):
     config = tiny.config("vq_ema")
     *path, name = field.split(".")
     del (config[path[0]] if path else config)[name]
-    defaults = flatten(to_dict(make_config("vq_ema")))
+    defaults = flatten(to_dict(parse(make_config("vq_ema", image_shape=(12, 12, 1)))))
     for key, value in flatten(to_dict(parse(config))).items():
-        expected = defaults[key] if key.startswith(field) else flatten(tiny.config("vq_ema"))[key]
+        given = flatten(to_dict(parse(tiny.config("vq_ema"))))
+        expected = defaults[key] if key.startswith(field) else given[key]
         assert value == expected
 
 
@@ -200,7 +202,8 @@ def test_every_form_of_a_config_is_the_same():
     assert parse(ConfigDict(plain)) == parsed
     assert parse(parsed) == parsed
     assert parse(json.loads(json.dumps(to_dict(parsed)))) == parsed
-    assert to_dict(parsed) == plain
+    activation = {"model": {**plain["model"], "latent_activation": "leaky_relu"}}
+    assert to_dict(parsed) == {**plain, **activation}  # which the quantizer decides
     assert flatten(to_dict(ConfigDict(plain)))["model.hidden_dims"] == (8,)
 
 

@@ -163,7 +163,21 @@ def possible(draw, sizes, batch_sizes, image_shapes):
         "gamma": st.sampled_from([-1.0, 0, 0.5, 1]),
         "decay": st.sampled_from([0, 0.5, 0.999]),
         "epsilon": st.sampled_from([1e-8, 1e-5, 1]),
+        "distance": st.sampled_from(["euclidean", "cosine"]),
+        "gradient": st.sampled_from(["straight_through", "rotation"]),
+        "initialisation": st.sampled_from(["random", "batch"]),
+        "restart_threshold": st.sampled_from([0, 0.0, 0.1, 1]),
+        "levels": st.sampled_from([(2,), (8, 5, 5, 5), [3, 1000]]),
+        "num_bits": st.sampled_from([1, 18, 100]),
+        "entropy_weight": st.sampled_from([0, 0.1, 3]),
+        "temperature": st.sampled_from([0.01, 1]),
+        "depth": st.sampled_from([1, 3]),
+        "stage": st.sampled_from(["vq", "vq_ema", "simvq"]),
+        "dropout": st.booleans(),
     }
+    if quantizer == "lfq":
+        options["codebook_size"] = st.sampled_from([2, 64, 2**18])
+    has_fixed_dim = quantizer in ("fsq", "lfq", "bsq")
     fields = {
         "batch_size": st.sampled_from(batch_sizes),
         "seed": st.sampled_from([0, 1, 2**31, 2**32 - 1]),
@@ -176,7 +190,8 @@ def possible(draw, sizes, batch_sizes, image_shapes):
         "eval_every_steps": st.sampled_from([1, 2, 2**31 - 1]),
         "checkpoint_every_steps": st.sampled_from([1, 2, 2**31 - 1]),
         "model.hidden_dims": st.lists(st.sampled_from(sizes), min_size=1, max_size=2).map(tuple),
-        "model.latent_dim": st.sampled_from(sizes),
+        "model.latent_dim": st.sampled_from([0] if has_fixed_dim else [0, *sizes]),
+        "model.latent_activation": st.sampled_from(["", "leaky_relu", "none"]),
         "model.num_residual_blocks": st.sampled_from([0, 1, 2]),
         "model.image_shape": st.sampled_from(image_shapes),
         "model.value_range": st.sampled_from([(0, 1), (-0.5, 0.5), [0.0, 255.0], (-1e-9, 1e9)]),

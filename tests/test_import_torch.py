@@ -58,7 +58,7 @@ def assert_refused(path, tmp_path, *words):
         ("sparse_lattice", 2, (8, 4, 6), 3),
         *(
             pytest.param(name, 3, (4, 8), 1, marks=pytest.mark.slow)
-            for name in tiny.NAMES
+            for name in tiny.PAPER
             if name != "vq_ema"
         ),
     ],
@@ -342,7 +342,7 @@ def test_the_authors_lattice_on_the_real_test_images(tmp_path):
 @pytest.mark.long
 @reference.needs_reference
 @needs_files
-@pytest.mark.parametrize("quantizer", tiny.NAMES)
+@pytest.mark.parametrize("quantizer", tiny.PAPER)
 def test_the_authors_figures_on_all_real_images(quantizer, tmp_path):
     import input_pipeline
 

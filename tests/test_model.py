@@ -17,7 +17,7 @@ KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 def make(quantizer="sparse_lattice", channels=1, hidden_dims=(64,), seed=0):
     rngs = nnx.Rngs(seed)
     return VQVAE(
-        quantizers.create(quantizer, 64, rngs=rngs),
+        quantizers.create(quantizer, 0, rngs=rngs),
         image_channels=channels,
         hidden_dims=hidden_dims,
         rngs=rngs,

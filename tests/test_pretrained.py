@@ -14,6 +14,7 @@ from flax import nnx
 
 import llvq
 from llvq import checkpointing, codec, evaluate, export, pretrained
+from llvq.config import completed
 from llvq.data import order
 from llvq.errors import UserError
 from llvq.training import train_state
@@ -78,7 +79,7 @@ def test_what_is_exported_is_what_was_trained(workdir, shipped):
         entry["metrics"]
     )
     assert entry["metrics"].items() <= evaluation.items()
-    assert entry["config"]["model"]["image_shape"] == [12, 12, 1]
+    assert entry["config"]["model"]["image_shape"] == (12, 12, 1)
     assert entry["config"]["model"]["value_range"] == [-0.5, 0.5]
     assert checkpointing.load(shipped / "tiny/vq_ema").config == entry["config"]
 
@@ -147,7 +148,7 @@ def test_every_shipped_model_works():
     for name, entry in SHIPPED.items():
         model = llvq.load_pretrained(name)
         _, config, state = checkpointing.load(pretrained.DIRECTORY / name)
-        assert config == entry["config"]
+        assert completed(config) == entry["config"]
         assert f"{config['dataset']['name']}/{config['quantizer']['name']}" == name
         assert (int(state.step), config["seed"]) == (entry["step"], entry["seed"])
         assert {"reconstruction_loss", "effective_codebook_size"} < set(entry["metrics"])

@@ -15,7 +15,7 @@ from clu import metric_writers
 from PIL import Image
 
 from configs import fashion_mnist
-from llvq.config import RECIPES, to_dict
+from llvq.config import RECIPES, parse, to_dict
 from llvq.data import ArrayDataset
 from llvq.errors import UserError
 from llvq.evaluate import evaluate
@@ -137,7 +137,7 @@ def test_runs_become_a_table(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_that_follows_no_recipe_is_named():
-    config = to_dict(fashion_mnist.get_config("vq"))
+    config = to_dict(parse(fashion_mnist.get_config("vq")))
     assert collect.recipe_of(config) == "paper"
     config |= {"seed": 5, "log_every_steps": 1, "num_train_steps": 200}
     config["dataset"]["data_dir"] = "elsewhere"
@@ -147,7 +147,7 @@ def test_a_run_that_follows_no_recipe_is_named():
 
 
 def test_a_run_that_was_saved_before_a_field_existed_had_its_default():
-    config = to_dict(fashion_mnist.get_config("vq_ema,long"))
+    config = to_dict(parse(fashion_mnist.get_config("vq_ema,long")))
     for name in ("steps_per_call", "init_from", "images_per_device", "stop_on_failed_save"):
         del config[name]
     del config["quantizer"]["commitment_cost"]
@@ -158,7 +158,7 @@ def test_a_run_that_was_saved_before_a_field_existed_had_its_default():
 
 
 def test_a_run_on_many_devices_follows_its_recipe():
-    config = to_dict(fashion_mnist.get_config("vq_ema,pod"))
+    config = to_dict(parse(fashion_mnist.get_config("vq_ema,pod")))
     derived = {"batch_size": 512, "learning_rate": 1e-3 * 8**0.5, "quantizer.decay": 0.99**8}
     assert collect.recipe_of({**config, "derived": derived}) == "pod"
     derived["learning_rate"] = 1e-3

@@ -35,7 +35,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "quantizer",
-    ["vq_ema", *(pytest.param(q, marks=SLOW) for q in tiny.NAMES if q != "vq_ema")],
+    ["vq_ema", *(pytest.param(q, marks=SLOW) for q in tiny.PAPER if q != "vq_ema")],
 )
 def test_a_resumed_run_is_bit_identical(quantizer, tmp_path):
     """Stopped at step 4 and resumed to 6; and a finished run of 4 steps extended to 6."""

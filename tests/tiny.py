@@ -9,6 +9,16 @@ from llvq.data import ArrayDataset
 from llvq.quantizers import QUANTIZERS
 
 NAMES = tuple(QUANTIZERS)
+PAPER = ("vq", "vq_ema", "sparse_lattice", "dense_lattice")
+
+# Options that suit latents of 8 numbers.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "fsq": {"levels": (3, 4, 2, 5, 3, 2, 8, 3)},
+    "lfq": {"codebook_size": 256},
+    "bsq": {"num_bits": 8},
+    "simvq": {"codebook_size": 64},
+    "residual_vq": {"depth": 3, "codebook_size": 16},
+}
 
 
 def config(quantizer: str, **overrides: Any) -> dict[str, Any]:
@@ -29,6 +39,7 @@ def config(quantizer: str, **overrides: Any) -> dict[str, Any]:
             value_range=(-0.5, 0.5),
             hidden_dims=(8,),
             latent_dim=8,
+            quantizer=OPTIONS.get(quantizer, {}),
         )
     )
     for name, value in overrides.items():

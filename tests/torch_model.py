@@ -12,7 +12,7 @@ class Model(torch_model.VQVAE):
 
     def __init__(self, quantizer, channels, hidden_dims, num_blocks=2, latent_dim=8, size=16):
         super().__init__(
-            torch_model.QUANTIZERS[quantizer](latent_dim, **options(quantizer, size)),
+            torch_model.create_quantizer(quantizer, latent_dim, options(quantizer, size)),
             latent_dim,
             image_channels=channels,
             hidden_dims=hidden_dims,

@@ -14,7 +14,10 @@ from llvq.models import layers
 class Encoder(nnx.Module):
     """Halves height and width once for each of `hidden_dims`, then refines and projects.
 
-    Every activation is a LeakyReLU of slope 0.01, the one after the projection included.
+    Every activation is a LeakyReLU of slope 0.01.
+
+    Attributes:
+      latent_activation: what follows the projection, "leaky_relu" or "none".
     """
 
     def __init__(
@@ -24,6 +27,7 @@ class Encoder(nnx.Module):
         latent_dim: int,
         num_residual_blocks: int,
         *,
+        latent_activation: str,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
@@ -42,6 +46,7 @@ class Encoder(nnx.Module):
             for _ in range(num_residual_blocks)
         )
         self.project = conv(width, latent_dim, 1)
+        self.latent_activation = latent_activation
 
     def __call__(
         self, images: Float[Array, "batch height width channels"]
@@ -54,4 +59,5 @@ class Encoder(nnx.Module):
         for block in self.residual_blocks:
             x = block(x)
         x = nnx.leaky_relu(x)
-        return nnx.leaky_relu(self.project(x))
+        x = self.project(x)
+        return nnx.leaky_relu(x) if self.latent_activation == "leaky_relu" else x

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from flax import nnx
 from jax import numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Num, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, Num, Shaped, UInt8
 
 from llvq.models import packing
 from llvq.models.decoder import Decoder
@@ -41,6 +41,7 @@ class VQVAE(nnx.Module):
         image_channels: int,
         hidden_dims: Sequence[int],
         num_residual_blocks: int = NUM_RESIDUAL_BLOCKS,
+        latent_activation: str | None = None,
         value_range: tuple[float, float] | None = (0.0, 1.0),
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
@@ -51,6 +52,8 @@ class VQVAE(nnx.Module):
         image_channels: of the images, 1 or 3 as a rule.
         hidden_dims: the width of the network after each halving of the image.
         num_residual_blocks: in the encoder, and as many in the decoder.
+        latent_activation: what the encoder ends in, "leaky_relu" or "none"; the quantizer's own
+          default if None.
         value_range: what 0 … 255 is mapped to; None if that is not known.
         dtype: of the convolutions' arithmetic.
         param_dtype: of the convolutions' parameters.
@@ -61,6 +64,7 @@ class VQVAE(nnx.Module):
             hidden_dims,
             quantizer.latent_dim,
             num_residual_blocks,
+            latent_activation=latent_activation or quantizer.latent_activation,
             dtype=dtype,
             param_dtype=param_dtype,
             rngs=rngs,
@@ -86,10 +90,13 @@ class VQVAE(nnx.Module):
         *,
         train: bool = False,
         mask: Bool[Array, "batch"] | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "batch height width channels"], Int[Array, "batch h w ..."], Losses]:
-        """(reconstructions, codes, quantizer losses); see `Quantizer` for codes, train and mask."""
+        """(reconstructions, codes, quantizer losses); see `Quantizer` for all but the images."""
         latents = self.encoder(self.to_floats(images))
-        quantized, codes, losses = self.quantizer(self._vectors(latents), train=train, mask=mask)
+        quantized, codes, losses = self.quantizer(
+            self._vectors(latents), train=train, mask=mask, key=key
+        )
         return self.decoder(quantized.reshape(latents.shape)), codes, losses
 
     def encode(

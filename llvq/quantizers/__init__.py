@@ -1,17 +1,27 @@
 """Quantizers: maps of latent vectors to a discrete set. `base` is their contract."""
 
 from llvq.quantizers.base import Quantizer
+from llvq.quantizers.bsq import BSQ
+from llvq.quantizers.fsq import FSQ
 from llvq.quantizers.lattice import DenseLatticeQuantizer, LatticeQuantizer
+from llvq.quantizers.lfq import LFQ
 from llvq.quantizers.registry import QUANTIZERS, check_options, create, default_options
+from llvq.quantizers.residual_vq import ResidualVQ
+from llvq.quantizers.simvq import SimVQ
 from llvq.quantizers.vq import VectorQuantizer
 from llvq.quantizers.vq_ema import EMAVectorQuantizer
 
 __all__ = [
+    "BSQ",
+    "FSQ",
+    "LFQ",
     "QUANTIZERS",
     "DenseLatticeQuantizer",
     "EMAVectorQuantizer",
     "LatticeQuantizer",
     "Quantizer",
+    "ResidualVQ",
+    "SimVQ",
     "VectorQuantizer",
     "check_options",
     "create",

@@ -3,22 +3,24 @@
     quantized, codes, losses = quantizer(latents)
 
 `latents` are [..., latent_dim]. `codes` are int32, and `quantizer.lookup(codes)` is `quantized`
-again, in param_dtype. The gradient of `quantized` passes to `latents` unchanged (the
-straight-through estimator). `losses` are scalars: add "quantizer_loss" to the loss that you
-minimise, the others are its parts.
+again, in param_dtype. The gradient of `quantized` passes to `latents` by the straight-through
+estimator. `losses` are scalars: add "quantizer_loss" to the loss that you minimise, the others are
+its parts.
 `quantized` has the dtype of `latents`, but all arithmetic is in float32 at least: lattice codes
 reach 1e7.
 """
 
 import abc
 import math
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from llvq.fields import Integer, Number
 
@@ -27,6 +29,8 @@ CodebookSize = Annotated[int, Integer(2, 2**24)]
 CODEBOOK_SIZE = 512
 CommitmentCost = Annotated[float, Number(0)]
 COMMITMENT_COST = 0.25
+
+LATENT_DIM = 64  # where a quantizer takes any
 
 Losses = dict[str, Float[Array, ""]]
 
@@ -37,12 +41,30 @@ class Quantizer(nnx.Module):
     latent_dim: int
     code_shape: tuple[int, ...]
     """The shape of one latent vector's code: () for an index, (n,) for n integers."""
+    levels: tuple[int, ...] | None = None
+    """How many values each integer of a code takes, from 0 on; None if any int32 is possible."""
     param_dtype: DTypeLike
+
+    latent_activation = "leaky_relu"
+    """What a network's encoder best ends in before this quantizer: leaky_relu or none."""
+    learns_without_gradients = False
+    """Whether `update_statistics` is the quantizer's own way to learn."""
+
+    @classmethod
+    def fixed_latent_dim(cls, options: Mapping[str, Any]) -> int | None:
+        """The latent_dim that the constructor's options determine; None if it takes any."""
+        del options
+        return None
 
     @property
     def code_width(self) -> int:
         """How many integers make up the code of one latent vector."""
         return math.prod(self.code_shape)
+
+    @property
+    def num_codes(self) -> int | None:
+        """How many different codes there are; None for a lattice, which has no end."""
+        return None if self.levels is None else math.prod(self.levels)
 
     @abc.abstractmethod
     def quantize(
@@ -55,17 +77,68 @@ class Quantizer(nnx.Module):
         """The quantized latents of given codes."""
 
     @abc.abstractmethod
-    def losses(self, codebook_loss: Float[Array, ""], commitment_loss: Float[Array, ""]) -> Losses:
-        """The quantizer's loss and its parts, from the two distances (see `__call__`)."""
+    def losses(
+        self,
+        latents: Float[Array, "... latent_dim"],
+        quantized: Float[Array, "... latent_dim"],
+        where: Bool[Array, "..."] | None,
+    ) -> Losses:
+        """The quantizer's loss and its parts.
+
+        Args:
+          latents: as `prepare` returns them.
+          quantized: what `quantize` makes of them.
+          where: the latents that count, in a shape that broadcasts; None if all do.
+        """
+
+    def prepare(self, latents: Float[Array, "... latent_dim"]) -> Float[Array, "... latent_dim"]:
+        """What is quantized in place of the latents: a differentiable function of them."""
+        return latents
+
+    def initialise(
+        self,
+        latents: Float[Array, "... latent_dim"],
+        mask: Bool[Array, "batch"] | None,
+        key: Key[Array, ""] | None,
+    ) -> None:
+        """Learns from the first training batch, before it is quantized, if the quantizer does."""
+        del latents, mask, key
 
     def update_statistics(
         self,
         latents: Float[Array, "... latent_dim"],
         codes: Int[Array, "..."],
-        mask: Bool[Array, "..."] | None,
+        mask: Bool[Array, "batch"] | None,
+        key: Key[Array, ""] | None,
     ) -> None:
         """Learns from a training batch by other means than gradients, if the quantizer does."""
-        del latents, codes, mask
+        del latents, codes, mask, key
+
+    def forward(
+        self,
+        latents: Float[Array, "batch ... latent_dim"],
+        *,
+        train: bool,
+        mask: Bool[Array, "batch"] | None,
+        key: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, "batch ... latent_dim"], Int[Array, "batch ..."], Losses]:
+        """As `__call__`, for prepared latents in param_dtype and without the gradient to them."""
+        if train:
+            self.initialise(jax.lax.stop_gradient(latents), mask, key)
+        quantized, codes = self.quantize(latents)
+        where = None if mask is None else mask.reshape(-1, *[1] * (latents.ndim - 1))
+        losses = self.losses(latents, quantized, where)
+        if train:
+            self.update_statistics(jax.lax.stop_gradient(latents), codes, mask, key)
+        return quantized, codes, losses
+
+    def pass_gradient(
+        self,
+        quantized: Float[Array, "... latent_dim"],
+        latents: Float[Array, "... latent_dim"],
+    ) -> Float[Array, "... latent_dim"]:
+        """The quantized latents, with a gradient with respect to the latents."""
+        return straight_through(quantized, latents)
 
     def __call__(
         self,
@@ -73,6 +146,7 @@ class Quantizer(nnx.Module):
         *,
         train: bool = False,
         mask: Bool[Array, "batch"] | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "batch ... latent_dim"], Int[Array, "batch ..."], Losses]:
         """Quantizes latents.
 
@@ -80,14 +154,14 @@ class Quantizer(nnx.Module):
           latents: [batch, ..., latent_dim].
           train: whether to update, after this call, what is learnt without gradients.
           mask: [batch], the examples that count in losses and statistics; all by default.
+          key: for what is random in training. Only some options need one.
 
         Returns:
-          (quantized, codes, losses). Both distances in the losses are means of squares over all
-          elements that count: codebook_loss moves the quantizer towards the latents,
-          commitment_loss the latents towards the quantizer (van den Oord et al. 2017, eq. 3).
+          (quantized, codes, losses).
 
         Raises:
-          ValueError: if the last axis of `latents` is not latent_dim long.
+          ValueError: if the last axis of `latents` is not latent_dim long, or if an option needs a
+            key in training and there is none.
         """
         if latents.shape[-1] != self.latent_dim:
             raise ValueError(
@@ -95,20 +169,85 @@ class Quantizer(nnx.Module):
                 f"{type(self).__name__} quantizes the last axis"
             )
         dtype = latents.dtype
-        latents = latents.astype(self.param_dtype)
-        quantized, codes = self.quantize(latents)
-        where = None if mask is None else mask.reshape(-1, *[1] * (latents.ndim - 1))
-        losses = self.losses(
-            jnp.mean((quantized - jax.lax.stop_gradient(latents)) ** 2, where=where),
-            jnp.mean((latents - jax.lax.stop_gradient(quantized)) ** 2, where=where),
-        )
-        if train:
-            self.update_statistics(jax.lax.stop_gradient(latents), codes, mask)
-        straight_through = jax.lax.stop_gradient(quantized) + (
-            latents - jax.lax.stop_gradient(latents)
-        )
-        return straight_through.astype(dtype), codes, losses
+        latents = self.prepare(jnp.asarray(latents, self.param_dtype))
+        quantized, codes, losses = self.forward(latents, train=train, mask=mask, key=key)
+        return self.pass_gradient(quantized, latents).astype(dtype), codes, losses
 
-    @abc.abstractmethod
     def histograms(self, codes: Int[Array, "..."]) -> dict[str, Array]:
         """Arrays whose distribution is worth watching, by name, given the codes of some images."""
+        return {"codes": codes}
+
+    def codes_to_indices(self, codes: Int[Array, "..."]) -> Int[Array, "..."]:
+        """One index from 0 to num_codes − 1 per latent vector; the first integer varies fastest.
+
+        Raises:
+          ValueError: if the quantizer has 2³¹ codes or more.
+        """
+        if not self.code_shape:
+            return codes
+        return jnp.sum(codes * self._place_values(), axis=-1)
+
+    def indices_to_codes(self, indices: Int[Array, "..."]) -> Int[Array, "..."]:
+        """The codes of indices; the inverse of `codes_to_indices`.
+
+        Raises:
+          ValueError: if the quantizer has 2³¹ codes or more.
+        """
+        if not self.code_shape:
+            return indices
+        digits = indices[..., None] // self._place_values()
+        return digits % jnp.array(self.levels, jnp.int32)
+
+    def _place_values(self) -> Int[Array, "width"]:
+        if self.levels is None or self.num_codes is None or self.num_codes >= 2**31:
+            count = "infinitely many" if self.num_codes is None else self.num_codes
+            raise ValueError(
+                f"{type(self).__name__} has {count} codes: an int32 can index fewer than 2**31"
+            )
+        return jnp.asarray(np.cumprod([1, *self.levels[:-1]]), jnp.int32)
+
+
+def straight_through(
+    quantized: Float[Array, "..."], latents: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """`quantized`, as if it were `latents` to a gradient."""
+    return jax.lax.stop_gradient(quantized) + (latents - jax.lax.stop_gradient(latents))
+
+
+def mean(values: Float[Array, "..."], where: Bool[Array, "..."] | None) -> Float[Array, ""]:
+    """The mean of the values that count; 0 if none does."""
+    if where is None:
+        return jnp.mean(values)
+    where = jnp.broadcast_to(where, values.shape)
+    return jnp.sum(values, where=where) / jnp.maximum(jnp.sum(where), 1)
+
+
+def distances(
+    latents: Float[Array, "..."],
+    quantized: Float[Array, "..."],
+    where: Bool[Array, "..."] | None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(codebook loss, commitment loss): the same value, a mean of squares over all elements.
+
+    The first one's gradient moves the quantizer towards the latents, the second one's the latents
+    towards the quantizer (van den Oord et al. 2017, eq. 3).
+    """
+    return (
+        mean((quantized - jax.lax.stop_gradient(latents)) ** 2, where),
+        mean((latents - jax.lax.stop_gradient(quantized)) ** 2, where),
+    )
+
+
+def codebook_losses(
+    latents: Float[Array, "..."],
+    quantized: Float[Array, "..."],
+    where: Bool[Array, "..."] | None,
+    commitment_cost: float,
+) -> Losses:
+    """VQ-VAE's loss: codebook loss + commitment cost × commitment loss."""
+    codebook_loss, commitment_loss = distances(latents, quantized, where)
+    return {
+        "quantizer_loss": codebook_loss + commitment_cost * commitment_loss,
+        "codebook_loss": codebook_loss,
+        "commitment_loss": commitment_loss,
+    }

@@ -1,17 +1,28 @@
-"""What VQ and VQ-EMA share: a codebook, and the search for the vector nearest to a latent."""
+"""What quantizers with a codebook share: the search for the nearest vector, and its options."""
 
 import functools
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from flax import nnx
 from jax import numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from llvq.quantizers.base import Quantizer
+from llvq.fields import Choice, Number
+from llvq.quantizers.base import Quantizer, straight_through
 
 _PRECISION = jax.lax.Precision.HIGHEST
+
+# Options of these quantizers. The defaults are those of van den Oord et al. 2017.
+Distance = Annotated[str, Choice("euclidean", "cosine")]
+Gradient = Annotated[str, Choice("straight_through", "rotation")]
+Initialisation = Annotated[str, Choice("random", "batch")]
+RestartThreshold = Annotated[float, Number(0, 1)]
+
+_SMALLEST_LENGTH = 1e-12  # that is normalised to 1; its reciprocal's square is still a float32
+_KMEANS_ITERATIONS = 10
 
 # A larger codebook is searched in blocks of at most this many vectors, so that the matrix of all
 # latents by all vectors is never in memory.
@@ -90,6 +101,78 @@ def sums_by_code(
     return sums.reshape(num_blocks * block_size, -1)[:codebook_size]
 
 
+def normalise(vectors: Float[Array, "... width"]) -> Float[Array, "... width"]:
+    """Vectors of length 1; 0 stays 0."""
+    squares = jnp.sum(vectors**2, axis=-1, keepdims=True)
+    return vectors * jax.lax.rsqrt(jnp.maximum(squares, _SMALLEST_LENGTH**2))
+
+
+def rotate(
+    quantized: Float[Array, "... width"], latents: Float[Array, "... width"]
+) -> Float[Array, "... width"]:
+    """`quantized`, with the gradient of the rotation trick (Fifty et al. 2024, arXiv 2410.06424).
+
+    To a gradient, the result is λ·R·latents, with the rotation R of the latents' direction to that
+    of the quantized ones and the ratio λ of the two lengths, both held constant.
+    """
+    latents_held, quantized = jax.lax.stop_gradient((latents, quantized))
+    start, end = normalise(latents_held), normalise(quantized)
+    bisector = normalise(start + end)
+    along = functools.partial(jnp.sum, axis=-1, keepdims=True)
+    lengths = [jnp.sqrt(along(x**2)) for x in (quantized, latents_held)]
+    ratio = lengths[0] / jnp.maximum(lengths[1], _SMALLEST_LENGTH)
+    rotated = latents - 2 * bisector * along(bisector * latents) + 2 * end * along(start * latents)
+    return straight_through(quantized, ratio * rotated)
+
+
+def draw(
+    latents: Float[Array, "batch ... width"],
+    mask: Bool[Array, "batch"] | None,
+    key: Key[Array, ""],
+    count: int,
+    *,
+    distinct: bool,
+) -> Float[Array, "count width"]:
+    """Some of a batch's latents, drawn uniformly.
+
+    Args:
+      latents: [batch, ..., width].
+      mask: [batch], the examples to draw from; all by default.
+      key: decides which.
+      count: how many are drawn.
+      distinct: whether to draw without replacement, as far as there are enough, which takes a sort.
+    """
+    num_examples = len(latents)
+    vectors = latents.reshape(-1, latents.shape[-1])
+    per_example = len(vectors) // num_examples
+    if mask is None:
+        mask = jnp.ones(num_examples, bool)
+    if distinct:
+        counts = jnp.repeat(mask, per_example)
+        order = jnp.argsort(jnp.where(counts, jax.random.uniform(key, (len(vectors),)), jnp.inf))
+        return vectors[order[jnp.arange(count) % jnp.maximum(jnp.sum(counts), 1)]]
+    examples = jnp.argsort(~mask, stable=True)  # those to draw from come first
+    places = jax.random.randint(key, (count,), 0, jnp.maximum(jnp.sum(mask) * per_example, 1))
+    return vectors[examples[places // per_example] * per_example + places % per_example]
+
+
+def sums_and_counts(
+    latents: Float[Array, "batch ... width"],
+    codes: Int[Array, "batch ..."],
+    mask: Bool[Array, "batch"] | None,
+    codebook_size: int,
+    num_shares: int = 1,
+) -> tuple[Float[Array, "codes width"], Float[Array, "codes"]]:
+    """(sums, counts) of the latents of each code; see `sums_by_code`."""
+    # The last column counts the latents.
+    ones = jnp.ones((*latents.shape[:-1], 1), latents.dtype)
+    values = jnp.append(latents, ones, axis=-1)
+    if mask is not None:
+        values *= mask.reshape(-1, *[1] * (values.ndim - 1))
+    sums = sums_by_code(codes, values, codebook_size, num_shares)
+    return sums[:, :-1], sums[:, -1]
+
+
 class CodebookQuantizer(Quantizer):
     """Replaces each latent by its nearest codebook vector.
 
@@ -97,16 +180,124 @@ class CodebookQuantizer(Quantizer):
     """
 
     code_shape = ()
-    codebook: nnx.Variable[Array]  # [codebook_size, latent_dim]
+
+    def points(self) -> Float[Array, "codes latent_dim"]:
+        """The vectors that latents are replaced by."""
+        raise NotImplementedError
 
     def quantize(
         self, latents: Float[Array, "... latent_dim"]
     ) -> tuple[Float[Array, "... latent_dim"], Int[Array, "..."]]:
-        codes = nearest(latents, self.codebook[...])
-        return self.lookup(codes), codes
+        points = self.points()
+        codes = nearest(latents, points)
+        return jnp.take(points, codes, axis=0), codes
 
     def lookup(self, codes: Int[Array, "..."]) -> Float[Array, "... latent_dim"]:
-        return jnp.take(self.codebook[...], codes, axis=0)
+        return jnp.take(self.points(), codes, axis=0)
 
     def histograms(self, codes: Int[Array, "..."]) -> dict[str, Array]:
         return {"codebook_usage": codes}
+
+
+class LearnedCodebook(CodebookQuantizer):
+    """A codebook of vectors that are learnt one by one: what VQ and VQ-EMA share.
+
+    Attributes:
+      distance: "euclidean" or "cosine"; with the latter, latents and codebook vectors are
+        normalised before anything else (Yu et al. 2022, arXiv 2110.04627).
+      gradient: "straight_through" or "rotation"; see `rotate`.
+      initialisation: "random", or "batch" for k-means on the first training batch
+        (Zeghidour et al. 2021, arXiv 2107.03312).
+      restart_threshold: a vector is dead if the moving average of how many latents it is given
+        falls below this share of the mean over the codebook. After a training step, a dead vector
+        becomes a latent drawn from the batch, with the mean as its average. 0: none is dead.
+    """
+
+    codebook: nnx.Variable[Array]  # [codebook_size, latent_dim]
+
+    def _set_up(
+        self,
+        latent_dim: int,
+        codebook_size: int,
+        *,
+        commitment_cost: float,
+        distance: str,
+        gradient: str,
+        initialisation: str,
+        restart_threshold: float,
+        param_dtype: DTypeLike,
+    ) -> None:
+        self.latent_dim = latent_dim
+        self.levels = (codebook_size,)
+        self.commitment_cost = commitment_cost
+        self.distance = distance
+        self.gradient = gradient
+        self.restart_threshold = restart_threshold
+        self.param_dtype = param_dtype
+        self.num_shares = 1
+        self.is_initialised = (
+            nnx.BatchStat(jnp.zeros((), bool)) if initialisation == "batch" else None
+        )
+
+    def points(self) -> Float[Array, "codes latent_dim"]:
+        codebook = self.codebook[...]
+        return normalise(codebook) if self.distance == "cosine" else codebook
+
+    def prepare(self, latents: Float[Array, "... latent_dim"]) -> Float[Array, "... latent_dim"]:
+        return normalise(latents) if self.distance == "cosine" else latents
+
+    def pass_gradient(
+        self,
+        quantized: Float[Array, "... latent_dim"],
+        latents: Float[Array, "... latent_dim"],
+    ) -> Float[Array, "... latent_dim"]:
+        return (rotate if self.gradient == "rotation" else straight_through)(quantized, latents)
+
+    def initialise(
+        self,
+        latents: Float[Array, "batch ... latent_dim"],
+        mask: Bool[Array, "batch"] | None,
+        key: Key[Array, ""] | None,
+    ) -> None:
+        if self.is_initialised is None:
+            return
+        if key is None:
+            raise ValueError("initialisation='batch' needs a key in training")
+        is_initialised, codebook_size = self.is_initialised[...], len(self.codebook[...])
+
+        def step(_: int, centres: Array) -> Array:
+            codes = nearest(latents, centres)
+            sums, counts = sums_and_counts(latents, codes, mask, codebook_size, self.num_shares)
+            means = sums / jnp.maximum(counts, 1)[:, None]
+            return jnp.where(counts[:, None] > 0, means, centres)
+
+        def cluster() -> Array:
+            start = draw(latents, mask, key, codebook_size, distinct=True)
+            return jax.lax.fori_loop(0, _KMEANS_ITERATIONS, step, start)
+
+        centres = jax.lax.cond(is_initialised, lambda: self.codebook[...], cluster)
+        self._replace(jnp.broadcast_to(~is_initialised, codebook_size), centres)
+        self.is_initialised[...] = jnp.ones((), bool)
+
+    def _replace(
+        self, is_new: Bool[Array, "codes"], vectors: Float[Array, "codes latent_dim"]
+    ) -> None:
+        """Makes some vectors of the codebook new."""
+        codebook = self.codebook[...]
+        replaced = jnp.where(is_new[:, None], vectors, codebook)
+        self.codebook[...] = straight_through(replaced, codebook)  # a gradient to it passes
+
+    def _restart(
+        self,
+        cluster_size: Float[Array, "codes"],
+        latents: Float[Array, "batch ... latent_dim"],
+        mask: Bool[Array, "batch"] | None,
+        key: Key[Array, ""] | None,
+    ) -> tuple[Bool[Array, "codes"], Float[Array, "codes"]]:
+        """Replaces dead vectors; returns which were, and the moving averages from then on."""
+        if key is None:
+            raise ValueError("restart_threshold above 0 needs a key in training")
+        mean = jnp.mean(cluster_size)
+        is_dead = cluster_size < self.restart_threshold * mean
+        self._replace(is_dead, draw(latents, mask, key, len(cluster_size), distinct=False))
+        return is_dead, jnp.where(is_dead, mean, cluster_size)

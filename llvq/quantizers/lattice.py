@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llvq.fields import Number
 from llvq.quantizers.base import (
@@ -20,6 +20,7 @@ from llvq.quantizers.base import (
     CommitmentCost,
     Losses,
     Quantizer,
+    codebook_losses,
 )
 
 # Below this a basis entry counts as ±SMALLEST_BASIS, so that nothing divides by zero.
@@ -92,17 +93,17 @@ class LatticeQuantizer(Quantizer):
     def lookup(self, codes: Int[Array, "... latent_dim"]) -> Float[Array, "... latent_dim"]:
         return self.effective_basis() * codes.astype(self.param_dtype)
 
-    def losses(self, codebook_loss: Float[Array, ""], commitment_loss: Float[Array, ""]) -> Losses:
+    def losses(
+        self,
+        latents: Float[Array, "... latent_dim"],
+        quantized: Float[Array, "... latent_dim"],
+        where: Bool[Array, "..."] | None,
+    ) -> Losses:
+        losses = codebook_losses(latents, quantized, where, self.commitment_cost)
         # The sum is over the parameter, not the basis in use: an entry at zero must still move.
         basis_l1 = jnp.sum(self._sign() * self.basis[...])
-        return {
-            "quantizer_loss": codebook_loss
-            + self.commitment_cost * commitment_loss
-            - self.gamma * basis_l1,
-            "codebook_loss": codebook_loss,
-            "commitment_loss": commitment_loss,
-            "basis_l1": basis_l1,
-        }
+        losses["quantizer_loss"] -= self.gamma * basis_l1
+        return losses | {"basis_l1": basis_l1}
 
     def histograms(self, codes: Int[Array, "..."]) -> dict[str, Array]:
         del codes

@@ -1,5 +1,6 @@
 """The quantizers, by the names that configs use."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,13 @@ from jax.typing import DTypeLike
 
 from llvq import fields
 from llvq.errors import UserError
-from llvq.quantizers.base import Quantizer
+from llvq.quantizers.base import LATENT_DIM, Quantizer
+from llvq.quantizers.bsq import BSQ
+from llvq.quantizers.fsq import FSQ
 from llvq.quantizers.lattice import DenseLatticeQuantizer, LatticeQuantizer
+from llvq.quantizers.lfq import LFQ
+from llvq.quantizers.residual_vq import ResidualVQ
+from llvq.quantizers.simvq import SimVQ
 from llvq.quantizers.vq import VectorQuantizer
 from llvq.quantizers.vq_ema import EMAVectorQuantizer
 
@@ -19,6 +25,11 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "vq_ema": EMAVectorQuantizer,
     "sparse_lattice": LatticeQuantizer,
     "dense_lattice": DenseLatticeQuantizer,
+    "fsq": FSQ,
+    "lfq": LFQ,
+    "bsq": BSQ,
+    "simvq": SimVQ,
+    "residual_vq": ResidualVQ,
 }
 
 
@@ -55,6 +66,20 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     fields.check(options, {option: range_ for option, (_, range_) in known.items()}, "quantizer.")
 
 
+def resolve_latent_dim(name: str, options: Mapping[str, Any], latent_dim: int) -> int:
+    """The latent_dim of a quantizer with these options, where 0 asks for what it needs.
+
+    Raises:
+      UserError: if the options determine another one.
+    """
+    fixed = quantizer_class(name).fixed_latent_dim(options)
+    if fixed is None:
+        return latent_dim or LATENT_DIM
+    expected = f"{fixed}, which follows from the options of {name}, or 0"
+    fields.require(latent_dim in (0, fixed), "model.latent_dim", latent_dim, expected)
+    return fixed
+
+
 def create(
     name: str,
     latent_dim: int,
@@ -63,11 +88,15 @@ def create(
     rngs: nnx.Rngs,
     **options: Any,
 ) -> Quantizer:
-    """The quantizer of a name, for latents of latent_dim entries.
+    """The quantizer of a name, for latents of latent_dim entries (0: as many as it needs).
 
     Raises:
-      UserError: if there is no quantizer of that name.
+      UserError: if there is no quantizer of that name, or it needs another latent_dim.
     """
-    # The registered classes share this signature; the base class has no constructor to say so.
+    options = default_options(name) | options
+    latent_dim = resolve_latent_dim(name, options, latent_dim)
+    # The registered classes share these signatures; the base class has no constructor to say so.
     constructor: Any = quantizer_class(name)
-    return constructor(latent_dim, param_dtype=param_dtype, rngs=rngs, **options)
+    if constructor.fixed_latent_dim(options) is None:
+        constructor = functools.partial(constructor, latent_dim)
+    return constructor(param_dtype=param_dtype, rngs=rngs, **options)

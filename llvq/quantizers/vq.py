@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from llvq.quantizers.base import (
     CODEBOOK_SIZE,
@@ -12,11 +12,20 @@ from llvq.quantizers.base import (
     CodebookSize,
     CommitmentCost,
     Losses,
+    codebook_losses,
 )
-from llvq.quantizers.codebook import CodebookQuantizer
+from llvq.quantizers.codebook import (
+    Distance,
+    Gradient,
+    Initialisation,
+    LearnedCodebook,
+    RestartThreshold,
+)
+
+_DECAY = 0.99  # of the moving averages that say which vectors are dead
 
 
-class VectorQuantizer(CodebookQuantizer):
+class VectorQuantizer(LearnedCodebook):
     """A codebook that the gradient of its distance to the latents moves."""
 
     def __init__(
@@ -25,22 +34,52 @@ class VectorQuantizer(CodebookQuantizer):
         *,
         codebook_size: CodebookSize = CODEBOOK_SIZE,
         commitment_cost: CommitmentCost = COMMITMENT_COST,
+        distance: Distance = "euclidean",
+        gradient: Gradient = "straight_through",
+        initialisation: Initialisation = "random",
+        restart_threshold: RestartThreshold = 0.0,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        self.latent_dim = latent_dim
-        self.commitment_cost = commitment_cost
-        self.param_dtype = param_dtype
+        self._set_up(
+            latent_dim,
+            codebook_size,
+            commitment_cost=commitment_cost,
+            distance=distance,
+            gradient=gradient,
+            initialisation=initialisation,
+            restart_threshold=restart_threshold,
+            param_dtype=param_dtype,
+        )
         bound = 1.0 / codebook_size
         self.codebook = nnx.Param(
             jax.random.uniform(
                 rngs.params(), (codebook_size, latent_dim), param_dtype, -bound, bound
             )
         )
+        self.cluster_size = (
+            nnx.BatchStat(jnp.zeros(codebook_size, param_dtype)) if restart_threshold else None
+        )
 
-    def losses(self, codebook_loss: Float[Array, ""], commitment_loss: Float[Array, ""]) -> Losses:
-        return {
-            "quantizer_loss": codebook_loss + self.commitment_cost * commitment_loss,
-            "codebook_loss": codebook_loss,
-            "commitment_loss": commitment_loss,
-        }
+    def losses(
+        self,
+        latents: Float[Array, "... latent_dim"],
+        quantized: Float[Array, "... latent_dim"],
+        where: Bool[Array, "..."] | None,
+    ) -> Losses:
+        return codebook_losses(latents, quantized, where, self.commitment_cost)
+
+    def update_statistics(
+        self,
+        latents: Float[Array, "batch ... latent_dim"],
+        codes: Int[Array, "batch ..."],
+        mask: Bool[Array, "batch"] | None,
+        key: Key[Array, ""] | None,
+    ) -> None:
+        if self.cluster_size is None:
+            return
+        size = self.cluster_size[...]
+        weights = 1.0 if mask is None else mask.reshape(-1, *[1] * (codes.ndim - 1))
+        counts = jnp.zeros_like(size).at[codes].add(weights)  # whole numbers: in any order
+        size = _DECAY * size + (1.0 - _DECAY) * counts
+        _, self.cluster_size[...] = self._restart(size, latents, mask, key)

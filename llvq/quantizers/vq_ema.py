@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from llvq.fields import Number
 from llvq.quantizers.base import (
@@ -15,16 +15,26 @@ from llvq.quantizers.base import (
     CodebookSize,
     CommitmentCost,
     Losses,
+    distances,
 )
-from llvq.quantizers.codebook import CodebookQuantizer, sums_by_code
+from llvq.quantizers.codebook import (
+    Distance,
+    Gradient,
+    Initialisation,
+    LearnedCodebook,
+    RestartThreshold,
+    sums_and_counts,
+)
 
 
-class EMAVectorQuantizer(CodebookQuantizer):
+class EMAVectorQuantizer(LearnedCodebook):
     """A codebook in which each vector follows the mean of the latents nearest to it.
 
     Attributes:
       num_shares: into how many parts several devices split a batch; see `sums_by_code`.
     """
+
+    learns_without_gradients = True
 
     def __init__(
         self,
@@ -34,41 +44,65 @@ class EMAVectorQuantizer(CodebookQuantizer):
         commitment_cost: CommitmentCost = COMMITMENT_COST,
         decay: Annotated[float, Number(0, 1, excluded=1)] = 0.99,
         epsilon: Annotated[float, Number(0, excluded=0)] = 1e-5,
+        distance: Distance = "euclidean",
+        gradient: Gradient = "straight_through",
+        initialisation: Initialisation = "random",
+        restart_threshold: RestartThreshold = 0.0,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        self.latent_dim = latent_dim
-        self.commitment_cost = commitment_cost
+        self._set_up(
+            latent_dim,
+            codebook_size,
+            commitment_cost=commitment_cost,
+            distance=distance,
+            gradient=gradient,
+            initialisation=initialisation,
+            restart_threshold=restart_threshold,
+            param_dtype=param_dtype,
+        )
         self.decay = decay
         self.epsilon = epsilon
-        self.param_dtype = param_dtype
-        self.num_shares = 1
         shape = (codebook_size, latent_dim)
         self.codebook = nnx.BatchStat(jax.random.normal(rngs.params(), shape, param_dtype))
         self.ema_sum = nnx.BatchStat(jax.random.normal(rngs.params(), shape, param_dtype))
         self.cluster_size = nnx.BatchStat(jnp.zeros(codebook_size, param_dtype))
 
-    def losses(self, codebook_loss: Float[Array, ""], commitment_loss: Float[Array, ""]) -> Losses:
-        del codebook_loss  # the moving averages stand in for it
+    def losses(
+        self,
+        latents: Float[Array, "... latent_dim"],
+        quantized: Float[Array, "... latent_dim"],
+        where: Bool[Array, "..."] | None,
+    ) -> Losses:
+        # The moving averages stand in for the codebook loss.
+        _, commitment_loss = distances(latents, quantized, where)
         return {
             "quantizer_loss": self.commitment_cost * commitment_loss,
             "commitment_loss": commitment_loss,
         }
+
+    def initialise(
+        self,
+        latents: Float[Array, "batch ... latent_dim"],
+        mask: Bool[Array, "batch"] | None,
+        key: Key[Array, ""] | None,
+    ) -> None:
+        if self.is_initialised is None:
+            return
+        was_initialised = self.is_initialised[...]
+        super().initialise(latents, mask, key)
+        # Without this the sums would begin at random.
+        self.ema_sum[...] *= was_initialised
 
     def update_statistics(
         self,
         latents: Float[Array, "batch ... latent_dim"],
         codes: Int[Array, "batch ..."],
         mask: Bool[Array, "batch"] | None,
+        key: Key[Array, ""] | None,
     ) -> None:
-        codebook_size = self.codebook[...].shape[0]
-        # The last column counts the latents.
-        values = jnp.append(latents, jnp.ones_like(latents[..., :1]), axis=-1)
-        if mask is not None:
-            values *= mask.reshape(-1, *[1] * (values.ndim - 1))
-        sums = sums_by_code(codes, values, codebook_size, self.num_shares)
-        sums, counts = sums[:, :-1], sums[:, -1]
-
+        codebook_size = len(self.codebook[...])
+        sums, counts = sums_and_counts(latents, codes, mask, codebook_size, self.num_shares)
         size = self.decay * self.cluster_size[...] + (1.0 - self.decay) * counts
         total = jnp.sum(size)
         # Laplace smoothing: no cluster is ever empty.
@@ -76,3 +110,8 @@ class EMAVectorQuantizer(CodebookQuantizer):
         self.cluster_size[...] = size
         self.ema_sum[...] = self.decay * self.ema_sum[...] + (1.0 - self.decay) * sums
         self.codebook[...] = self.ema_sum[...] / size[:, None]
+        if self.restart_threshold:
+            is_dead, size = self._restart(size, latents, mask, key)
+            self.cluster_size[...] = size
+            sums = self.codebook[...] * size[:, None]
+            self.ema_sum[...] = jnp.where(is_dead[:, None], sums, self.ema_sum[...])

@@ -53,6 +53,7 @@ def create_model(architecture: Architecture, seed: int) -> VQVAE:
         image_channels=model.image_shape[-1],
         hidden_dims=model.hidden_dims,
         num_residual_blocks=model.num_residual_blocks,
+        latent_activation=model.latent_activation,
         value_range=model.value_range,
         dtype=dtype,
         param_dtype=param_dtype,

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from llvq.models import VQVAE
 from llvq.runtime import sharding
+from llvq.training import train_state
 from llvq.training.train_state import OPTIMIZER, TrainState, Tree
 
 Metrics = dict[str, Float[Array, "*steps"]]
@@ -25,6 +26,7 @@ def make_train_step(
     schedule: optax.Schedule,
     mesh: Mesh,
     *,
+    seed: int = 0,
     several: bool = False,
 ) -> tuple[Step, Step]:
     """The jitted steps of a run: (train_step, statistics_step).
@@ -42,36 +44,42 @@ def make_train_step(
       graphdef: the model's structure (see `train_state.split`), fitted to the mesh.
       schedule: maps `state.step` to the learning rate.
       mesh: the devices.
+      seed: of what is random in training. Each step has a key of its own, whatever the devices.
       several: whether a call takes several steps.
     """
 
     def loss_fn(
-        params: Tree, statistics: Tree, images: Array
-    ) -> tuple[Array, tuple[Metrics, Tree]]:
+        params: Tree, statistics: Tree, step: Array, images: Array
+    ) -> tuple[Array, tuple[Metrics, Tree, Tree]]:
+        """(loss, (metrics, params, statistics)), the last two as the forward pass leaves them."""
         model = nnx.merge(graphdef, params, statistics)
         targets = model.to_floats(model.pack(images))
-        reconstructions, _, quantizer_losses = model(targets, train=True)
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        reconstructions, _, quantizer_losses = model(targets, train=True, key=key)
         reconstructions = reconstructions.astype(targets.dtype)
         reconstruction_loss = jnp.mean((reconstructions - targets) ** 2)
         loss = reconstruction_loss + quantizer_losses["quantizer_loss"]
         metrics = {"loss": loss, "reconstruction_loss": reconstruction_loss, **quantizer_losses}
-        return loss, (metrics, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+        _, params, statistics = train_state.split(model)
+        return loss, (metrics, params, statistics)
 
     def train_step(state: TrainState, images: Array) -> tuple[TrainState, Metrics]:
-        grads, (metrics, statistics) = jax.grad(loss_fn, has_aux=True)(
-            state.params, state.statistics, images
+        grads, (metrics, params, statistics) = jax.grad(loss_fn, has_aux=True)(
+            state.params, state.statistics, state.step, images
         )
         rate = jnp.asarray(schedule(state.step))
         updates, opt_state = OPTIMIZER.update(grads, state.opt_state)
         updates = jax.tree.map(lambda update: -rate.astype(update.dtype) * update, updates)
-        params = optax.apply_updates(state.params, updates)
+        params = optax.apply_updates(params, updates)
         metrics |= {"gradient_norm": optax.tree.norm(grads), "learning_rate": rate}
         return TrainState(state.step + 1, params, statistics, opt_state), metrics
 
     def statistics_step(state: TrainState, images: Array) -> tuple[TrainState, Metrics]:
-        _, (metrics, statistics) = loss_fn(state.params, state.statistics, images)
+        _, (metrics, params, statistics) = loss_fn(
+            state.params, state.statistics, state.step, images
+        )
         metrics["learning_rate"] = jnp.asarray(schedule(state.step))
-        return state.replace(step=state.step + 1, statistics=statistics), metrics
+        return TrainState(state.step + 1, params, statistics, state.opt_state), metrics
 
     replicated, images_sharded = sharding.replicated(mesh), sharding.images_sharded(mesh)
     inputs = (replicated, sharding.steps_sharded(mesh)) if several else (images_sharded,)

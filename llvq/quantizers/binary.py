@@ -1,0 +1,96 @@
+"""What LFQ and BSQ share: codes of bits, and the entropies of softly assigned bits.
+
+A latent z belongs to the code c with probability p(c|z) ∝ exp(−‖z − c‖² / τ). For codes in {±a}ᵈ
+that is a product over the coordinates: bit i is set with probability σ(4·a·zᵢ / τ).
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax import numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from llvq.quantizers.base import Quantizer, mean
+
+_PRECISION = jax.lax.Precision.HIGHEST
+
+
+class BinaryQuantizer(Quantizer):
+    """Replaces each coordinate by ±scale. Codes are bits: int32 [batch, ..., num_bits], 0 or 1."""
+
+    latent_activation = "none"
+
+    scale: float
+
+    def _set_up(self, num_bits: int) -> None:
+        self.latent_dim = num_bits
+        self.code_shape = (num_bits,)
+        self.levels = (2,) * num_bits
+
+    def lookup(self, codes: Int[Array, "... num_bits"]) -> Float[Array, "... num_bits"]:
+        return self.scale * (2 * codes - 1).astype(self.param_dtype)
+
+    def logits(
+        self, latents: Float[Array, "... num_bits"], temperature: float
+    ) -> Float[Array, "... num_bits"]:
+        """The log odds of each bit."""
+        return (4.0 * self.scale / temperature) * latents
+
+
+def mean_entropy(
+    logits: Float[Array, "... num_bits"], where: Bool[Array, "..."] | None
+) -> Float[Array, ""]:
+    """E[H(p(c|z))] in nats, the mean over the latents of the entropy of their bits."""
+    # With the absolute value, nothing of size 1 cancels where a bit is certain.
+    certainty = jnp.abs(logits)
+    entropies = jax.nn.softplus(-certainty) + certainty * jax.nn.sigmoid(-certainty)
+    return mean(jnp.sum(entropies, axis=-1, keepdims=True), where)
+
+
+def entropy_of_mean(
+    logits: Float[Array, "... num_bits"], where: Bool[Array, "..."] | None, *, factorised: bool
+) -> Float[Array, ""]:
+    """H(E[p(c|z)]) in nats: how evenly a batch uses the codes.
+
+    Args:
+      logits: of the bits.
+      where: the latents that count, [batch, 1, ..., 1].
+      factorised: whether to add up the entropies of the single bits, which is an upper bound,
+        instead of going over all 2 ** num_bits codes.
+    """
+    weights = jnp.ones((*logits.shape[:-1], 1), logits.dtype)
+    weights = weights if where is None else weights * where
+    total = jnp.maximum(jnp.sum(weights), 1)
+    if factorised:
+        axes = tuple(range(logits.ndim - 1))
+        means = jnp.sum(weights * jnp.tanh(logits / 2), axis=axes) / total
+        both = jnp.stack([means, -means])
+        return jnp.sum(jnp.log(2.0) - jnp.sum((1 + both) / 2 * _held(jnp.log1p, both, -1), axis=0))
+    # The codes are the pairs of a first and a second half, and a code's probability is the product
+    # of theirs. So the mean over the latents is a product of two matrices.
+    first, second = map(_joint, jnp.array_split(logits, 2, axis=-1))
+    sums = jnp.einsum("...a,...b->ab", weights * first, second, precision=_PRECISION)
+    num_codes = 2 ** logits.shape[-1]
+    excess = num_codes * sums / total
+    return math.log(num_codes) - jnp.mean(excess * _held(jnp.log, excess, 0))
+
+
+def _joint(logits: Float[Array, "... bits"]) -> Float[Array, "... codes"]:
+    """The probabilities of all combinations of some bits."""
+    joint = jnp.ones((*logits.shape[:-1], 1), logits.dtype)
+    for bit in range(logits.shape[-1]):
+        one = jax.nn.sigmoid(logits[..., bit : bit + 1])
+        zero = jax.nn.sigmoid(-logits[..., bit : bit + 1])
+        joint = jnp.concatenate([joint * zero, joint * one], axis=-1)
+    return joint
+
+
+def _held(log: Callable[[Array], Array], x: Float[Array, "..."], limit: float) -> Array:
+    """A logarithm, finite at the limit of its domain, that is constant to a gradient.
+
+    The derivative of Σ p·log p is Σ (log p + 1)·dp, of which the 1 cancels, as Σ p is constant. To
+    hold the logarithm leaves out what cancels, and its rounding errors with it.
+    """
+    smallest = jnp.finfo(x.dtype).tiny if limit == 0 else jnp.finfo(x.dtype).eps
+    return jax.lax.stop_gradient(log(jnp.maximum(x, limit + smallest)))

@@ -1,0 +1,87 @@
+"""FSQ: each coordinate is bounded and rounded (Mentzer et al. 2023, arXiv 2309.15505)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from llvq.fields import Integer, Several
+from llvq.quantizers.base import Losses, Quantizer
+
+_MARGIN = 1e-3  # how far from the outermost rounding limits a bounded latent stays, as in the paper
+_MOST_LEVELS = 1000  # with more, the margin would be wider than half a level
+
+
+class FSQ(Quantizer):
+    """Finite scalar quantization: a fixed grid of `levels[i]` values for entry i of a latent.
+
+    A latent has as many entries as there are levels. Codes are digits, from 0 to levels[i] − 1:
+    int32 [batch, ..., len(levels)]. Nothing is learnt, and there is no loss.
+    """
+
+    latent_activation = "none"
+
+    def __init__(
+        self,
+        levels: Annotated[Sequence[int], Several(Integer(2, _MOST_LEVELS))] = (8, 5, 5, 5),
+        *,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+    ) -> None:
+        """Raises ValueError if there are no levels, or fewer than 2 or more than 1000 in one."""
+        del rngs  # nothing is drawn
+        if not levels or min(levels) < 2 or max(levels) > _MOST_LEVELS:
+            raise ValueError(f"levels={levels}: must be one or more, each from 2 to {_MOST_LEVELS}")
+        self.levels = tuple(levels)
+        self.latent_dim = len(self.levels)
+        self.code_shape = (self.latent_dim,)
+        self.param_dtype = param_dtype
+
+    @classmethod
+    def fixed_latent_dim(cls, options: Mapping[str, Any]) -> int:
+        return len(options["levels"])
+
+    def _half_widths(self) -> Float[np.ndarray, "latent_dim"]:
+        """How many levels lie below 0, for each entry."""
+        return (np.array(self.levels) // 2).astype(self.param_dtype)
+
+    def prepare(self, latents: Float[Array, "... latent_dim"]) -> Float[Array, "... latent_dim"]:
+        """Bounds the latents by tanh, in units in which the levels reach to −1 (paper, sec. A.1).
+
+        An even number of levels is half a level off centre; the shift keeps 0 near 0.
+        """
+        levels = np.array(self.levels)
+        half_range = (levels - 1) * (1 - _MARGIN) / 2
+        offset = np.where(levels % 2, 0.0, 0.5)
+        shift, half_range, offset = (
+            np.asarray(x, self.param_dtype)
+            for x in (np.tan(offset / half_range), half_range, offset)
+        )
+        return (jnp.tanh(latents + shift) * half_range - offset) / self._half_widths()
+
+    def quantize(
+        self, latents: Float[Array, "... latent_dim"]
+    ) -> tuple[Float[Array, "... latent_dim"], Int[Array, "... latent_dim"]]:
+        half_widths = self._half_widths()
+        codes = jnp.round(jax.lax.stop_gradient(latents) * half_widths) + half_widths
+        # NaN becomes some integer.
+        codes = jnp.clip(codes.astype(jnp.int32), 0, np.array(self.levels, np.int32) - 1)
+        return self.lookup(codes), codes
+
+    def lookup(self, codes: Int[Array, "... latent_dim"]) -> Float[Array, "... latent_dim"]:
+        half_widths = self._half_widths()
+        return (codes.astype(self.param_dtype) - half_widths) / half_widths
+
+    def losses(
+        self,
+        latents: Float[Array, "... latent_dim"],
+        quantized: Float[Array, "... latent_dim"],
+        where: Bool[Array, "..."] | None,
+    ) -> Losses:
+        del latents, quantized, where
+        return {"quantizer_loss": jnp.zeros((), self.param_dtype)}

@@ -1,0 +1,79 @@
+"""LFQ: the sign of each coordinate is the code (Yu et al. 2023, arXiv 2310.05737)."""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import jax
+from flax import nnx
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from llvq.fields import Number, PowerOfTwo
+from llvq.quantizers.base import COMMITMENT_COST, CommitmentCost, Losses, distances
+from llvq.quantizers.binary import BinaryQuantizer, entropy_of_mean, mean_entropy
+
+# Up to this codebook size the entropy of the mean goes over all codes.
+_MOST_EXACT = 2**12
+
+
+class LFQ(BinaryQuantizer):
+    """Lookup-free quantization: to −1 where a coordinate is 0 or less, to 1 elsewhere.
+
+    A latent has log2(codebook_size) entries. Codes are bits: int32 [batch, ..., log2 K], 0 or 1.
+    Nothing is learnt but the network: an entropy loss, E[H(p(c|z))] − H(E[p(c|z)]), makes each
+    latent's code certain and the codes of a batch various (paper, eq. 5). The second term goes over
+    all codes up to 2¹² of them, and over the single bits beyond.
+    """
+
+    scale = 1.0
+
+    def __init__(
+        self,
+        *,
+        codebook_size: Annotated[int, PowerOfTwo(2, 2**30)] = 1024,
+        entropy_weight: Annotated[float, Number(0)] = 0.1,
+        temperature: Annotated[float, Number(0, excluded=0)] = 0.01,
+        commitment_cost: CommitmentCost = COMMITMENT_COST,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs | None = None,
+    ) -> None:
+        """Raises ValueError if codebook_size is no power of two."""
+        del rngs  # nothing is drawn
+        if codebook_size < 2 or codebook_size & (codebook_size - 1):
+            raise ValueError(f"codebook_size={codebook_size}: must be a power of two, 2 or more")
+        self._set_up(int(math.log2(codebook_size)))
+        self.entropy_weight = entropy_weight
+        self.temperature = temperature
+        self.commitment_cost = commitment_cost
+        self.param_dtype = param_dtype
+
+    @classmethod
+    def fixed_latent_dim(cls, options: Mapping[str, Any]) -> int:
+        return int(math.log2(options["codebook_size"]))
+
+    def quantize(
+        self, latents: Float[Array, "... num_bits"]
+    ) -> tuple[Float[Array, "... num_bits"], Int[Array, "... num_bits"]]:
+        codes = (jax.lax.stop_gradient(latents) > 0).astype(jnp.int32)
+        return self.lookup(codes), codes
+
+    def losses(
+        self,
+        latents: Float[Array, "... num_bits"],
+        quantized: Float[Array, "... num_bits"],
+        where: Bool[Array, "..."] | None,
+    ) -> Losses:
+        _, commitment_loss = distances(latents, quantized, where)
+        logits = self.logits(latents, self.temperature)
+        entropy = mean_entropy(logits, where)
+        factorised = 2**self.latent_dim > _MOST_EXACT
+        batch_entropy = entropy_of_mean(logits, where, factorised=factorised)
+        return {
+            "quantizer_loss": self.commitment_cost * commitment_loss
+            + self.entropy_weight * (entropy - batch_entropy),
+            "commitment_loss": commitment_loss,
+            "entropy": entropy,
+            "batch_entropy": batch_entropy,
+        }

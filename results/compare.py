@@ -1,0 +1,342 @@
+"""Compares the quantizers on FashionMNIST at equal coded bits, and writes results/compare.md.
+
+    python -m results.compare [--only=fsq] [--trials] [--write] [--workdirs=runs/compare]
+
+Trains FashionMNIST's network with each quantizer at several rates, evaluates it, and keeps one
+record for each finished run in results/compare. A run that has a record is skipped; one that was
+stopped is resumed. All runs together take some 6 hours on two quiet CPU cores; `--only` takes the
+curves whose names begin so.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import bjontegaard
+import matplotlib.pyplot as plt
+
+import input_pipeline
+from configs import fashion_mnist
+from llvq.config import TrainConfig, parse, to_dict
+from llvq.data import Dataset
+from llvq.data.files import replacing
+from llvq.errors import DivergenceError, one_line_exit
+from llvq.evaluate import evaluate
+from llvq.fields import plain
+from llvq.runtime.console import markdown_table
+from llvq.train import train_and_evaluate
+from llvq.training import train_state
+
+DIRECTORY = pathlib.Path(__file__).parent / "compare"
+
+SEED, MORE_SEEDS = 2, (32, 432)
+_EPOCHS = 3
+_PIXELS_PER_VECTOR = 4
+
+
+class Curve(NamedTuple):
+    """A quantizer at several rates.
+
+    Attributes:
+      quantizer: of llvq.quantizers.QUANTIZERS.
+      knob: the option that sets the rate.
+      values: of the knob; the second one is tried with other latents in `TRIALS`.
+      latent_dim: 0 if the knob decides.
+      latent_activation: what the encoder ends in.
+      options: the quantizer's other options, where they are not the defaults.
+    """
+
+    quantizer: str
+    knob: str
+    values: Sequence[Any]
+    latent_dim: int
+    latent_activation: str
+    options: Mapping[str, Any] = {}
+
+
+class Run(NamedTuple):
+    """One run of a curve; latents are the curve's where they are None."""
+
+    curve: str
+    value: Any
+    seed: int = SEED
+    epochs: int = _EPOCHS
+    latent_dim: int | None = None
+    latent_activation: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The run's place in the directories of records and workdirs."""
+        value = "x".join(map(str, self.value)) if isinstance(self.value, tuple) else self.value
+        latents = "" if self.latent_dim is None else f"_{self.latent_dim}_{self.latent_activation}"
+        return f"{self.curve}/{value}{latents}_{self.epochs}_epochs_seed_{self.seed}"
+
+    @property
+    def record(self) -> pathlib.Path:
+        """The file of the finished run's figures."""
+        return DIRECTORY / f"{self.name}.json"
+
+    def config(self) -> TrainConfig:
+        """The run's config: recipe `long`, but shorter."""
+        curve = CURVES[self.curve]
+        config = fashion_mnist.get_config(f"{curve.quantizer},long")
+        config.seed, config.num_epochs = self.seed, self.epochs
+        config.model.latent_dim = self.latent_dim or curve.latent_dim
+        config.model.latent_activation = self.latent_activation or curve.latent_activation
+        # A ConfigDict does not take another length of tuple.
+        options = {**plain(config.quantizer), **curve.options, curve.knob: self.value}
+        return parse({**plain(config), "quantizer": options})
+
+
+# The remedies for codes that die.
+_STRONG = {"restart_threshold": 0.1, "initialisation": "batch"}
+_RESIDUAL = {"codebook_size": 16, "dropout": False}
+
+CURVES = {
+    "vq": Curve("vq", "codebook_size", (8, 64, 512, 4096), 64, "leaky_relu"),
+    "vq_restarts": Curve("vq", "codebook_size", (8, 64, 1024, 16384), 8, "none", _STRONG),
+    "sparse_lattice": Curve("sparse_lattice", "gamma", (1.0, 0.1, 0.01, 0.001), 64, "leaky_relu"),
+    "fsq": Curve("fsq", "levels", ((5,), (8, 6), (8, 5, 5, 5), (8, 8, 8, 6, 5)), 0, "none"),
+    "lfq": Curve("lfq", "codebook_size", (4, 64, 1024, 4096), 0, "none"),
+    "bsq": Curve("bsq", "num_bits", (3, 6, 10, 14), 0, "none"),
+    "simvq": Curve("simvq", "codebook_size", (8, 64, 1024, 4096), 8, "none"),
+    "residual_vq": Curve("residual_vq", "depth", (1, 2, 3, 4), 8, "none", _RESIDUAL),
+}
+BASELINE = "vq_restarts"
+
+# One-epoch runs that decide on a curve's latents.
+TRIALS = [
+    *(
+        Run(curve, CURVES[curve].values[1], SEED, 1, latent_dim, activation)
+        for curve in ("vq_restarts", "simvq", "residual_vq")
+        for latent_dim, activation in ((4, "none"), (8, "none"), (64, "none"), (64, "leaky_relu"))
+    ),
+    *(
+        Run(curve, CURVES[curve].values[1], SEED, 1, 0, activation)
+        for curve in ("fsq", "lfq", "bsq")
+        for activation in ("none", "leaky_relu")
+    ),
+]
+FIRST = [Run(name, value) for name, curve in CURVES.items() for value in curve.values]
+
+
+def read(runs: Sequence[Run]) -> dict[Run, dict[str, Any]]:
+    """The records of those of the runs that are finished."""
+    return {run: json.loads(run.record.read_text()) for run in runs if run.record.exists()}
+
+
+def rate(record: Mapping[str, Any]) -> float:
+    """Coded bits per pixel."""
+    return record["evaluation"]["coded_bits_per_pixel"]
+
+
+def psnr(record: Mapping[str, Any]) -> float:
+    """Of the test images, in dB."""
+    return record["evaluation"]["psnr"]
+
+
+def curve_of(name: str, records: Mapping[Run, Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """(rate, PSNR) of a curve's first runs, by ascending rate."""
+    runs = [run for run in FIRST if run.curve == name and run in records]
+    return sorted((rate(records[run]), psnr(records[run])) for run in runs)
+
+
+def bd_rate(name: str, records: Mapping[Run, Mapping[str, Any]]) -> float | None:
+    """How many percent more bits a curve takes than the best VQ at equal PSNR, on average.
+
+    Bjøntegaard's delta rate, with piecewise cubic interpolation, over the PSNR that both curves
+    reach. None if a curve is not finished or not monotonic, or if they do not overlap.
+    """
+    ours, theirs = curve_of(name, records), curve_of(BASELINE, records)
+    for curve, points in ((name, ours), (BASELINE, theirs)):
+        qualities = [quality for _, quality in points]
+        if len(points) < len(CURVES[curve].values) or qualities != sorted(set(qualities)):
+            return None
+    if max(ours[0][1], theirs[0][1]) >= min(ours[-1][1], theirs[-1][1]):
+        return None
+    anchor, tested = (list(zip(*points, strict=True)) for points in (theirs, ours))
+    return float(bjontegaard.bd_rate(*anchor, *tested, method="pchip", min_overlap=0))
+
+
+def nearest(name: str, records: Mapping[Run, Mapping[str, Any]]) -> Run:
+    """The first run of a curve whose coded bits per vector are nearest to 5."""
+    runs = [run for run in FIRST if run.curve == name]
+    per_vector = "coded_bits_per_vector"
+    return min(runs, key=lambda run: abs(records[run]["evaluation"][per_vector] - 5.0))
+
+
+def further(records: Mapping[Run, Mapping[str, Any]]) -> list[Run]:
+    """What follows the first runs: more seeds for the best, ten epochs for VQ and the best."""
+    if any(run not in records for run in FIRST):
+        return []
+
+    def loss(name: str) -> float:
+        difference = bd_rate(name, records)
+        return math.inf if difference is None else difference
+
+    best = sorted(CURVES.keys() - {"sparse_lattice"}, key=loss)[:3]
+    chosen = [nearest(name, records) for name in (*best, "sparse_lattice")]
+    longer = dict.fromkeys((nearest("vq", records), chosen[0]))
+    seeds = [run._replace(seed=seed) for run in chosen for seed in MORE_SEEDS]
+    return [*seeds, *(run._replace(epochs=10) for run in longer)]
+
+
+def carry_out(run: Run, workdirs: pathlib.Path, data: Dataset) -> None:
+    """Trains and evaluates a run, or goes on with it, and keeps its record.
+
+    Raises:
+      DivergenceError: as `train_and_evaluate` does.
+    """
+    config, workdir = run.config(), workdirs / run.name
+    train_and_evaluate(config, workdir, data)
+    evaluation = evaluate(config, workdir, data)
+    del evaluation["checkpoint"]
+    record = {
+        "config": to_dict(config),
+        "num_codes": train_state.abstract_model(config.architecture).quantizer.num_codes,
+        "evaluation": evaluation,
+    }
+    run.record.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(run.record) as file:
+        file.write_text(json.dumps(record, indent=1) + "\n")
+
+
+_COLUMNS = (
+    "",
+    "latents",
+    "knob",
+    "seed",
+    "epochs",
+    "coded bits per vector",
+    "with contexts",
+    "coded bits per pixel",
+    "test MSE",
+    "PSNR",
+    "codes in use",
+)
+
+
+def _cells(run: Run, record: Mapping[str, Any]) -> list[str]:
+    curve, evaluation, model = CURVES[run.curve], record["evaluation"], record["config"]["model"]
+    used, possible = evaluation["effective_codebook_size"], record["num_codes"]
+    return [
+        f"`{run.curve}`",
+        f"{model['latent_dim']}, {model['latent_activation']}",
+        f"{curve.knob} {run.value}",
+        str(run.seed),
+        str(run.epochs),
+        f"{evaluation['coded_bits_per_vector']:.3f}",
+        f"{evaluation['context_coded_bits_per_vector']:.3f}",
+        f"{evaluation['coded_bits_per_pixel']:.3f}",
+        f"{evaluation['reconstruction_loss']:.5f}",
+        f"{evaluation['psnr']:.2f}",
+        f"{used:,}" + ("" if possible is None else f" ({used / possible:.0%} of {possible:,})"),
+    ]
+
+
+def _plot(records: Mapping[Run, Mapping[str, Any]], path: pathlib.Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for name in CURVES:
+        found = [
+            records[run]["evaluation"] for run in FIRST if run.curve == name and run in records
+        ]
+        found.sort(key=lambda evaluation: evaluation["coded_bits_per_pixel"])
+        rates = [evaluation["coded_bits_per_pixel"] for evaluation in found]
+        for ax, figure_name in zip(axes, ("reconstruction_loss", "psnr"), strict=True):
+            values = [evaluation[figure_name] for evaluation in found]
+            ax.plot(rates, values, marker="o", label=name)
+    axes[0].set(title="test MSE", xlabel="coded bits per pixel", yscale="log")
+    axes[1].set(title="PSNR, dB", xlabel="coded bits per pixel")
+    axes[1].legend()
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    plt.close(figure)
+
+
+_HEADER = """# Quantizers at equal coded bits
+
+`python -m results.compare` wrote this page; do not edit it by hand. FashionMNIST, its config's
+network, three epochs with the schedule of the recipe `long`. Coded bits are the size of the test
+split's codes as one file, under a model of order 0 of the training split's codes; "with contexts"
+lets a code's neighbours predict it. `vq_restarts` is `vq` with dead codes restarted and the
+codebook initialised from the first batch.
+"""
+
+_BD_RATE = f"""## Bits against the best VQ
+
+Bjøntegaard's delta rate against `{BASELINE}` at equal PSNR. It is empty where a curve is not
+finished, falls somewhere, or shares no PSNR with it.
+"""
+
+
+def write(records: Mapping[Run, Mapping[str, Any]]) -> None:
+    """Writes the page and the plot."""
+
+    def table(runs: Sequence[Run]) -> str:
+        return markdown_table(
+            _COLUMNS, [_cells(run, records[run]) for run in runs if run in records]
+        )
+
+    def difference(name: str) -> str:
+        value = bd_rate(name, records)
+        return "" if value is None else f"{value:+.1f}%"
+
+    parts = [
+        _HEADER,
+        "![MSE and PSNR against coded bits per pixel](compare.png)\n",
+        table(FIRST) + "\n",
+        _BD_RATE,
+        markdown_table(("", "BD-rate"), [(f"`{name}`", difference(name)) for name in CURVES]),
+        "\n## More seeds, and ten epochs\n",
+        table(further(records)),
+        "\n## Trials\n",
+        "One epoch each, to choose the latents.\n",
+        table(TRIALS),
+    ]
+    path = DIRECTORY.parent / "compare.md"
+    path.write_text("\n".join(parts) + "\n")
+    _plot(records, path.with_suffix(".png"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="results.compare", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--workdirs", type=pathlib.Path, default=pathlib.Path("runs/compare"))
+    parser.add_argument("--only", default="", help="the curves whose names begin so")
+    parser.add_argument("--trials", action="store_true", help="the one-epoch runs instead")
+    parser.add_argument("--write", action="store_true", help="only write the page again")
+    options = parser.parse_args(arguments)
+    with one_line_exit(parser.prog):
+        if not options.write:
+            _carry_out_all(options)
+        runs = [*FIRST, *TRIALS]
+        write(read([*runs, *further(read(runs))]))
+
+
+def _carry_out_all(options: argparse.Namespace) -> None:
+    data = input_pipeline.load("fashion_mnist")
+    runs = TRIALS if options.trials else FIRST
+    runs = [run for run in runs if run.curve.startswith(options.only)]
+    for run in runs:
+        _carry_out_once(run, options.workdirs, data)
+    if not options.trials:
+        for run in further(read(FIRST)):
+            _carry_out_once(run, options.workdirs, data)
+
+
+def _carry_out_once(run: Run, workdirs: pathlib.Path, data: Dataset) -> None:
+    if run.record.exists():
+        return
+    print(run.name, flush=True)
+    try:
+        carry_out(run, workdirs, data)
+    except DivergenceError as error:
+        print(f"{run.name}: {error}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

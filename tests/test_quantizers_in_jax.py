@@ -1,0 +1,122 @@
+"""The quantizers under JAX's transformations, against the plain call."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax import numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from llvq import quantizers
+from tests import tiny
+
+DIM = 8
+KEY = jax.random.key(0)
+LATENTS = np.random.default_rng(0).normal(size=(8, 3, DIM)).astype(np.float32)
+
+
+def make(name, **options):
+    return quantizers.create(name, DIM, rngs=nnx.Rngs(1), **tiny.OPTIONS.get(name, {}) | options)
+
+
+def assert_same(actual, desired):
+    """Codes are equal; float32's rounding apart, so is all else.
+
+    Some losses are differences of others, so that the largest one sets the scale of all.
+    """
+    losses = [float(abs(x)) for x in jax.tree.leaves(desired) if not x.shape]
+    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
+        if jnp.issubdtype(theirs.dtype, jnp.integer):
+            np.testing.assert_array_equal(ours, theirs)
+        else:
+            scale = np.abs(theirs).max() if theirs.shape else max(losses)
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * scale)
+
+
+def make_mesh():
+    return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+class TestTransformations:
+    def test_jit_and_bfloat16(self, name):
+        quantizer = make(name)
+        assert_same(jax.jit(lambda z: quantizer(z))(LATENTS), quantizer(LATENTS))
+        narrow = LATENTS.astype(jnp.bfloat16)
+        quantized, codes, losses = quantizer(narrow)
+        assert quantized.dtype == jnp.bfloat16
+        wide = quantizer(narrow.astype(np.float32))
+        assert_same((codes, losses), wide[1:])
+        np.testing.assert_array_equal(quantized, wide[0].astype(jnp.bfloat16))
+
+    def test_vmap_and_scan(self, name):
+        """Of what is found for each latent by itself: not of the losses, which are means."""
+        quantizer = make(name)
+        desired = quantizer(LATENTS)[:2]
+        assert_same(jax.vmap(lambda z: quantizer(z)[:2])(LATENTS), desired)
+        _, scanned = jax.lax.scan(lambda _, z: (None, quantizer(z)[:2]), None, LATENTS)
+        assert_same(scanned, desired)
+
+    def test_training_in_a_scan_is_a_loop_of_calls(self, name):
+        graphdef, params, statistics = nnx.split(make(name), nnx.Param, nnx.BatchStat)
+
+        def step(statistics, index):
+            quantizer = nnx.merge(graphdef, params, statistics)
+            key = jax.random.fold_in(KEY, index)
+            _, codes, losses = quantizer(LATENTS + index, train=True, key=key)
+            return nnx.state(quantizer, nnx.BatchStat), (codes, losses)
+
+        last, scanned = jax.lax.scan(step, statistics, jnp.arange(3))
+        for index in range(3):
+            statistics, found = jax.jit(step)(statistics, index)
+            assert_same(jax.tree.map(lambda x, index=index: x[index], scanned), found)
+        assert_same(last, statistics)
+
+    def test_shard_map_and_sharded_batches(self, name):
+        quantizer = make(name)
+        mesh = make_mesh()
+        spec = PartitionSpec("data")
+        desired = quantizer(LATENTS)
+        mapped = jax.shard_map(
+            lambda z: quantizer(z)[:2], mesh=mesh, in_specs=spec, out_specs=(spec, spec)
+        )
+        assert_same(jax.jit(mapped)(LATENTS), desired[:2])
+        split = jax.device_put(LATENTS, NamedSharding(mesh, spec))
+        assert_same(jax.jit(lambda z: quantizer(z))(split), desired)
+
+    def test_gradients_in_nnx(self, name):
+        """nnx.jit and nnx.grad keep what training changes; without them it is the same."""
+
+        def loss_fn(quantizer, latents):
+            quantized, _, losses = quantizer(latents, train=True, key=KEY)
+            return jnp.sum(quantized**2) + losses["quantizer_loss"]
+
+        grad = nnx.grad(loss_fn, argnums=(0, 1))
+        plain, jitted = make(name), make(name)
+        assert_same(nnx.jit(grad)(jitted, LATENTS), grad(plain, LATENTS))
+        assert_same(nnx.state(jitted), nnx.state(plain))
+
+
+RANDOM = [
+    ("vq", {"restart_threshold": 0.5, "initialisation": "batch", "codebook_size": 64}),
+    ("vq_ema", {"restart_threshold": 0.5, "initialisation": "batch", "codebook_size": 64}),
+    ("residual_vq", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), RANDOM)
+def test_what_is_random_depends_on_the_key_and_not_on_the_devices(name, options):
+    graphdef, state = nnx.split(make(name, **options))
+
+    @jax.jit
+    def train(state, key, latents):
+        quantizer = nnx.merge(graphdef, state)
+        _, codes, losses = quantizer(latents, train=True, key=key)
+        return codes, losses, nnx.state(quantizer)
+
+    mesh = make_mesh()
+    split = jax.device_put(LATENTS, NamedSharding(mesh, PartitionSpec("data")))
+    one, eight = train(state, KEY, LATENTS), train(state, KEY, split)
+    assert_same(eight, one)
+    codes = train(state, jax.random.key(1), LATENTS)[0]
+    assert np.any(np.asarray(codes) != np.asarray(one[0]))
