@@ -5,17 +5,15 @@ r"""The quantizers alone, forward and backward, next to vector-quantize-pytorch,
         [--output=results/benchmarks.json]
 
 Needs PyTorch and the package: pip install "torch>=2.6" vector-quantize-pytorch. A step takes random
-vectors of 64 numbers, as 64 images would have them, and the gradient of a loss with respect to the
-quantized vectors. It returns quantized vectors, codes, losses, the gradients of vectors and
-parameters, and the updated statistics of an EMA. All of it is in float32; PyTorch runs eagerly,
-llvq compiled.
+vectors, as 64 images would have them, and the gradient of a loss with respect to the quantized
+vectors. It returns quantized vectors, codes, losses, the gradients of vectors and parameters, and
+the updated statistics. All of it is in float32; PyTorch runs eagerly, llvq compiled.
 
-Each quantizer is compared with the same in PyTorch (benchmarks/torch_model.py) and with the
-package's: VQ and VQ-EMA with its VectorQuantize, told to pass gradients straight through (its
-default, the rotation trick, costs more); the lattice with FSQ and LFQ, which need no codebook
-either, with as many codes. FSQ and LFQ project the vectors to as many numbers as their codes have,
-and back; only LFQ's entropy loss visits all codes. For a lattice, --codebook-sizes only sets the
-initial basis.
+Each quantizer is compared with the same in PyTorch (benchmarks/torch_model.py), if it is one of the
+paper's, and with the package's, told to do the same: gradients straight through (the rotation
+trick, its default, costs more), moving averages with the same decay. K is the number of codes, or
+for residual_vq that of each of its four stages. Vectors have 64 numbers, or as many as the
+quantizer's codes. For a lattice, --codebook-sizes only sets the initial basis.
 """
 
 import argparse
@@ -46,36 +44,45 @@ from llvq.quantizers import QUANTIZERS
 from llvq.runtime import host_memory
 
 LATENT_DIM = 64
+PACKAGE = "vector-quantize-pytorch"
 _MOST_IMAGES = 64  # XLA's sums over the vectors of a single image are slow on a CPU
 
-# The classes of the package that a quantizer is compared with.
-_PACKAGE = {
-    "vq": ("VectorQuantize",),
-    "vq_ema": ("VectorQuantize",),
-    "sparse_lattice": ("FSQ", "LFQ"),
-}
+
+def fsq_levels(codebook_size: int) -> list[int]:
+    """At most 8 levels per entry of a code: powers of two whose product is codebook_size."""
+    bits = round(math.log2(codebook_size))
+    smaller, num_larger = divmod(bits, math.ceil(bits / 3))
+    num_smaller = math.ceil(bits / 3) - num_larger
+    return [2 ** (smaller + 1)] * num_larger + [2**smaller] * num_smaller
 
 
 def _options(quantizer: str, codebook_size: int) -> dict[str, Any]:
+    """The options of a quantizer with so many codes."""
     options = quantizers.default_options(quantizer)
-    return options | {"codebook_size": codebook_size} if "codebook_size" in options else options
+    wanted = {
+        "codebook_size": codebook_size,
+        "levels": fsq_levels(codebook_size),
+        "num_bits": round(math.log2(codebook_size)),
+        "dropout": False,
+        "initialisation": "random",
+        "restart_threshold": 0.0,
+    }
+    return options | {name: value for name, value in wanted.items() if name in options}
 
 
-def _random(num_vectors: int) -> np.ndarray:
-    """Vectors, and the gradient of their quantized vectors: [2, images, per image, LATENT_DIM]."""
+def _random(num_vectors: int, latent_dim: int) -> np.ndarray:
+    """Vectors, and the gradient of their quantized vectors: [2, images, per image, latent_dim]."""
     num_images = math.gcd(num_vectors, _MOST_IMAGES)
-    shape = 2, num_images, num_vectors // num_images, LATENT_DIM
+    shape = 2, num_images, num_vectors // num_images, latent_dim
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
 def prepare_llvq(quantizer: str, codebook_size: int, num_vectors: int) -> Contender:
     """A quantizer of this project."""
-    model = quantizers.create(
-        quantizer, LATENT_DIM, rngs=nnx.Rngs(0), **_options(quantizer, codebook_size)
-    )
+    model = quantizers.create(quantizer, 0, rngs=nnx.Rngs(0), **_options(quantizer, codebook_size))
     graphdef, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
     params, statistics = map(nnx.to_pure_dict, states)
-    vectors, gradient = map(jnp.asarray, _random(num_vectors))
+    vectors, gradient = map(jnp.asarray, _random(num_vectors, model.latent_dim))
 
     @jax.jit
     def step(params: Any, statistics: Any, vectors: jax.Array, gradient: jax.Array) -> Any:
@@ -99,51 +106,53 @@ def prepare_llvq(quantizer: str, codebook_size: int, num_vectors: int) -> Conten
     return Contender(run, measure.compiled_memory(compiled))
 
 
-def fsq_levels(codebook_size: int) -> list[int]:
-    """At most 8 levels per entry of a code: powers of two whose product is codebook_size."""
-    bits = round(math.log2(codebook_size))
-    smaller, num_larger = divmod(bits, math.ceil(bits / 3))
-    num_smaller = math.ceil(bits / 3) - num_larger
-    return [2 ** (smaller + 1)] * num_larger + [2**smaller] * num_smaller
-
-
-def _create_torch(kind: str, quantizer: str, codebook_size: int) -> Any:
+def _create_package(quantizer: str, options: dict[str, Any]) -> Any:
+    """The package's counterpart of a quantizer; None if it has none."""
     import vector_quantize_pytorch as package
 
-    from benchmarks import torch_model
-
-    options = _options(quantizer, codebook_size)
-    if kind == "VectorQuantize":
-        is_ema = quantizer == "vq_ema"
-        return package.VectorQuantize(
-            LATENT_DIM,
-            codebook_size,
-            commitment_weight=options["commitment_cost"],
-            rotation_trick=False,
-            ema_update=is_ema,
-            learnable_codebook=not is_ema,
-            **({"decay": options["decay"], "eps": options["epsilon"]} if is_ema else {}),
-        )
-    if kind == "FSQ":
-        return package.FSQ(fsq_levels(codebook_size), dim=LATENT_DIM)
-    if kind == "LFQ":
-        return package.LFQ(dim=LATENT_DIM, codebook_size=codebook_size)
-    return torch_model.create_quantizer(quantizer, LATENT_DIM, options)
+    learned = {
+        "commitment_weight": options.get("commitment_cost"),
+        "rotation_trick": False,
+        "ema_update": quantizer != "vq",
+        "learnable_codebook": quantizer == "vq",
+        "decay": 0.99,
+    }
+    size = options.get("codebook_size")
+    return {
+        "vq": lambda: package.VectorQuantize(LATENT_DIM, size, **learned),
+        "vq_ema": lambda: package.VectorQuantize(LATENT_DIM, size, **learned),
+        "fsq": lambda: package.FSQ(options["levels"]),
+        "lfq": lambda: package.LFQ(codebook_size=size, commitment_loss_weight=0.25),
+        "bsq": lambda: package.LFQ(codebook_size=2 ** options["num_bits"], spherical=True),
+        "simvq": lambda: package.SimVQ(LATENT_DIM, size, rotation_trick=False),
+        "residual_vq": lambda: package.ResidualVQ(
+            dim=LATENT_DIM, num_quantizers=options["depth"], codebook_size=size, **learned
+        ),
+    }.get(quantizer, lambda: None)()
 
 
 def prepare_torch(kind: str, quantizer: str, codebook_size: int, num_vectors: int) -> Contender:
-    """A quantizer of the package, by the name of its class, or the same quantizer in PyTorch."""
+    """A quantizer of the package, or the same quantizer in this project's PyTorch."""
     import torch
+
+    from benchmarks import torch_model
 
     device = measure.torch_device()
     torch.manual_seed(0)
-    model = _create_torch(kind, quantizer, codebook_size).to(device).train()
-    vectors, gradient = (torch.from_numpy(x).to(device) for x in _random(num_vectors))
+    options = _options(quantizer, codebook_size)
+    if kind == PACKAGE:
+        model = _create_package(quantizer, options)
+        model.channel_first = False  # by itself it would take four axes for an image's
+    else:
+        model = torch_model.create_quantizer(quantizer, LATENT_DIM, options)
+    model = model.to(device).train()
+    latent_dim = quantizers.resolve_latent_dim(quantizer, options, 0)
+    vectors, gradient = (torch.from_numpy(x).to(device) for x in _random(num_vectors, latent_dim))
     vectors.requires_grad_()
 
     def take_step() -> None:
         quantized, _, *losses = model(vectors)
-        losses = [loss for loss in losses if loss.requires_grad]
+        losses = [loss.sum() for loss in losses if loss.requires_grad]
         torch.autograd.backward([quantized, *losses], [gradient, *[None] * len(losses)])
         model.zero_grad()
         vectors.grad = None
@@ -160,8 +169,9 @@ def _case(quantizer: str, codebook_size: int, num_vectors: int) -> Case:
     contenders: dict[str, Callable[[], Contender]] = {
         "llvq": functools.partial(prepare_llvq, quantizer, codebook_size, num_vectors)
     }
-    same = ("PyTorch",) if quantizer in torch_model.QUANTIZERS else ()
-    for kind in (*same, *_PACKAGE.get(quantizer, ())):
+    has_package = _create_package(quantizer, _options(quantizer, 4)) is not None
+    kinds = ("PyTorch",) * (quantizer in torch_model.QUANTIZERS) + (PACKAGE,) * has_package
+    for kind in kinds:
         contenders[kind] = functools.partial(
             prepare_torch, kind, quantizer, codebook_size, num_vectors
         )
@@ -179,7 +189,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     is_cpu = jax.default_backend() == "cpu"
     title, *_ = (__doc__ or "").splitlines()
     parser = argparse.ArgumentParser(prog="quantizer.py", description=title)
-    parser.add_argument("--quantizers", nargs="+", choices=list(QUANTIZERS), default=list(_PACKAGE))
+    parser.add_argument(
+        "--quantizers", nargs="+", choices=list(QUANTIZERS), default=list(QUANTIZERS)
+    )
     parser.add_argument(
         "--codebook-sizes", type=int, nargs="+", default=[64, 1024, 8192, 65536], help="powers of 2"
     )

@@ -325,14 +325,17 @@ def test_the_quantizers_command_runs(tmp_path, capsys):
     pytest.importorskip("vector_quantize_pytorch", reason="the benchmark compares with it")
     output = f"--output={tmp_path / 'benchmarks.json'}"
     sizes = ["--codebook-sizes", "16", "--vectors", "32", "--repeats", "1", "--min-seconds", "0"]
-    quantizer.main(["--quantizers", "vq", "vq_ema", "sparse_lattice", *sizes, output])
+    quantizer.main([*sizes, output])
     table = capsys.readouterr().out
     for name, program in (
-        *itertools.product(("vq", "vq_ema"), ("llvq", "PyTorch", "VectorQuantize")),
-        *itertools.product(("sparse_lattice",), ("llvq", "PyTorch", "FSQ", "LFQ")),
+        *itertools.product(quantizers.QUANTIZERS, ("llvq",)),
+        *itertools.product(torch_model.QUANTIZERS, ("PyTorch",)),
+        *itertools.product(
+            ("vq", "fsq", "lfq", "bsq", "simvq", "residual_vq"), (quantizer.PACKAGE,)
+        ),
     ):
         assert f"| {name} | 16 | 32 | {program} |" in table
-    assert len(json.loads((tmp_path / "benchmarks.json").read_text())) == 3
+    assert len(json.loads((tmp_path / "benchmarks.json").read_text())) == 9
 
 
 def test_the_loops_share_is_that_of_the_gaps_and_of_slower_steps():

@@ -5,7 +5,13 @@ from llvq.quantizers.bsq import BSQ
 from llvq.quantizers.fsq import FSQ
 from llvq.quantizers.lattice import DenseLatticeQuantizer, LatticeQuantizer
 from llvq.quantizers.lfq import LFQ
-from llvq.quantizers.registry import QUANTIZERS, check_options, create, default_options
+from llvq.quantizers.registry import (
+    QUANTIZERS,
+    check_options,
+    create,
+    default_options,
+    resolve_latent_dim,
+)
 from llvq.quantizers.residual_vq import ResidualVQ
 from llvq.quantizers.simvq import SimVQ
 from llvq.quantizers.vq import VectorQuantizer
@@ -26,4 +32,5 @@ __all__ = [
     "check_options",
     "create",
     "default_options",
+    "resolve_latent_dim",
 ]
