@@ -35,7 +35,10 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "quantizer",
-    ["vq_ema", *(pytest.param(q, marks=SLOW) for q in tiny.PAPER if q != "vq_ema")],
+    [
+        "vq_ema",
+        *(pytest.param(q, marks=SLOW) for q in (*tiny.PAPER, "residual_vq") if q != "vq_ema"),
+    ],
 )
 def test_a_resumed_run_is_bit_identical(quantizer, tmp_path):
     """Stopped at step 4 and resumed to 6; and a finished run of 4 steps extended to 6."""
@@ -69,7 +72,16 @@ def assert_devices_agree(quantizer, num_steps, seed):
     return min((basis.min() for basis in bases), default=None)
 
 
-@pytest.mark.parametrize("quantizer", ["vq_ema", pytest.param("sparse_lattice", marks=SLOW)])
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        "vq_ema",
+        *(
+            pytest.param(q, marks=SLOW)
+            for q in ("sparse_lattice", "fsq", "lfq", "bsq", "simvq", "residual_vq")
+        ),
+    ],
+)
 def test_one_and_eight_devices_are_the_same_computation(quantizer):
     """In float64, where 30 steps do not amplify rounding into another argmin."""
     assert_devices_agree(quantizer, 30, SEED_NEAR_ZERO)

@@ -236,7 +236,7 @@ class LearnedCodebook(CodebookQuantizer):
         self.param_dtype = param_dtype
         self.num_shares = 1
         self.is_initialised = (
-            nnx.BatchStat(jnp.zeros((), bool)) if initialisation == "batch" else None
+            nnx.BatchStat(jnp.zeros((), param_dtype)) if initialisation == "batch" else None
         )
 
     def points(self) -> Float[Array, "codes latent_dim"]:
@@ -263,7 +263,7 @@ class LearnedCodebook(CodebookQuantizer):
             return
         if key is None:
             raise ValueError("initialisation='batch' needs a key in training")
-        is_initialised, codebook_size = self.is_initialised[...], len(self.codebook[...])
+        is_initialised, codebook_size = self.is_initialised[...] > 0, len(self.codebook[...])
 
         def step(_: int, centres: Array) -> Array:
             codes = nearest(latents, centres)
@@ -277,7 +277,7 @@ class LearnedCodebook(CodebookQuantizer):
 
         centres = jax.lax.cond(is_initialised, lambda: self.codebook[...], cluster)
         self._replace(jnp.broadcast_to(~is_initialised, codebook_size), centres)
-        self.is_initialised[...] = jnp.ones((), bool)
+        self.is_initialised[...] = jnp.ones((), self.param_dtype)
 
     def _replace(
         self, is_new: Bool[Array, "codes"], vectors: Float[Array, "codes latent_dim"]
