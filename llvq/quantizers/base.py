@@ -126,7 +126,7 @@ class Quantizer(nnx.Module):
         if train:
             self.initialise(jax.lax.stop_gradient(latents), mask, key)
         quantized, codes = self.quantize(latents)
-        where = None if mask is None else mask.reshape(-1, *[1] * (latents.ndim - 1))
+        where = None if mask is None else by_example(mask, latents)
         losses = self.losses(latents, quantized, where)
         if train:
             self.update_statistics(jax.lax.stop_gradient(latents), codes, mask, key)
@@ -205,6 +205,11 @@ class Quantizer(nnx.Module):
                 f"{type(self).__name__} has {count} codes: an int32 can index fewer than 2**31"
             )
         return jnp.asarray(np.cumprod([1, *self.levels[:-1]]), jnp.int32)
+
+
+def by_example(mask: Bool[Array, "batch"], like: Array) -> Bool[Array, "batch ..."]:
+    """A mask of examples in a shape that broadcasts with an array [batch, ...]."""
+    return mask.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def straight_through(

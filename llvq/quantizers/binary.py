@@ -5,15 +5,15 @@ that is a product over the coordinates: bit i is set with probability σ(4·a·z
 """
 
 import math
-from collections.abc import Callable
 
 import jax
+from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llvq.quantizers.base import Quantizer, mean
 
-_PRECISION = jax.lax.Precision.HIGHEST
+_PRECISION = lax.Precision.HIGHEST
 
 
 class BinaryQuantizer(Quantizer):
@@ -53,6 +53,9 @@ def entropy_of_mean(
 ) -> Float[Array, ""]:
     """H(E[p(c|z)]) in nats: how evenly a batch uses the codes.
 
+    The derivative of Σ p·log p is Σ (log p + 1)·dp, of which the 1 cancels, since Σ p is constant.
+    Holding the logarithms constant leaves out what cancels, and its rounding errors with it.
+
     Args:
       logits: of the bits.
       where: the latents that count, [batch, 1, ..., 1].
@@ -65,15 +68,17 @@ def entropy_of_mean(
     if factorised:
         axes = tuple(range(logits.ndim - 1))
         means = jnp.sum(weights * jnp.tanh(logits / 2), axis=axes) / total
-        both = jnp.stack([means, -means])
-        return jnp.sum(jnp.log(2.0) - jnp.sum((1 + both) / 2 * _held(jnp.log1p, both, -1), axis=0))
+        both = jnp.stack([means, -means])  # twice the probabilities of 1 and 0, less 1
+        logs = jnp.log1p(jnp.maximum(both, jnp.finfo(both.dtype).eps - 1))
+        return jnp.sum(math.log(2) - jnp.sum((1 + both) / 2 * lax.stop_gradient(logs), axis=0))
     # The codes are the pairs of a first and a second half, and a code's probability is the product
     # of theirs. So the mean over the latents is a product of two matrices.
     first, second = map(_joint, jnp.array_split(logits, 2, axis=-1))
     sums = jnp.einsum("...a,...b->ab", weights * first, second, precision=_PRECISION)
     num_codes = 2 ** logits.shape[-1]
     excess = num_codes * sums / total
-    return math.log(num_codes) - jnp.mean(excess * _held(jnp.log, excess, 0))
+    logs = jnp.log(jnp.maximum(excess, jnp.finfo(excess.dtype).tiny))
+    return math.log(num_codes) - jnp.mean(excess * lax.stop_gradient(logs))
 
 
 def _joint(logits: Float[Array, "... bits"]) -> Float[Array, "... codes"]:
@@ -84,13 +89,3 @@ def _joint(logits: Float[Array, "... bits"]) -> Float[Array, "... codes"]:
         zero = jax.nn.sigmoid(-logits[..., bit : bit + 1])
         joint = jnp.concatenate([joint * zero, joint * one], axis=-1)
     return joint
-
-
-def _held(log: Callable[[Array], Array], x: Float[Array, "..."], limit: float) -> Array:
-    """A logarithm, finite at the limit of its domain, that is constant to a gradient.
-
-    The derivative of Σ p·log p is Σ (log p + 1)·dp, of which the 1 cancels, as Σ p is constant. To
-    hold the logarithm leaves out what cancels, and its rounding errors with it.
-    """
-    smallest = jnp.finfo(x.dtype).tiny if limit == 0 else jnp.finfo(x.dtype).eps
-    return jax.lax.stop_gradient(log(jnp.maximum(x, limit + smallest)))

@@ -1,5 +1,6 @@
 """What quantizers with a codebook share: the search for the nearest vector, and its options."""
 
+import abc
 import functools
 import math
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from llvq.fields import Choice, Number
-from llvq.quantizers.base import Quantizer, straight_through
+from llvq.quantizers.base import Quantizer, by_example, straight_through
 
 _PRECISION = jax.lax.Precision.HIGHEST
 
@@ -21,7 +22,7 @@ Gradient = Annotated[str, Choice("straight_through", "rotation")]
 Initialisation = Annotated[str, Choice("random", "batch")]
 RestartThreshold = Annotated[float, Number(0, 1)]
 
-_SMALLEST_LENGTH = 1e-12  # that is normalised to 1; its reciprocal's square is still a float32
+_SMALLEST_LENGTH = 1e-12  # of a vector that is normalised; shorter ones stay near 0
 _KMEANS_ITERATIONS = 10
 
 # A larger codebook is searched in blocks of at most this many vectors, so that the matrix of all
@@ -168,7 +169,7 @@ def sums_and_counts(
     ones = jnp.ones((*latents.shape[:-1], 1), latents.dtype)
     values = jnp.append(latents, ones, axis=-1)
     if mask is not None:
-        values *= mask.reshape(-1, *[1] * (values.ndim - 1))
+        values *= by_example(mask, values)
     sums = sums_by_code(codes, values, codebook_size, num_shares)
     return sums[:, :-1], sums[:, -1]
 
@@ -181,9 +182,9 @@ class CodebookQuantizer(Quantizer):
 
     code_shape = ()
 
+    @abc.abstractmethod
     def points(self) -> Float[Array, "codes latent_dim"]:
         """The vectors that latents are replaced by."""
-        raise NotImplementedError
 
     def quantize(
         self, latents: Float[Array, "... latent_dim"]

@@ -68,8 +68,7 @@ class LFQ(BinaryQuantizer):
         _, commitment_loss = distances(latents, quantized, where)
         logits = self.logits(latents, self.temperature)
         entropy = mean_entropy(logits, where)
-        factorised = 2**self.latent_dim > _MOST_EXACT
-        batch_entropy = entropy_of_mean(logits, where, factorised=factorised)
+        batch_entropy = entropy_of_mean(logits, where, factorised=2**self.latent_dim > _MOST_EXACT)
         return {
             "quantizer_loss": self.commitment_cost * commitment_loss
             + self.entropy_weight * (entropy - batch_entropy),

@@ -10,7 +10,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from llvq.fields import Choice, Flag, Integer
-from llvq.quantizers.base import COMMITMENT_COST, CodebookSize, CommitmentCost, Losses, Quantizer
+from llvq.quantizers.base import (
+    COMMITMENT_COST,
+    CodebookSize,
+    CommitmentCost,
+    Losses,
+    Quantizer,
+    by_example,
+)
 from llvq.quantizers.codebook import CodebookQuantizer, Initialisation, RestartThreshold
 from llvq.quantizers.simvq import SimVQ
 from llvq.quantizers.vq import VectorQuantizer
@@ -125,8 +132,8 @@ class ResidualVQ(Quantizer):
                 key=None if key is None else jax.random.fold_in(key, index),
             )
             if uses is not None:
-                quantized = jnp.where(_like(uses, quantized), quantized, 0)
-                code = jnp.where(_like(uses, code), code, -1)
+                quantized = jnp.where(by_example(uses, quantized), quantized, 0)
+                code = jnp.where(by_example(uses, code), code, -1)
             total += quantized
             codes.append(code)
             losses = {name: losses.get(name, 0) + value for name, value in parts.items()}
@@ -139,7 +146,3 @@ def _both(
     if mask is None or uses is None:
         return uses if mask is None else mask
     return mask & uses
-
-
-def _like(examples: Bool[Array, "batch"], array: Array) -> Bool[Array, "batch ..."]:
-    return examples.reshape(-1, *[1] * (array.ndim - 1))

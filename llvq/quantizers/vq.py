@@ -12,6 +12,7 @@ from llvq.quantizers.base import (
     CodebookSize,
     CommitmentCost,
     Losses,
+    by_example,
     codebook_losses,
 )
 from llvq.quantizers.codebook import (
@@ -79,7 +80,7 @@ class VectorQuantizer(LearnedCodebook):
         if self.cluster_size is None:
             return
         size = self.cluster_size[...]
-        weights = 1.0 if mask is None else mask.reshape(-1, *[1] * (codes.ndim - 1))
+        weights = 1.0 if mask is None else by_example(mask, codes)
         counts = jnp.zeros_like(size).at[codes].add(weights)  # whole numbers: in any order
         size = _DECAY * size + (1.0 - _DECAY) * counts
         _, self.cluster_size[...] = self._restart(size, latents, mask, key)
