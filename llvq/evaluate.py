@@ -96,7 +96,7 @@ def evaluate(
         "step": int(found.state.step),
         "split": split,
         **means,
-        **_codebook_figures(usage, model.quantizer.code_width),
+        **_codebook_figures(usage, model.quantizer.num_codes),
         **rates.measure(trained, code_model, data, split),
         **_length_of_run(found.config, data),
     }
@@ -110,7 +110,7 @@ def evaluate(
     return results
 
 
-def _codebook_figures(usage: CodebookUsage, code_width: int) -> dict[str, Any]:
+def _codebook_figures(usage: CodebookUsage, num_codes: int | None) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "effective_codebook_size": usage.num_distinct,
         "effective_codebook_size_is_exact": usage.is_exact,
@@ -120,9 +120,9 @@ def _codebook_figures(usage: CodebookUsage, code_width: int) -> dict[str, Any]:
         "plug_in_entropy_bits_per_vector": usage.entropy,
         "plug_in_entropy_error_bits": usage.entropy_standard_error,
     }
-    if code_width > 1:
-        figures["basis_directions_in_use"] = usage.num_entries_in_use
-    return figures
+    if num_codes is None:
+        return figures | {"basis_directions_in_use": usage.num_entries_in_use}
+    return figures | {"codebook_utilization": usage.num_distinct / num_codes}
 
 
 def _length_of_run(saved: Mapping[str, Any], data: Dataset) -> dict[str, int]:

@@ -28,7 +28,6 @@ from llvq.evaluate import evaluate
 from llvq.fields import plain
 from llvq.runtime.console import markdown_table
 from llvq.train import train_and_evaluate
-from llvq.training import train_state
 
 DIRECTORY = pathlib.Path(__file__).parent / "compare"
 
@@ -194,11 +193,7 @@ def carry_out(run: Run, workdirs: pathlib.Path, data: Dataset) -> None:
     train_and_evaluate(config, workdir, data)
     evaluation = evaluate(config, workdir, data)
     del evaluation["checkpoint"]
-    record = {
-        "config": to_dict(config),
-        "num_codes": train_state.abstract_model(config.architecture).quantizer.num_codes,
-        "evaluation": evaluation,
-    }
+    record = {"config": to_dict(config), "evaluation": evaluation}
     run.record.parent.mkdir(parents=True, exist_ok=True)
     with replacing(run.record) as file:
         file.write_text(json.dumps(record, indent=1) + "\n")
@@ -221,7 +216,9 @@ _COLUMNS = (
 
 def _cells(run: Run, record: Mapping[str, Any]) -> list[str]:
     curve, evaluation, model = CURVES[run.curve], record["evaluation"], record["config"]["model"]
-    used, possible = evaluation["effective_codebook_size"], record["num_codes"]
+    codes = f"{evaluation['effective_codebook_size']:,}"
+    if "codebook_utilization" in evaluation:
+        codes += f" ({evaluation['codebook_utilization']:.1%})"
     return [
         f"`{run.curve}`",
         f"{model['latent_dim']}, {model['latent_activation']}",
@@ -233,7 +230,7 @@ def _cells(run: Run, record: Mapping[str, Any]) -> list[str]:
         f"{evaluation['coded_bits_per_pixel']:.3f}",
         f"{evaluation['reconstruction_loss']:.5f}",
         f"{evaluation['psnr']:.2f}",
-        f"{used:,}" + ("" if possible is None else f" ({used / possible:.0%} of {possible:,})"),
+        codes,
     ]
 
 

@@ -108,6 +108,7 @@ def test_figures_pictures_and_files(run):
         assert results["basis_directions_in_use"] == np.sum(np.ptp(codes, axis=0) > 0)
     else:
         assert "basis_directions_in_use" not in results
+        assert results["codebook_utilization"] == len(counts) / 512
     # Float64 sums of some thousand terms in another order.
     entropy = -np.sum(frequencies * np.log2(frequencies))
     assert results["plug_in_entropy_bits_per_vector"] == pytest.approx(entropy, rel=1e-12)
@@ -236,3 +237,20 @@ def test_a_mistyped_workdir_is_not_created(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint in .*/mistyped"):
         evaluate.evaluate(tiny.config("vq"), tmp_path / "mistyped", tiny.dataset())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantizer", ["fsq", "lfq", "bsq", "simvq", "residual_vq"])
+def test_every_quantizer_goes_the_whole_way(quantizer, tmp_path):
+    """Trains, evaluates, and codes images: what the codec decodes is what was encoded."""
+    config = tiny.config(quantizer)
+    train.train_and_evaluate(config, tmp_path, tiny.dataset())
+    results = evaluate.evaluate(config, tmp_path, tiny.dataset())
+    check_rates(tmp_path, results)
+    model = load_pretrained(tmp_path)
+    codes = by_hand(tmp_path, tiny.images(19, 2))[2]
+    stream = codec.encode(model, tiny.images(19, 2))
+    np.testing.assert_array_equal(codec.decode_codes(model, stream), codes)
+    everything = by_hand(tmp_path, np.concatenate([tiny.images(70), tiny.images(21, 1)]))[2]
+    distinct = np.unique(everything.reshape(91 * 36, -1), axis=0)
+    assert results["codebook_utilization"] == len(distinct) / model.quantizer.num_codes
