@@ -124,6 +124,9 @@ def test_initialisation_from_the_first_batch(kind, codebook):
     np.testing.assert_array_equal(quantizer.codebook[...], before)
     with pytest.raises(ValueError, match="initialisation='batch' needs a key"):
         quantizer(latents, train=True)
+    quantizer(latents, train=True, mask=np.zeros(4, bool), key=KEY)
+    assert not quantizer.is_initialised[...], "a batch without examples is no first one"
+    quantizer.codebook[...] = jnp.asarray(before)  # moving averages of nothing changed it
     quantized, codes, _ = quantizer(latents, train=True, mask=mask, key=KEY)
 
     start = np.array(codebooks.draw(jnp.asarray(latents), mask, KEY, SIZE, distinct=True))
@@ -338,11 +341,16 @@ class TestResidualVQ:
         assert_close(losses["quantizer_loss"], loss)
 
     def test_a_stage_that_no_example_uses_has_no_loss(self):
-        quantizer = ResidualVQ(DIM, depth=64, codebook_size=4, stage="vq", rngs=nnx.Rngs(0))
-        latents = make_latents(DIM, shape=(2, 3))
+        quantizer = ResidualVQ(DIM, depth=2, codebook_size=4, stage="vq", rngs=nnx.Rngs(0))
+        latents = make_latents(DIM, shape=(1, 3))
+        key = next(
+            key
+            for key in map(jax.random.key, range(99))
+            if int(quantizer(latents, train=True, key=key)[1][0, 0, 1]) == -1
+        )
 
         def loss_fn(quantizer, latents):
-            quantized, _, losses = quantizer(latents, train=True, key=KEY)
+            quantized, _, losses = quantizer(latents, train=True, key=key)
             return jnp.sum(quantized) + losses["quantizer_loss"]
 
         value, gradients = nnx.value_and_grad(loss_fn, argnums=(0, 1))(quantizer, latents)

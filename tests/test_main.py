@@ -112,7 +112,7 @@ def test_what_is_compiled_is_kept_for_the_next_run(tmp_path):
     [
         ([f"{FASHION}:vq", "--config.nope=1"], ["no field 'nope'"]),
         ([f"{FASHION}:vq", "--config.model.nope=1"], ["no field 'nope'"]),
-        ([f"{FASHION}:fsq"], ["unknown quantizer 'fsq'", "vq_ema"]),
+        ([f"{FASHION}:xvq"], ["unknown quantizer 'xvq'", "vq_ema"]),
         ([f"{FASHION}:vq,longer"], ["unknown recipe 'longer'", "paper"]),
         ([f"{FASHION}:vq", "--config.quantizer.name=vq_ema"], ["config argument", ".py:vq_ema"]),
         ([f"{FASHION}:vq", "--checkpoint=/nowhere"], ["--checkpoint", "--mode=evaluate"]),

@@ -37,7 +37,12 @@ def make_mesh():
     return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+FEW = ("vq_ema", "lfq", "residual_vq")  # what is special: statistics, sums over codes, keys
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in tiny.NAMES]
+)
 class TestTransformations:
     def test_jit_and_bfloat16(self, name):
         quantizer = make(name)

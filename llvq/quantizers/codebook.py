@@ -264,7 +264,10 @@ class LearnedCodebook(CodebookQuantizer):
             return
         if key is None:
             raise ValueError("initialisation='batch' needs a key in training")
-        is_initialised, codebook_size = self.is_initialised[...] > 0, len(self.codebook[...])
+        codebook_size = len(self.codebook[...])
+        is_first = self.is_initialised[...] == 0
+        if mask is not None:  # a batch without examples is no first one
+            is_first &= jnp.any(mask)
 
         def step(_: int, centres: Array) -> Array:
             codes = nearest(latents, centres)
@@ -276,9 +279,9 @@ class LearnedCodebook(CodebookQuantizer):
             start = draw(latents, mask, key, codebook_size, distinct=True)
             return jax.lax.fori_loop(0, _KMEANS_ITERATIONS, step, start)
 
-        centres = jax.lax.cond(is_initialised, lambda: self.codebook[...], cluster)
-        self._replace(jnp.broadcast_to(~is_initialised, codebook_size), centres)
-        self.is_initialised[...] = jnp.ones((), self.param_dtype)
+        centres = jax.lax.cond(is_first, cluster, lambda: self.codebook[...])
+        self._replace(jnp.broadcast_to(is_first, codebook_size), centres)
+        self.is_initialised[...] = jnp.where(is_first, 1, self.is_initialised[...])
 
     def _replace(
         self, is_new: Bool[Array, "codes"], vectors: Float[Array, "codes latent_dim"]

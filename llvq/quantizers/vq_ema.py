@@ -89,10 +89,10 @@ class EMAVectorQuantizer(LearnedCodebook):
     ) -> None:
         if self.is_initialised is None:
             return
-        was_initialised = self.is_initialised[...]
+        before = self.is_initialised[...]
         super().initialise(latents, mask, key)
-        # Without this the sums would begin at random.
-        self.ema_sum[...] *= was_initialised
+        # The sums begin with the first batch, and not at random.
+        self.ema_sum[...] *= before == self.is_initialised[...]
 
     def update_statistics(
         self,
