@@ -9,11 +9,11 @@ vectors, as 64 images would have them, and the gradient of a loss with respect t
 vectors. It returns quantized vectors, codes, losses, the gradients of vectors and parameters, and
 the updated statistics. All of it is in float32; PyTorch runs eagerly, llvq compiled.
 
-Each quantizer is compared with the same in PyTorch (benchmarks/torch_model.py), if it is one of the
-paper's, and with the package's, told to do the same: gradients straight through (the rotation
-trick, its default, costs more), moving averages with the same decay. K is the number of codes, or
-for residual_vq that of each of its four stages. Vectors have 64 numbers, or as many as the
-quantizer's codes. For a lattice, --codebook-sizes only sets the initial basis.
+Each quantizer is compared with its counterpart in the package, set to the straight-through
+estimator (its default, the rotation trick, costs more) and the same EMA decay. The paper's
+quantizers are also compared with this project's PyTorch versions (benchmarks/torch_model.py). K is
+the number of codes, or for residual_vq that of each of its four stages. Vectors have 64 numbers, or
+as many as the quantizer's codes. For a lattice, --codebook-sizes only sets the initial basis.
 """
 
 import argparse
@@ -142,7 +142,9 @@ def prepare_torch(kind: str, quantizer: str, codebook_size: int, num_vectors: in
     options = _options(quantizer, codebook_size)
     if kind == PACKAGE:
         model = _create_package(quantizer, options)
-        model.channel_first = False  # by itself it would take four axes for an image's
+        model.channel_first = (
+            False  # else it takes an array of four axes for an image with channels first
+        )
     else:
         model = torch_model.create_quantizer(quantizer, LATENT_DIM, options)
     model = model.to(device).train()

@@ -140,7 +140,7 @@ QUANTIZERS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-# Options that the counterparts lack: they do what the defaults say.
+# Options that the counterparts lack; they behave as the defaults do.
 _LACKING = ("distance", "gradient", "initialisation", "restart_threshold")
 
 

@@ -66,7 +66,7 @@ class ModelConfig:
       hidden_dims: the width of the network after each halving of the image.
       num_residual_blocks: in the encoder, and as many in the decoder.
       latent_dim: the number of entries of a latent vector; 0: as many as the quantizer needs.
-      latent_activation: what the encoder ends in: leaky_relu, as in the paper, or none. Empty:
+      latent_activation: at the end of the encoder: leaky_relu, as in the paper, or none. Empty:
         the quantizer's own default.
     """
 
@@ -379,10 +379,10 @@ def of_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's config with what the version that saved it did not know.
+    """A checkpoint's config, completed with fields newer than the version that saved it.
 
-    That is its activation before the quantizer and newer options of the quantizer, at the values
-    that do what was done without them.
+    These are the encoder's last activation and the quantizer's newer options. Their defaults
+    reproduce what the older version did.
     """
     values = plain(saved)
     name = values.get("quantizer", {}).get("name")

@@ -4,8 +4,8 @@
 
 Trains FashionMNIST's network with each quantizer at several rates, evaluates it, and keeps one
 record for each finished run in results/compare. A run that has a record is skipped; one that was
-stopped is resumed. All runs together take some 6 hours on two quiet CPU cores; `--only` takes the
-curves whose names begin so.
+stopped is resumed. All runs together take some 6 hours on two quiet CPU cores; `--only` runs only
+the curves whose names start with it, `--trials` the one-epoch runs that chose the latents.
 """
 
 import argparse
@@ -44,7 +44,7 @@ class Curve(NamedTuple):
       knob: the option that sets the rate.
       values: of the knob; the second one is tried with other latents in `TRIALS`.
       latent_dim: 0 if the knob decides.
-      latent_activation: what the encoder ends in.
+      latent_activation: at the end of the encoder.
       options: the quantizer's other options, where they are not the defaults.
     """
 
@@ -90,7 +90,7 @@ class Run(NamedTuple):
         return parse({**plain(config), "quantizer": options})
 
 
-# The remedies for codes that die.
+# Options against dead codes.
 _STRONG = {"restart_threshold": 0.1, "initialisation": "batch"}
 _RESIDUAL = {"codebook_size": 16, "dropout": False}
 
@@ -106,7 +106,7 @@ CURVES = {
 }
 BASELINE = "vq_restarts"
 
-# One-epoch runs that decide on a curve's latents.
+# One-epoch runs to choose each curve's latents.
 TRIALS = [
     *(
         Run(curve, CURVES[curve].values[1], SEED, 1, latent_dim, activation)
@@ -133,7 +133,7 @@ def rate(record: Mapping[str, Any]) -> float:
 
 
 def psnr(record: Mapping[str, Any]) -> float:
-    """Of the test images, in dB."""
+    """PSNR over the test images, in dB."""
     return record["evaluation"]["psnr"]
 
 
@@ -168,7 +168,7 @@ def nearest(name: str, records: Mapping[Run, Mapping[str, Any]]) -> Run:
 
 
 def further(records: Mapping[Run, Mapping[str, Any]]) -> list[Run]:
-    """What follows the first runs: more seeds for the best, ten epochs for VQ and the best."""
+    """What runs after the first: more seeds for the best and the lattice, ten epochs for some."""
     if any(run not in records for run in FIRST):
         return []
 
@@ -254,8 +254,8 @@ def _plot(records: Mapping[Run, Mapping[str, Any]], path: pathlib.Path) -> None:
 
 _HEADER = """# Quantizers at equal coded bits
 
-`python -m results.compare` wrote this page; do not edit it by hand. FashionMNIST, its config's
-network, three epochs with the schedule of the recipe `long`. Coded bits are the size of the test
+`python -m results.compare` wrote this page; do not edit it by hand. Each run trains FashionMNIST's
+network for three epochs with the schedule of the recipe `long`. Coded bits are the size of the test
 split's codes as one file, under a model of order 0 of the training split's codes; "with contexts"
 lets a code's neighbours predict it. `vq_restarts` is `vq` with dead codes restarted and the
 codebook initialised from the first batch.
@@ -303,8 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="results.compare", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--workdirs", type=pathlib.Path, default=pathlib.Path("runs/compare"))
-    parser.add_argument("--only", default="", help="the curves whose names begin so")
-    parser.add_argument("--trials", action="store_true", help="the one-epoch runs instead")
+    parser.add_argument("--only", default="", help="run only curves whose names start with this")
+    parser.add_argument("--trials", action="store_true", help="run the one-epoch trials instead")
     parser.add_argument("--write", action="store_true", help="only write the page again")
     options = parser.parse_args(arguments)
     with one_line_exit(parser.prog):

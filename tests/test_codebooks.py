@@ -92,7 +92,7 @@ def test_cosine_distance(kind, codebook):
     assert_close(losses["commitment_loss"], (difference**2).mean())
 
     def tangent(gradient, vectors):
-        """Through the normalisation of vectors."""
+        """Propagates a gradient through the normalisation."""
         of_unit = unit(vectors.astype(float))
         along = (of_unit * gradient).sum(-1, keepdims=True)
         return (gradient - along * of_unit) / np.linalg.norm(vectors, axis=-1, keepdims=True)

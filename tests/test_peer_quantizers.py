@@ -1,6 +1,6 @@
-"""Beside vector-quantize-pytorch 1.32: the same where nothing is said, else by its own formula.
+"""Compares with vector-quantize-pytorch 1.32: both agree, or it follows its own formula.
 
-docs/quantizers.md lists the differences that these tests hold.
+docs/quantizers.md lists the differences; these tests check most of them.
 """
 
 import jax
@@ -66,7 +66,7 @@ def test_lfq_clamps_logarithms_and_has_no_commitment_loss():
         return -(p * np.log(np.maximum(p, 1e-5))).sum(-1)
 
     assert_close(loss, 0.1 * (clamped(p).mean() - clamped(p.mean(0))), 1e-5)
-    # Where all of 2¹⁷ codes are equally likely, each is less so than their limit.
+    # Where all of 2¹⁷ codes are equally likely, each probability is below their limit.
     module = peers.LFQ(codebook_size=2**17).train()
     _, parts = module(torch.zeros(1, 1, 17), return_loss_breakdown=True)
     assert float(parts.batch_entropy) == pytest.approx(5 * np.log(10), rel=1e-5)

@@ -20,7 +20,7 @@ def make(name, **options):
 
 
 def assert_same(actual, desired):
-    """Codes are equal; float32's rounding apart, so is all else.
+    """Codes are equal; everything else agrees within float32 rounding.
 
     Some losses are differences of others, so that the largest one sets the scale of all.
     """
@@ -55,7 +55,7 @@ class TestTransformations:
         np.testing.assert_array_equal(quantized, wide[0].astype(jnp.bfloat16))
 
     def test_vmap_and_scan(self, name):
-        """Of what is found for each latent by itself: not of the losses, which are means."""
+        """Quantized latents and codes agree; the losses are means over the batch."""
         quantizer = make(name)
         desired = quantizer(LATENTS)[:2]
         assert_same(jax.vmap(lambda z: quantizer(z)[:2])(LATENTS), desired)
@@ -90,7 +90,7 @@ class TestTransformations:
         assert_same(jax.jit(lambda z: quantizer(z))(split), desired)
 
     def test_gradients_in_nnx(self, name):
-        """nnx.jit and nnx.grad keep what training changes; without them it is the same."""
+        """With and without nnx.jit, gradients and the state after the call are the same."""
 
         def loss_fn(quantizer, latents):
             quantized, _, losses = quantizer(latents, train=True, key=KEY)

@@ -52,7 +52,7 @@ class VQVAE(nnx.Module):
         image_channels: of the images, 1 or 3 as a rule.
         hidden_dims: the width of the network after each halving of the image.
         num_residual_blocks: in the encoder, and as many in the decoder.
-        latent_activation: what the encoder ends in, "leaky_relu" or "none"; the quantizer's own
+        latent_activation: at the end of the encoder, "leaky_relu" or "none"; the quantizer's own
           default if None.
         value_range: what 0 … 255 is mapped to; None if that is not known.
         dtype: of the convolutions' arithmetic.

@@ -46,9 +46,9 @@ class Quantizer(nnx.Module):
     param_dtype: DTypeLike
 
     latent_activation = "leaky_relu"
-    """What a network's encoder best ends in before this quantizer: leaky_relu or none."""
+    """The default activation at the end of an encoder before this quantizer: leaky_relu or none."""
     learns_without_gradients = False
-    """Whether `update_statistics` is the quantizer's own way to learn."""
+    """Whether it learns from `update_statistics` instead of gradients; see the recipe `paper`."""
 
     @classmethod
     def fixed_latent_dim(cls, options: Mapping[str, Any]) -> int | None:
@@ -63,7 +63,7 @@ class Quantizer(nnx.Module):
 
     @property
     def num_codes(self) -> int | None:
-        """How many different codes there are; None for a lattice, which has no end."""
+        """How many different codes there are; None if there is no limit, as for lattices."""
         return None if self.levels is None else math.prod(self.levels)
 
     @abc.abstractmethod
@@ -92,7 +92,7 @@ class Quantizer(nnx.Module):
         """
 
     def prepare(self, latents: Float[Array, "... latent_dim"]) -> Float[Array, "... latent_dim"]:
-        """What is quantized in place of the latents: a differentiable function of them."""
+        """Transforms the latents before they are quantized, differentiably."""
         return latents
 
     def initialise(
@@ -101,7 +101,7 @@ class Quantizer(nnx.Module):
         mask: Bool[Array, "batch"] | None,
         key: Key[Array, ""] | None,
     ) -> None:
-        """Learns from the first training batch, before it is quantized, if the quantizer does."""
+        """Sees each training batch before it is quantized, for an initialisation from the first."""
         del latents, mask, key
 
     def update_statistics(
@@ -152,7 +152,8 @@ class Quantizer(nnx.Module):
 
         Args:
           latents: [batch, ..., latent_dim].
-          train: whether to update, after this call, what is learnt without gradients.
+          train: whether to update what is learnt without gradients. An initialisation from the
+            first batch takes effect in this call, every other update in the next one.
           mask: [batch], the examples that count in losses and statistics; all by default.
           key: for what is random in training. Only some options need one.
 
@@ -215,7 +216,7 @@ def by_example(mask: Bool[Array, "batch"], like: Array) -> Bool[Array, "batch ..
 def straight_through(
     quantized: Float[Array, "..."], latents: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """`quantized`, as if it were `latents` to a gradient."""
+    """`quantized`, with the gradient of `latents`."""
     return jax.lax.stop_gradient(quantized) + (latents - jax.lax.stop_gradient(latents))
 
 

@@ -1,4 +1,4 @@
-"""What LFQ and BSQ share: codes of bits, and the entropies of softly assigned bits.
+"""The common part of LFQ and BSQ: codes of bits, and the entropies of softly assigned bits.
 
 A latent z belongs to the code c with probability p(c|z) ∝ exp(−‖z − c‖² / τ). For codes in {±a}ᵈ
 that is a product over the coordinates: bit i is set with probability σ(4·a·zᵢ / τ).
@@ -42,7 +42,7 @@ def mean_entropy(
     logits: Float[Array, "... num_bits"], where: Bool[Array, "..."] | None
 ) -> Float[Array, ""]:
     """E[H(p(c|z))] in nats, the mean over the latents of the entropy of their bits."""
-    # With the absolute value, nothing of size 1 cancels where a bit is certain.
+    # The absolute value avoids cancellation where a bit is nearly certain.
     certainty = jnp.abs(logits)
     entropies = jax.nn.softplus(-certainty) + certainty * jax.nn.sigmoid(-certainty)
     return mean(jnp.sum(entropies, axis=-1, keepdims=True), where)
@@ -68,7 +68,7 @@ def entropy_of_mean(
     if factorised:
         axes = tuple(range(logits.ndim - 1))
         means = jnp.sum(weights * jnp.tanh(logits / 2), axis=axes) / total
-        both = jnp.stack([means, -means])  # twice the probabilities of 1 and 0, less 1
+        both = jnp.stack([means, -means])  # 2p − 1 for the probabilities p of 1 and of 0
         logs = jnp.log1p(jnp.maximum(both, jnp.finfo(both.dtype).eps - 1))
         return jnp.sum(math.log(2) - jnp.sum((1 + both) / 2 * lax.stop_gradient(logs), axis=0))
     # The codes are the pairs of a first and a second half, and a code's probability is the product

@@ -18,9 +18,9 @@ from llvq.quantizers.codebook import normalise
 class BSQ(BinaryQuantizer):
     """Binary spherical quantization: normalises a latent, then takes each coordinate to ±1/√L.
 
-    A latent has L = num_bits entries. Codes are bits: int32 [batch, ..., num_bits], 0 or 1. Nothing
-    is learnt but the network: the entropy loss E[H(p(c|u))] − H(E[p(c|u)]) of the normalised
-    latents u adds up the single bits' entropies (paper, eq. 8 and 9). Since the error is bounded,
+    A latent has L = num_bits entries. Codes are bits: int32 [batch, ..., num_bits], 0 or 1. The
+    quantizer has no parameters. The entropy loss E[H(p(c|u))] − H(E[p(c|u)]) of the normalised
+    latents u adds up the single bits' entropies (paper, section 4). Since the error is bounded,
     there is no commitment loss.
     """
 

@@ -1,4 +1,4 @@
-"""What quantizers with a codebook share: the search for the nearest vector, and its options."""
+"""The common part of quantizers with a codebook: the search for the nearest vector, options."""
 
 import abc
 import functools
@@ -113,8 +113,8 @@ def rotate(
 ) -> Float[Array, "... width"]:
     """`quantized`, with the gradient of the rotation trick (Fifty et al. 2024, arXiv 2410.06424).
 
-    To a gradient, the result is λ·R·latents, with the rotation R of the latents' direction to that
-    of the quantized ones and the ratio λ of the two lengths, both held constant.
+    The gradient is that of λ·R·latents. R rotates each latent to the direction of its quantized
+    vector, and λ is the ratio of their lengths; both are held constant.
     """
     latents_held, quantized = jax.lax.stop_gradient((latents, quantized))
     start, end = normalise(latents_held), normalise(quantized)
@@ -141,7 +141,8 @@ def draw(
       mask: [batch], the examples to draw from; all by default.
       key: decides which.
       count: how many are drawn.
-      distinct: whether to draw without replacement, as far as there are enough, which takes a sort.
+      distinct: whether to draw without replacement, which needs a sort of all latents. If `count`
+        exceeds their number, latents repeat.
     """
     num_examples = len(latents)
     vectors = latents.reshape(-1, latents.shape[-1])
@@ -201,7 +202,7 @@ class CodebookQuantizer(Quantizer):
 
 
 class LearnedCodebook(CodebookQuantizer):
-    """A codebook of vectors that are learnt one by one: what VQ and VQ-EMA share.
+    """A codebook of vectors that are learnt one by one: the base class of VQ and VQ-EMA.
 
     Attributes:
       distance: "euclidean" or "cosine"; with the latter, latents and codebook vectors are
@@ -209,9 +210,10 @@ class LearnedCodebook(CodebookQuantizer):
       gradient: "straight_through" or "rotation"; see `rotate`.
       initialisation: "random", or "batch" for k-means on the first training batch
         (Zeghidour et al. 2021, arXiv 2107.03312).
-      restart_threshold: a vector is dead if the moving average of how many latents it is given
-        falls below this share of the mean over the codebook. After a training step, a dead vector
-        becomes a latent drawn from the batch, with the mean as its average. 0: none is dead.
+      restart_threshold: the number of latents per vector is tracked as a moving average. A vector
+        whose average falls below this fraction of the codebook's mean is dead. After a training
+        step, a latent drawn from the batch replaces it, and its average becomes the mean. 0: no
+        restarts.
     """
 
     codebook: nnx.Variable[Array]  # [codebook_size, latent_dim]
@@ -266,7 +268,7 @@ class LearnedCodebook(CodebookQuantizer):
             raise ValueError("initialisation='batch' needs a key in training")
         codebook_size = len(self.codebook[...])
         is_first = self.is_initialised[...] == 0
-        if mask is not None:  # a batch without examples is no first one
+        if mask is not None:  # an empty batch does not count as the first
             is_first &= jnp.any(mask)
 
         def step(_: int, centres: Array) -> Array:
@@ -286,10 +288,12 @@ class LearnedCodebook(CodebookQuantizer):
     def _replace(
         self, is_new: Bool[Array, "codes"], vectors: Float[Array, "codes latent_dim"]
     ) -> None:
-        """Makes some vectors of the codebook new."""
+        """Replaces the codebook vectors that are marked in `is_new`."""
         codebook = self.codebook[...]
         replaced = jnp.where(is_new[:, None], vectors, codebook)
-        self.codebook[...] = straight_through(replaced, codebook)  # a gradient to it passes
+        self.codebook[...] = straight_through(
+            replaced, codebook
+        )  # gradients still reach the codebook
 
     def _restart(
         self,
@@ -298,7 +302,7 @@ class LearnedCodebook(CodebookQuantizer):
         mask: Bool[Array, "batch"] | None,
         key: Key[Array, ""] | None,
     ) -> tuple[Bool[Array, "codes"], Float[Array, "codes"]]:
-        """Replaces dead vectors; returns which were, and the moving averages from then on."""
+        """Replaces dead vectors; returns which ones were dead and the updated moving averages."""
         if key is None:
             raise ValueError("restart_threshold above 0 needs a key in training")
         mean = jnp.mean(cluster_size)

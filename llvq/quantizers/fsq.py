@@ -13,7 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from llvq.fields import Integer, Several
 from llvq.quantizers.base import Losses, Quantizer
 
-_MARGIN = 1e-3  # how far from the outermost rounding limits a bounded latent stays, as in the paper
+# The bound stays short of the outermost levels by this share of half the range, as in the paper.
+_MARGIN = 1e-3
 _MOST_LEVELS = 1000  # with more, the margin would be wider than half a level
 
 
@@ -33,7 +34,7 @@ class FSQ(Quantizer):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        """Raises ValueError if there are no levels, or fewer than 2 or more than 1000 in one."""
+        """Raises ValueError if `levels` is empty or one of them is not from 2 to 1000."""
         del rngs  # nothing is drawn
         if not levels or min(levels) < 2 or max(levels) > _MOST_LEVELS:
             raise ValueError(f"levels={levels}: must be one or more, each from 2 to {_MOST_LEVELS}")
@@ -51,7 +52,7 @@ class FSQ(Quantizer):
         return (np.array(self.levels) // 2).astype(self.param_dtype)
 
     def prepare(self, latents: Float[Array, "... latent_dim"]) -> Float[Array, "... latent_dim"]:
-        """Bounds the latents by tanh, in units in which the levels reach to −1 (paper, sec. A.1).
+        """Bounds the latents by tanh, scaled so that the lowest level is near −1 (paper, sec. A.1).
 
         An even number of levels is half a level off centre; the shift keeps 0 near 0.
         """
@@ -69,7 +70,7 @@ class FSQ(Quantizer):
     ) -> tuple[Float[Array, "... latent_dim"], Int[Array, "... latent_dim"]]:
         half_widths = self._half_widths()
         codes = jnp.round(jax.lax.stop_gradient(latents) * half_widths) + half_widths
-        # NaN becomes some integer.
+        # NaN converts to an arbitrary integer; the clip keeps it in range.
         codes = jnp.clip(codes.astype(jnp.int32), 0, np.array(self.levels, np.int32) - 1)
         return self.lookup(codes), codes
 

@@ -19,12 +19,12 @@ _MOST_EXACT = 2**12
 
 
 class LFQ(BinaryQuantizer):
-    """Lookup-free quantization: to −1 where a coordinate is 0 or less, to 1 elsewhere.
+    """Lookup-free quantization: a coordinate becomes 1 if it is positive, else −1.
 
     A latent has log2(codebook_size) entries. Codes are bits: int32 [batch, ..., log2 K], 0 or 1.
-    Nothing is learnt but the network: an entropy loss, E[H(p(c|z))] − H(E[p(c|z)]), makes each
-    latent's code certain and the codes of a batch various (paper, eq. 5). The second term goes over
-    all codes up to 2¹² of them, and over the single bits beyond.
+    The quantizer has no parameters. Its entropy loss, E[H(p(c|z))] − H(E[p(c|z)]), makes each
+    latent's code certain and spreads a batch over the codes (paper, section 3.1). Up to 2¹² codes
+    the second term is exact; beyond, it is the sum of the single bits' entropies.
     """
 
     scale = 1.0

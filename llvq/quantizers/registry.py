@@ -67,10 +67,10 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 def resolve_latent_dim(name: str, options: Mapping[str, Any], latent_dim: int) -> int:
-    """The latent_dim of a quantizer with these options, where 0 asks for what it needs.
+    """The length of latents for a quantizer with these options; 0 stands for the quantizer's own.
 
     Raises:
-      UserError: if the options determine another one.
+      UserError: if the options determine another length.
     """
     fixed = quantizer_class(name).fixed_latent_dim(options)
     if fixed is None:

@@ -33,8 +33,8 @@ _STAGES: dict[str, Callable[..., CodebookQuantizer]] = {
 class ResidualVQ(Quantizer):
     """A sum of `depth` codebook vectors, chosen one after the other (Zeghidour et al. 2021).
 
-    Codes are one index per stage: int32 [batch, ..., depth]. `lookup` takes the indices of the
-    first stages alone, too: a coarser approximation.
+    Codes are one index per stage: int32 [batch, ..., depth]. `lookup` also accepts the indices of
+    only the first stages, and gives a coarser approximation.
 
     Attributes:
       dropout: whether each training example uses a random number of stages, from 1 to `depth`, so

@@ -44,7 +44,7 @@ def make_train_step(
       graphdef: the model's structure (see `train_state.split`), fitted to the mesh.
       schedule: maps `state.step` to the learning rate.
       mesh: the devices.
-      seed: of what is random in training. Each step has a key of its own, whatever the devices.
+      seed: of the training keys. A step's key depends on the seed and the step alone.
       several: whether a call takes several steps.
     """
 
