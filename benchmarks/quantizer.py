@@ -45,6 +45,7 @@ from llvq.runtime import host_memory
 
 LATENT_DIM = 64
 PACKAGE = "vector-quantize-pytorch"
+_IN_PACKAGE = ("vq", "vq_ema", "fsq", "lfq", "bsq", "simvq", "residual_vq")
 _MOST_IMAGES = 64  # XLA's sums over the vectors of a single image are slow on a CPU
 
 
@@ -107,7 +108,7 @@ def prepare_llvq(quantizer: str, codebook_size: int, num_vectors: int) -> Conten
 
 
 def _create_package(quantizer: str, options: dict[str, Any]) -> Any:
-    """The package's counterpart of a quantizer; None if it has none."""
+    """The package's counterpart of a quantizer of _IN_PACKAGE."""
     import vector_quantize_pytorch as package
 
     learned = {
@@ -128,7 +129,7 @@ def _create_package(quantizer: str, options: dict[str, Any]) -> Any:
         "residual_vq": lambda: package.ResidualVQ(
             dim=LATENT_DIM, num_quantizers=options["depth"], codebook_size=size, **learned
         ),
-    }.get(quantizer, lambda: None)()
+    }[quantizer]()
 
 
 def prepare_torch(kind: str, quantizer: str, codebook_size: int, num_vectors: int) -> Contender:
@@ -171,7 +172,7 @@ def _case(quantizer: str, codebook_size: int, num_vectors: int) -> Case:
     contenders: dict[str, Callable[[], Contender]] = {
         "llvq": functools.partial(prepare_llvq, quantizer, codebook_size, num_vectors)
     }
-    has_package = _create_package(quantizer, _options(quantizer, 4)) is not None
+    has_package = quantizer in _IN_PACKAGE
     kinds = ("PyTorch",) * (quantizer in torch_model.QUANTIZERS) + (PACKAGE,) * has_package
     for kind in kinds:
         contenders[kind] = functools.partial(

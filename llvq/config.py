@@ -22,6 +22,7 @@ from llvq.data.dataset import Dataset
 from llvq.data.order import steps_per_epoch
 from llvq.errors import UserError
 from llvq.fields import Choice, Flag, Integer, Number, Several, Text, flatten, plain
+from llvq.models.encoder import ACTIVATIONS
 from llvq.models.vqvae import NUM_RESIDUAL_BLOCKS
 from llvq.quantizers import check_options, default_options
 from llvq.quantizers.registry import QUANTIZERS, quantizer_class, resolve_latent_dim
@@ -75,7 +76,7 @@ class ModelConfig:
     hidden_dims: Annotated[tuple[int, ...], Several(Integer(1, 2**16))] = (64,)
     num_residual_blocks: Annotated[int, Integer(0, 100)] = NUM_RESIDUAL_BLOCKS
     latent_dim: Annotated[int, Integer(0, 2**16)] = 0
-    latent_activation: Annotated[str, Choice("", "leaky_relu", "none")] = ""
+    latent_activation: Annotated[str, Choice("", *ACTIVATIONS)] = ""
 
 
 @dataclasses.dataclass(frozen=True)

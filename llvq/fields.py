@@ -6,6 +6,7 @@ A field carries its range in its annotation, beside its default:
 """
 
 import dataclasses
+import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -140,6 +141,20 @@ def options(constructor: Callable[..., Any]) -> dict[str, tuple[Any, Range]]:
     return {
         name: (parameters[name].default, range_) for name, range_ in ranges(constructor).items()
     }
+
+
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, but with a ValueError for an argument outside the range of its annotation."""
+
+    @functools.wraps(function)
+    def check_and_call(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        for name, range_ in ranges(function).items():
+            if name in given and not range_.accepts(given[name]):
+                raise ValueError(f"{name}={given[name]!r}: must be {range_}")
+        return function(*args, **kwargs)
+
+    return check_and_call
 
 
 def check(values: Mapping[str, Any], allowed: Mapping[str, Range], prefix: str = "") -> None:

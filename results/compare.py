@@ -1,11 +1,11 @@
 """Compares the quantizers on FashionMNIST at equal coded bits, and writes results/compare.md.
 
-    python -m results.compare [--only=fsq] [--trials] [--write] [--workdirs=runs/compare]
+    python -m results.compare [--only fsq lfq] [--trials] [--write] [--workdirs=runs/compare]
 
 Trains FashionMNIST's network with each quantizer at several rates, evaluates it, and keeps one
 record for each finished run in results/compare. A run that has a record is skipped; one that was
 stopped is resumed. All runs together take some 6 hours on two quiet CPU cores; `--only` runs only
-the curves whose names start with it, `--trials` the one-epoch runs that chose the latents.
+these curves, `--trials` the one-epoch runs that chose the latents.
 """
 
 import argparse
@@ -85,9 +85,8 @@ class Run(NamedTuple):
         config.seed, config.num_epochs = self.seed, self.epochs
         config.model.latent_dim = self.latent_dim or curve.latent_dim
         config.model.latent_activation = self.latent_activation or curve.latent_activation
-        # A ConfigDict does not take another length of tuple.
-        options = {**plain(config.quantizer), **curve.options, curve.knob: self.value}
-        return parse({**plain(config), "quantizer": options})
+        config.quantizer.update({**curve.options, curve.knob: self.value})
+        return parse(config)
 
 
 # Options against dead codes.
@@ -123,8 +122,13 @@ FIRST = [Run(name, value) for name, curve in CURVES.items() for value in curve.v
 
 
 def read(runs: Sequence[Run]) -> dict[Run, dict[str, Any]]:
-    """The records of those of the runs that are finished."""
-    return {run: json.loads(run.record.read_text()) for run in runs if run.record.exists()}
+    """The records of those of the runs that are finished, with the config of today."""
+    records = {run: json.loads(run.record.read_text()) for run in runs if run.record.exists()}
+    return {run: kept for run, kept in records.items() if _is_of(run, kept)}
+
+
+def _is_of(run: Run, record: Mapping[str, Any]) -> bool:
+    return plain(record["config"]) == to_dict(run.config())
 
 
 def rate(record: Mapping[str, Any]) -> float:
@@ -176,7 +180,7 @@ def further(records: Mapping[Run, Mapping[str, Any]]) -> list[Run]:
         difference = bd_rate(name, records)
         return math.inf if difference is None else difference
 
-    best = sorted(CURVES.keys() - {"sparse_lattice"}, key=loss)[:3]
+    best = sorted((name for name in CURVES if name != "sparse_lattice"), key=loss)[:3]
     chosen = [nearest(name, records) for name in (*best, "sparse_lattice")]
     longer = dict.fromkeys((nearest("vq", records), chosen[0]))
     seeds = [run._replace(seed=seed) for run in chosen for seed in MORE_SEEDS]
@@ -303,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="results.compare", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--workdirs", type=pathlib.Path, default=pathlib.Path("runs/compare"))
-    parser.add_argument("--only", default="", help="run only curves whose names start with this")
+    parser.add_argument("--only", nargs="+", choices=list(CURVES), help="run only these curves")
     parser.add_argument("--trials", action="store_true", help="run the one-epoch trials instead")
     parser.add_argument("--write", action="store_true", help="only write the page again")
     options = parser.parse_args(arguments)
@@ -317,16 +321,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _carry_out_all(options: argparse.Namespace) -> None:
     data = input_pipeline.load("fashion_mnist")
     runs = TRIALS if options.trials else FIRST
-    runs = [run for run in runs if run.curve.startswith(options.only)]
     for run in runs:
-        _carry_out_once(run, options.workdirs, data)
-    if not options.trials:
+        if run.curve in (options.only or CURVES):
+            _carry_out_once(run, options.workdirs, data)
+    if not options.trials and not options.only:
         for run in further(read(FIRST)):
             _carry_out_once(run, options.workdirs, data)
 
 
 def _carry_out_once(run: Run, workdirs: pathlib.Path, data: Dataset) -> None:
-    if run.record.exists():
+    if run in read([run]):
         return
     print(run.name, flush=True)
     try:

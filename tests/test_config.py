@@ -42,7 +42,7 @@ def test_shipped_configs_are_valid(quantizer):
     # The paper recipe: DESIGN's 860 steps, and 4,300 for vq_ema, of which 860 with gradients.
     steps = num_train_steps(config, 55_000)
     assert (steps, config.schedule) == (
-        (4300, "first_epoch") if quantizer in ("vq_ema", "residual_vq") else (860, "constant")
+        (4300, "first_epoch") if quantizer == "vq_ema" else (860, "constant")
     )
 
 
@@ -141,6 +141,13 @@ def test_lattice_options():
             parse(tiny.config("sparse_lattice", **{"quantizer.gamma": value}))
     with pytest.raises(UserError, match=r"decay.*dense_lattice takes gamma, commitment_cost"):
         parse(tiny.config("dense_lattice", **{"quantizer.decay": 0.9}))
+
+
+def test_an_unknown_option_is_named():
+    with pytest.raises(
+        UserError, match=r"config\.quantizer\.level is no option: fsq takes levels;"
+    ):
+        parse(make_config("fsq", quantizer={"level": (8, 5)}, image_shape=(12, 12, 1)))
 
 
 @pytest.mark.parametrize("ours", QUANTIZERS)

@@ -55,15 +55,34 @@ def test_a_resumed_run_is_bit_identical(quantizer, tmp_path):
     assert_identical(again, whole)
 
 
+RANDOM = {"quantizer.restart_threshold": 0.5, "quantizer.initialisation": "batch"}
+
+
+@SLOW
+def test_a_resumed_run_draws_the_same(tmp_path):
+    """vq, whose codebook gradients move and restarts replace."""
+    data, config = tiny.dataset(), tiny.config("vq", **RANDOM)
+    whole = train.train_and_evaluate(config, tmp_path / "whole", data)
+    shorter = tiny.config("vq", num_train_steps=4, **RANDOM)
+    train.train_and_evaluate(shorter, tmp_path / "parts", data)
+    assert_identical(train.train_and_evaluate(config, tmp_path / "parts", data), whole)
+    plain = train.train_and_evaluate(tiny.config("vq"), tmp_path / "plain", data)
+    codebooks = [np.asarray(state.params["quantizer"]["codebook"]) for state in (whole, plain)]
+    # Without restarts it is still near its start, within 1/512.
+    assert np.abs(codebooks[0]).max() > 5 * np.abs(codebooks[1]).max()
+
+
 # The dense lattice's basis moves towards 0 by the learning rate a step. Near 0 training is chaotic:
 # the gradient of an entry b changes with b by Σ(z/b)², and rounding errors grow tenfold a step and
 # more, in float64 as well. One seed keeps clear of 0 for 30 steps, the other does not.
 SEED_CLEAR_OF_ZERO, SEED_NEAR_ZERO = 8, 3
 
 
-def assert_devices_agree(quantizer, num_steps, seed):
+def assert_devices_agree(quantizer, num_steps, seed, **overrides):
     with jax.enable_x64(True):
-        one, eight = (run_steps(quantizer, n, num_steps, "float64", seed) for n in (1, 8))
+        one, eight = (
+            run_steps(quantizer, n, num_steps, "float64", seed, **overrides) for n in (1, 8)
+        )
     for name, value in one[-1].items():
         assert value.dtype == np.float64
         error = np.linalg.norm(value - eight[-1][name]) / np.linalg.norm(value)
@@ -85,6 +104,11 @@ def assert_devices_agree(quantizer, num_steps, seed):
 def test_one_and_eight_devices_are_the_same_computation(quantizer):
     """In float64, where 30 steps do not amplify rounding into another argmin."""
     assert_devices_agree(quantizer, 30, SEED_NEAR_ZERO)
+
+
+@pytest.mark.slow
+def test_one_and_eight_devices_draw_the_same():
+    assert_devices_agree("vq", 10, SEED_NEAR_ZERO, **RANDOM)
 
 
 @pytest.mark.slow

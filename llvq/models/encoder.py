@@ -2,13 +2,19 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from llvq.models import layers
+
+# What may follow the projection to latents.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "leaky_relu": nnx.leaky_relu,
+    "none": lambda latents: latents,
+}
 
 
 class Encoder(nnx.Module):
@@ -46,6 +52,10 @@ class Encoder(nnx.Module):
             for _ in range(num_residual_blocks)
         )
         self.project = conv(width, latent_dim, 1)
+        if latent_activation not in ACTIVATIONS:
+            raise ValueError(
+                f"latent_activation={latent_activation!r}: must be one of {', '.join(ACTIVATIONS)}"
+            )
         self.latent_activation = latent_activation
 
     def __call__(
@@ -59,5 +69,4 @@ class Encoder(nnx.Module):
         for block in self.residual_blocks:
             x = block(x)
         x = nnx.leaky_relu(x)
-        x = self.project(x)
-        return nnx.leaky_relu(x) if self.latent_activation == "leaky_relu" else x
+        return ACTIVATIONS[self.latent_activation](self.project(x))

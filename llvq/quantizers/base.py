@@ -22,7 +22,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from llvq.fields import Integer, Number
+from llvq.fields import Integer, Number, checked
 
 # Options that several quantizers share, with the paper's defaults.
 CodebookSize = Annotated[int, Integer(2, 2**24)]
@@ -50,6 +50,12 @@ class Quantizer(nnx.Module):
     learns_without_gradients = False
     """Whether it learns from `update_statistics` instead of gradients; see the recipe `paper`."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Constructors check the options that are annotated with a range."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            setattr(cls, "__init__", checked(cls.__init__))  # noqa: B010
+
     @classmethod
     def fixed_latent_dim(cls, options: Mapping[str, Any]) -> int | None:
         """The latent_dim that the constructor's options determine; None if it takes any."""
@@ -76,7 +82,6 @@ class Quantizer(nnx.Module):
     def lookup(self, codes: Int[Array, "..."]) -> Float[Array, "... latent_dim"]:
         """The quantized latents of given codes."""
 
-    @abc.abstractmethod
     def losses(
         self,
         latents: Float[Array, "... latent_dim"],
@@ -90,6 +95,7 @@ class Quantizer(nnx.Module):
           quantized: what `quantize` makes of them.
           where: the latents that count, in a shape that broadcasts; None if all do.
         """
+        raise NotImplementedError
 
     def prepare(self, latents: Float[Array, "... latent_dim"]) -> Float[Array, "... latent_dim"]:
         """Transforms the latents before they are quantized, differentiably."""
@@ -186,7 +192,7 @@ class Quantizer(nnx.Module):
         """
         if not self.code_shape:
             return codes
-        return jnp.sum(codes * self._place_values(), axis=-1)
+        return jnp.sum(codes * self._place_values(), axis=-1, dtype=jnp.int32)
 
     def indices_to_codes(self, indices: Int[Array, "..."]) -> Int[Array, "..."]:
         """The codes of indices; the inverse of `codes_to_indices`.
@@ -224,8 +230,9 @@ def mean(values: Float[Array, "..."], where: Bool[Array, "..."] | None) -> Float
     """The mean of the values that count; 0 if none does."""
     if where is None:
         return jnp.mean(values)
-    where = jnp.broadcast_to(where, values.shape)
-    return jnp.sum(values, where=where) / jnp.maximum(jnp.sum(where), 1)
+    # Counted before it is broadcast: the number of elements may exceed an int32.
+    count = jnp.sum(where).astype(values.dtype) * (values.size / where.size)
+    return jnp.sum(values, where=where) / jnp.maximum(count, 1)
 
 
 def distances(

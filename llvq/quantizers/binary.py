@@ -1,7 +1,8 @@
 """The common part of LFQ and BSQ: codes of bits, and the entropies of softly assigned bits.
 
 A latent z belongs to the code c with probability p(c|z) ∝ exp(−‖z − c‖² / τ). For codes in {±a}ᵈ
-that is a product over the coordinates: bit i is set with probability σ(4·a·zᵢ / τ).
+that is a product over the coordinates: bit i is set with probability σ(4·a·zᵢ / τ). The BSQ paper
+writes τ for 2/τ.
 """
 
 import math
@@ -67,10 +68,18 @@ def entropy_of_mean(
     total = jnp.maximum(jnp.sum(weights), 1)
     if factorised:
         axes = tuple(range(logits.ndim - 1))
-        means = jnp.sum(weights * jnp.tanh(logits / 2), axis=axes) / total
-        both = jnp.stack([means, -means])  # 2p − 1 for the probabilities p of 1 and of 0
-        logs = jnp.log1p(jnp.maximum(both, jnp.finfo(both.dtype).eps - 1))
-        return jnp.sum(math.log(2) - jnp.sum((1 + both) / 2 * lax.stop_gradient(logs), axis=0))
+        means = [
+            jnp.sum(weights * values, axis=axes) / total
+            for values in (jax.nn.sigmoid(logits), jax.nn.sigmoid(-logits), jnp.tanh(logits / 2))
+        ]
+        probabilities, excess = jnp.stack(means[:2]), jnp.stack([means[2], -means[2]])
+        # Near 1/2 the logarithm of 2p keeps its digits only as log1p(2p − 1).
+        logs = jnp.where(
+            jnp.abs(excess) < 0.5,
+            jnp.log1p(jnp.clip(excess, -0.5, 0.5)),
+            jnp.log(jnp.maximum(2 * probabilities, jnp.finfo(excess.dtype).tiny)),
+        )
+        return jnp.sum(math.log(2) - jnp.sum(probabilities * lax.stop_gradient(logs), axis=0))
     # The codes are the pairs of a first and a second half, and a code's probability is the product
     # of theirs. So the mean over the latents is a product of two matrices.
     first, second = map(_joint, jnp.array_split(logits, 2, axis=-1))

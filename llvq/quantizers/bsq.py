@@ -33,10 +33,7 @@ class BSQ(BinaryQuantizer):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        """Raises ValueError if num_bits is below 1."""
         del rngs  # nothing is drawn
-        if num_bits < 1:
-            raise ValueError(f"num_bits={num_bits}: must be 1 or more")
         self._set_up(num_bits)
         self.scale = num_bits**-0.5
         self.entropy_weight = entropy_weight

@@ -12,7 +12,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from llvq.fields import Choice, Number
-from llvq.quantizers.base import Quantizer, by_example, straight_through
+from llvq.quantizers.base import (
+    Losses,
+    Quantizer,
+    by_example,
+    codebook_losses,
+    straight_through,
+)
 
 _PRECISION = jax.lax.Precision.HIGHEST
 
@@ -183,6 +189,8 @@ class CodebookQuantizer(Quantizer):
 
     code_shape = ()
 
+    commitment_cost: float
+
     @abc.abstractmethod
     def points(self) -> Float[Array, "codes latent_dim"]:
         """The vectors that latents are replaced by."""
@@ -196,6 +204,14 @@ class CodebookQuantizer(Quantizer):
 
     def lookup(self, codes: Int[Array, "..."]) -> Float[Array, "... latent_dim"]:
         return jnp.take(self.points(), codes, axis=0)
+
+    def losses(
+        self,
+        latents: Float[Array, "... latent_dim"],
+        quantized: Float[Array, "... latent_dim"],
+        where: Bool[Array, "..."] | None,
+    ) -> Losses:
+        return codebook_losses(latents, quantized, where, self.commitment_cost)
 
     def histograms(self, codes: Int[Array, "..."]) -> dict[str, Array]:
         return {"codebook_usage": codes}
@@ -262,12 +278,21 @@ class LearnedCodebook(CodebookQuantizer):
         mask: Bool[Array, "batch"] | None,
         key: Key[Array, ""] | None,
     ) -> None:
-        if self.is_initialised is None:
-            return
+        if self.is_initialised is not None:
+            self._initialise(self.is_initialised, latents, mask, key)
+
+    def _initialise(
+        self,
+        is_initialised: nnx.BatchStat[Array],
+        latents: Float[Array, "batch ... latent_dim"],
+        mask: Bool[Array, "batch"] | None,
+        key: Key[Array, ""] | None,
+    ) -> Bool[Array, ""]:
+        """Makes a codebook of the first batch; returns whether this is the first."""
         if key is None:
             raise ValueError("initialisation='batch' needs a key in training")
         codebook_size = len(self.codebook[...])
-        is_first = self.is_initialised[...] == 0
+        is_first = is_initialised[...] == 0
         if mask is not None:  # an empty batch does not count as the first
             is_first &= jnp.any(mask)
 
@@ -283,7 +308,8 @@ class LearnedCodebook(CodebookQuantizer):
 
         centres = jax.lax.cond(is_first, cluster, lambda: self.codebook[...])
         self._replace(jnp.broadcast_to(is_first, codebook_size), centres)
-        self.is_initialised[...] = jnp.where(is_first, 1, self.is_initialised[...])
+        is_initialised[...] = jnp.where(is_first, 1, is_initialised[...])
+        return is_first
 
     def _replace(
         self, is_new: Bool[Array, "codes"], vectors: Float[Array, "codes latent_dim"]
@@ -307,5 +333,7 @@ class LearnedCodebook(CodebookQuantizer):
             raise ValueError("restart_threshold above 0 needs a key in training")
         mean = jnp.mean(cluster_size)
         is_dead = cluster_size < self.restart_threshold * mean
+        if mask is not None:
+            is_dead &= jnp.any(mask)
         self._replace(is_dead, draw(latents, mask, key, len(cluster_size), distinct=False))
         return is_dead, jnp.where(is_dead, mean, cluster_size)

@@ -34,10 +34,7 @@ class FSQ(Quantizer):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        """Raises ValueError if `levels` is empty or one of them is not from 2 to 1000."""
         del rngs  # nothing is drawn
-        if not levels or min(levels) < 2 or max(levels) > _MOST_LEVELS:
-            raise ValueError(f"levels={levels}: must be one or more, each from 2 to {_MOST_LEVELS}")
         self.levels = tuple(levels)
         self.latent_dim = len(self.levels)
         self.code_shape = (self.latent_dim,)

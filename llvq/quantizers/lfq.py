@@ -39,10 +39,7 @@ class LFQ(BinaryQuantizer):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        """Raises ValueError if codebook_size is no power of two."""
         del rngs  # nothing is drawn
-        if codebook_size < 2 or codebook_size & (codebook_size - 1):
-            raise ValueError(f"codebook_size={codebook_size}: must be a power of two, 2 or more")
         self._set_up(int(math.log2(codebook_size)))
         self.entropy_weight = entropy_weight
         self.temperature = temperature

@@ -57,11 +57,11 @@ def default_options(name: str) -> dict[str, Any]:
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raises UserError unless these are all options of a quantizer, each within its range."""
     known = fields.options(quantizer_class(name).__init__)
-    if set(options) != set(known):
+    for option in sorted(set(options) ^ set(known)):
+        wrong = "is no option" if option in options else "is missing"
         raise UserError(
-            f"config.quantizer has the options {', '.join(sorted(options)) or 'none'}, but {name} "
-            f"takes {', '.join(known)}: name the quantizer in the config argument "
-            f"(configs/….py:{name})"
+            f"config.quantizer.{option} {wrong}: {name} takes {', '.join(known)}; for another "
+            f"quantizer, name it in the config argument (configs/….py:{name})"
         )
     fields.check(options, {option: range_ for option, (_, range_) in known.items()}, "quantizer.")
 

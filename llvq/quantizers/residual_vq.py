@@ -9,7 +9,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from llvq.fields import Choice, Flag, Integer
+from llvq.fields import Choice, Flag, Integer, Number
 from llvq.quantizers.base import (
     COMMITMENT_COST,
     CodebookSize,
@@ -41,8 +41,6 @@ class ResidualVQ(Quantizer):
         that one model serves all rates. The codes of the stages left out are then −1.
     """
 
-    learns_without_gradients = True
-
     def __init__(
         self,
         latent_dim: int,
@@ -51,6 +49,7 @@ class ResidualVQ(Quantizer):
         codebook_size: CodebookSize = 1024,
         stage: Annotated[str, Choice(*_STAGES)] = "vq_ema",
         commitment_cost: CommitmentCost = COMMITMENT_COST,
+        decay: Annotated[float, Number(0, 1, excluded=1)] = 0.99,
         initialisation: Initialisation = "batch",
         restart_threshold: RestartThreshold = 0.1,
         dropout: Annotated[bool, Flag()] = True,
@@ -63,6 +62,7 @@ class ResidualVQ(Quantizer):
         codebook_size: of each stage.
         stage: the quantizer of each stage: vq, vq_ema or simvq.
         commitment_cost: of each stage.
+        decay: of the moving averages of vq_ema.
         initialisation: of each codebook; see `LearnedCodebook`. simvq has none.
         restart_threshold: likewise.
         dropout: see the class.
@@ -76,6 +76,8 @@ class ResidualVQ(Quantizer):
         if stage != "simvq":
             options["initialisation"] = initialisation
             options["restart_threshold"] = restart_threshold
+        if stage == "vq_ema":
+            options["decay"] = decay
         self.latent_dim = latent_dim
         self.code_shape = (depth,)
         self.levels = (codebook_size,) * depth
@@ -97,14 +99,6 @@ class ResidualVQ(Quantizer):
         for stage, code in zip(self.stages, jnp.moveaxis(codes, -1, 0), strict=False):
             total += jnp.where(code[..., None] >= 0, stage.lookup(code), 0)
         return total
-
-    def losses(
-        self,
-        latents: Float[Array, "... latent_dim"],
-        quantized: Float[Array, "... latent_dim"],
-        where: Bool[Array, "..."] | None,
-    ) -> Losses:
-        raise NotImplementedError("the stages have losses of their own: see `forward`")
 
     def forward(
         self,

@@ -4,14 +4,12 @@ import jax
 from flax import nnx
 from jax import numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from llvq.quantizers.base import (
     COMMITMENT_COST,
     CodebookSize,
     CommitmentCost,
-    Losses,
-    codebook_losses,
 )
 from llvq.quantizers.codebook import CodebookQuantizer
 
@@ -50,11 +48,3 @@ class SimVQ(CodebookQuantizer):
 
     def points(self) -> Float[Array, "codes latent_dim"]:
         return jnp.matmul(self.coefficients[...], self.basis[...], precision=_PRECISION)
-
-    def losses(
-        self,
-        latents: Float[Array, "... latent_dim"],
-        quantized: Float[Array, "... latent_dim"],
-        where: Bool[Array, "..."] | None,
-    ) -> Losses:
-        return codebook_losses(latents, quantized, where, self.commitment_cost)

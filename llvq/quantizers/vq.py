@@ -11,9 +11,7 @@ from llvq.quantizers.base import (
     COMMITMENT_COST,
     CodebookSize,
     CommitmentCost,
-    Losses,
     by_example,
-    codebook_losses,
 )
 from llvq.quantizers.codebook import (
     Distance,
@@ -61,14 +59,6 @@ class VectorQuantizer(LearnedCodebook):
         self.cluster_size = (
             nnx.BatchStat(jnp.zeros(codebook_size, param_dtype)) if restart_threshold else None
         )
-
-    def losses(
-        self,
-        latents: Float[Array, "... latent_dim"],
-        quantized: Float[Array, "... latent_dim"],
-        where: Bool[Array, "..."] | None,
-    ) -> Losses:
-        return codebook_losses(latents, quantized, where, self.commitment_cost)
 
     def update_statistics(
         self,

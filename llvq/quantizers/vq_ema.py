@@ -89,10 +89,14 @@ class EMAVectorQuantizer(LearnedCodebook):
     ) -> None:
         if self.is_initialised is None:
             return
-        before = self.is_initialised[...]
-        super().initialise(latents, mask, key)
-        # The sums begin with the first batch, and not at random.
-        self.ema_sum[...] *= before == self.is_initialised[...]
+        is_first = self._initialise(self.is_initialised, latents, mask, key)
+        # Every vector begins with the mean count, as a restarted one does.
+        codebook_size = len(self.codebook[...])
+        share = 1.0 if mask is None else jnp.mean(mask, dtype=self.param_dtype)
+        count = share * (latents.size / latents.shape[-1] / codebook_size)
+        self.cluster_size[...] = jnp.where(is_first, count, self.cluster_size[...])
+        sums = count * self.codebook[...]
+        self.ema_sum[...] = jnp.where(is_first, sums, self.ema_sum[...])
 
     def update_statistics(
         self,
@@ -109,7 +113,9 @@ class EMAVectorQuantizer(LearnedCodebook):
         size = (size + self.epsilon) / (total + codebook_size * self.epsilon) * total
         self.cluster_size[...] = size
         self.ema_sum[...] = self.decay * self.ema_sum[...] + (1.0 - self.decay) * sums
-        self.codebook[...] = self.ema_sum[...] / size[:, None]
+        # Where no latent has ever counted there is no mean.
+        means = self.ema_sum[...] / jnp.where(total > 0, size, 1)[:, None]
+        self.codebook[...] = jnp.where(total > 0, means, self.codebook[...])
         if self.restart_threshold:
             is_dead, size = self._restart(size, latents, mask, key)
             self.cluster_size[...] = size

@@ -103,7 +103,7 @@ def abstract_train_state(model: VQVAE) -> TrainState:
 
 
 def num_quantizer_parameters(state: TrainState) -> int:
-    """How many numbers the quantizer has learnt, the EMA codebook's statistics included."""
+    """How many numbers the quantizer holds, statistics and frozen coefficients included."""
     return num_parameters([tree.get("quantizer", {}) for tree in (state.params, state.statistics)])
 
 

@@ -15,6 +15,9 @@ from llvq.runtime import sharding
 from llvq.training import train_state
 from llvq.training.train_state import OPTIMIZER, TrainState, Tree
 
+# Folded into the seed's key. The numbers of parameters, which nnx.Rngs folds in, are far below.
+_TRAINING = 2**31 - 1
+
 Metrics = dict[str, Float[Array, "*steps"]]
 # Takes (state, images), or (state, all images, index) if it takes several steps: see
 # `make_train_step`.
@@ -54,7 +57,7 @@ def make_train_step(
         """(loss, (metrics, params, statistics)), the last two as the forward pass leaves them."""
         model = nnx.merge(graphdef, params, statistics)
         targets = model.to_floats(model.pack(images))
-        key = jax.random.fold_in(jax.random.key(seed), step)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _TRAINING), step)
         reconstructions, _, quantizer_losses = model(targets, train=True, key=key)
         reconstructions = reconstructions.astype(targets.dtype)
         reconstruction_loss = jnp.mean((reconstructions - targets) ** 2)
