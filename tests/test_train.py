@@ -12,7 +12,7 @@ from flax import nnx, struct
 from jax import numpy as jnp
 
 from llvq import checkpointing, evaluate, pretrained, pretrained_index, train
-from llvq.config import of_saved, parse
+from llvq.config import of_saved, parse, to_dict
 from llvq.data import ArrayDataset, order
 from llvq.errors import DivergenceError, UserError
 from llvq.fields import flatten
@@ -395,7 +395,7 @@ def test_a_run_keeps_its_batch_on_other_devices(tmp_path, monkeypatch):
 
     train.train_and_evaluate({**config, "num_train_steps": 3}, tmp_path / "pod", data)
     used = of_saved(checkpointing.load(tmp_path / "pod").config)
-    assert used == {**flatten(plain), "num_train_steps": 3}
+    assert used == {**flatten(to_dict(parse(plain))), "num_train_steps": 3}
     # The rest on four devices, where the config by itself would make batches of 16.
     four = jax.devices()[:4]
     mesh_for_batches = sharding.mesh_for_batches
