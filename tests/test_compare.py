@@ -1,0 +1,59 @@
+"""The comparison of quantizers: its runs, and its figures from records."""
+
+import json
+
+import pytest
+
+pytest.importorskip("tensorflow_datasets", reason="the command reads FashionMNIST with it")
+pytest.importorskip("bjontegaard", reason="the command computes delta rates with it")
+
+from llvq.config import to_dict
+from results import compare
+
+
+def test_every_run_has_a_name_and_a_possible_config():
+    runs = [*compare.FIRST, *compare.TRIALS]
+    assert len({run.name for run in runs}) == len(runs)
+    for run in runs:
+        config, curve = run.config(), compare.CURVES[run.curve]
+        assert config.quantizer.options[curve.knob] == run.value
+        assert (config.num_epochs, config.seed) == (run.epochs, 2)
+
+
+def write_records(directory, factors):
+    """Records of curves at equal PSNR, whose bits are a multiple of the baseline's."""
+    for run in compare.FIRST:
+        place = compare.CURVES[run.curve].values.index(run.value)
+        bits = factors.get(run.curve, 1.0) * (1.0, 2.0, 3.0, 4.0)[place]
+        evaluation = {
+            "coded_bits_per_pixel": bits / 4,
+            "coded_bits_per_vector": bits,
+            "context_coded_bits_per_vector": bits / 2,
+            "reconstruction_loss": 0.01 / (place + 1),
+            "psnr": 20.0 + place,
+            "effective_codebook_size": 3,
+        }
+        run.record.parent.mkdir(parents=True, exist_ok=True)
+        record = {"config": to_dict(run.config()), "evaluation": evaluation}
+        run.record.write_text(json.dumps(record))
+
+
+def test_delta_rates_and_what_follows(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "DIRECTORY", tmp_path / "compare")
+    write_records(tmp_path, {"fsq": 0.9, "bsq": 1.1})
+    records = compare.read(compare.FIRST)
+    assert compare.bd_rate("fsq", records) == pytest.approx(-10.0)
+    assert compare.bd_rate("bsq", records) == pytest.approx(10.0)
+    further = compare.further(records)
+    assert {run.curve for run in further if run.epochs == 3} >= {"fsq", "sparse_lattice"}
+    assert {run.curve for run in further if run.epochs == 10} == {"vq", "fsq"}
+    compare.write(records)
+    page = (tmp_path / "compare.md").read_text()
+    assert "| `fsq` | -10.0% |" in page
+    # A record of another config does not count.
+    run = compare.FIRST[0]
+    record = json.loads(run.record.read_text())
+    record["config"]["model"]["latent_dim"] = 7
+    run.record.write_text(json.dumps(record))
+    assert run not in compare.read(compare.FIRST)
+    assert compare.further(compare.read(compare.FIRST)) == []
