@@ -45,7 +45,34 @@ from llvq.runtime import host_memory
 
 LATENT_DIM = 64
 PACKAGE = "vector-quantize-pytorch"
-_IN_PACKAGE = ("vq", "vq_ema", "fsq", "lfq", "bsq", "simvq", "residual_vq")
+_LEARNED = {"commitment_weight": 0.25, "rotation_trick": False, "decay": 0.99}
+_BY_GRADIENT = {"ema_update": False, "learnable_codebook": True}
+
+# Each quantizer's counterpart in the package, from the package and the quantizer's options.
+_COUNTERPARTS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
+    "vq": lambda package, options: package.VectorQuantize(
+        LATENT_DIM, options["codebook_size"], **_LEARNED, **_BY_GRADIENT
+    ),
+    "vq_ema": lambda package, options: package.VectorQuantize(
+        LATENT_DIM, options["codebook_size"], **_LEARNED
+    ),
+    "fsq": lambda package, options: package.FSQ(options["levels"]),
+    "lfq": lambda package, options: package.LFQ(
+        codebook_size=options["codebook_size"], commitment_loss_weight=0.25
+    ),
+    "bsq": lambda package, options: package.LFQ(
+        codebook_size=2 ** options["num_bits"], spherical=True
+    ),
+    "simvq": lambda package, options: package.SimVQ(
+        LATENT_DIM, options["codebook_size"], rotation_trick=False
+    ),
+    "residual_vq": lambda package, options: package.ResidualVQ(
+        dim=LATENT_DIM,
+        num_quantizers=options["depth"],
+        codebook_size=options["codebook_size"],
+        **_LEARNED,
+    ),
+}
 _MOST_IMAGES = 64  # XLA's sums over the vectors of a single image are slow on a CPU
 
 
@@ -107,31 +134,6 @@ def prepare_llvq(quantizer: str, codebook_size: int, num_vectors: int) -> Conten
     return Contender(run, measure.compiled_memory(compiled))
 
 
-def _create_package(quantizer: str, options: dict[str, Any]) -> Any:
-    """The package's counterpart of a quantizer of _IN_PACKAGE."""
-    import vector_quantize_pytorch as package
-
-    learned = {
-        "commitment_weight": options.get("commitment_cost"),
-        "rotation_trick": False,
-        "ema_update": quantizer != "vq",
-        "learnable_codebook": quantizer == "vq",
-        "decay": 0.99,
-    }
-    size = options.get("codebook_size")
-    return {
-        "vq": lambda: package.VectorQuantize(LATENT_DIM, size, **learned),
-        "vq_ema": lambda: package.VectorQuantize(LATENT_DIM, size, **learned),
-        "fsq": lambda: package.FSQ(options["levels"]),
-        "lfq": lambda: package.LFQ(codebook_size=size, commitment_loss_weight=0.25),
-        "bsq": lambda: package.LFQ(codebook_size=2 ** options["num_bits"], spherical=True),
-        "simvq": lambda: package.SimVQ(LATENT_DIM, size, rotation_trick=False),
-        "residual_vq": lambda: package.ResidualVQ(
-            dim=LATENT_DIM, num_quantizers=options["depth"], codebook_size=size, **learned
-        ),
-    }[quantizer]()
-
-
 def prepare_torch(kind: str, quantizer: str, codebook_size: int, num_vectors: int) -> Contender:
     """A quantizer of the package, or the same quantizer in this project's PyTorch."""
     import torch
@@ -142,10 +144,11 @@ def prepare_torch(kind: str, quantizer: str, codebook_size: int, num_vectors: in
     torch.manual_seed(0)
     options = _options(quantizer, codebook_size)
     if kind == PACKAGE:
-        model = _create_package(quantizer, options)
-        model.channel_first = (
-            False  # else it takes an array of four axes for an image with channels first
-        )
+        import vector_quantize_pytorch
+
+        model = _COUNTERPARTS[quantizer](vector_quantize_pytorch, options)
+        # Otherwise it takes an array of four axes for an image with channels first.
+        model.channel_first = False
     else:
         model = torch_model.create_quantizer(quantizer, LATENT_DIM, options)
     model = model.to(device).train()
@@ -172,12 +175,11 @@ def _case(quantizer: str, codebook_size: int, num_vectors: int) -> Case:
     contenders: dict[str, Callable[[], Contender]] = {
         "llvq": functools.partial(prepare_llvq, quantizer, codebook_size, num_vectors)
     }
-    has_package = quantizer in _IN_PACKAGE
-    kinds = ("PyTorch",) * (quantizer in torch_model.QUANTIZERS) + (PACKAGE,) * has_package
-    for kind in kinds:
-        contenders[kind] = functools.partial(
-            prepare_torch, kind, quantizer, codebook_size, num_vectors
-        )
+    for kind, known in (("PyTorch", torch_model.QUANTIZERS), (PACKAGE, _COUNTERPARTS)):
+        if quantizer in known:
+            contenders[kind] = functools.partial(
+                prepare_torch, kind, quantizer, codebook_size, num_vectors
+            )
     setting = {"quantizer": quantizer, "K": codebook_size, "vectors": num_vectors}
     return Case(setting, num_vectors, contenders)
 

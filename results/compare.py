@@ -33,7 +33,6 @@ DIRECTORY = pathlib.Path(__file__).parent / "compare"
 
 SEED, MORE_SEEDS = 2, (32, 432)
 _EPOCHS = 3
-_PIXELS_PER_VECTOR = 4
 
 
 class Curve(NamedTuple):
@@ -172,7 +171,7 @@ def nearest(name: str, records: Mapping[Run, Mapping[str, Any]]) -> Run:
 
 
 def further(records: Mapping[Run, Mapping[str, Any]]) -> list[Run]:
-    """What runs after the first: more seeds for the best and the lattice, ten epochs for some."""
+    """The runs after the first ones: more seeds for four curves, and ten epochs for two."""
     if any(run not in records for run in FIRST):
         return []
 

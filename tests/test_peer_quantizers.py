@@ -16,6 +16,8 @@ from tests.test_scalar_quantizers import assert_close, entropy, make_latents, so
 torch = pytest.importorskip("torch")
 peers = pytest.importorskip("vector_quantize_pytorch")
 
+pytestmark = pytest.mark.slow
+
 DIM, SIZE = 8, 16
 
 

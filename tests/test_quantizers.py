@@ -55,7 +55,7 @@ def grads_of(quantizer, latents, weights):
         quantized, _, losses = quantizer(latents)
         return jnp.sum(weights * quantized) + losses["quantizer_loss"]
 
-    return nnx.grad(loss_fn, argnums=(0, 1))(quantizer, latents)
+    return nnx.jit(nnx.grad(loss_fn, argnums=(0, 1)))(quantizer, latents)
 
 
 @pytest.fixture(params=[1024, 6])
@@ -324,9 +324,10 @@ class TestContract:
         mask = np.array([True, True, True, True, False, False, False, False])
         plain, masked = make(name), make(name)
         key = jax.random.key(0)
-        _, codes, losses = plain(latents, train=True, key=key)
-        _, more_codes, masked_losses = masked(
-            np.concatenate([latents, junk]), train=True, mask=mask, key=key
+        train = nnx.jit(lambda quantizer, *given: quantizer(given[0], train=True, **given[1]))
+        _, codes, losses = train(plain, latents, {"key": key})
+        _, more_codes, masked_losses = train(
+            masked, np.concatenate([latents, junk]), {"mask": mask, "key": key}
         )
         np.testing.assert_array_equal(more_codes[:4], codes)
         largest = float(max(map(abs, losses.values())))  # some losses are differences of others
@@ -344,9 +345,11 @@ class TestContract:
 
     def test_any_number_of_axes(self, name):
         latents = make_latents((6, DIM))
-        flat, flat_codes, _ = make(name)(latents)
-        np.testing.assert_array_equal(make(name).lookup(flat_codes), flat)
-        deep, deep_codes, _ = make(name)(latents.reshape(3, 1, 2, DIM))
+        quantizer = make(name)
+        call = jax.jit(lambda latents: quantizer(latents))
+        flat, flat_codes, _ = call(latents)
+        np.testing.assert_array_equal(jax.jit(quantizer.lookup)(flat_codes), flat)
+        deep, deep_codes, _ = call(latents.reshape(3, 1, 2, DIM))
         np.testing.assert_array_equal(flat.reshape(deep.shape), deep)
         np.testing.assert_array_equal(flat_codes.reshape(deep_codes.shape), deep_codes)
 

@@ -22,7 +22,8 @@ def make(name, **options):
 def assert_same(actual, desired):
     """Codes are equal; everything else agrees within float32 rounding.
 
-    Some losses are differences of others, so that the largest one sets the scale of all.
+    Rounding means 2e-6 of the largest entry: sums of some hundred terms in another order. Some
+    losses are differences of others, so that the largest one sets the scale of all.
     """
     losses = [float(abs(x)) for x in jax.tree.leaves(desired) if not x.shape]
     for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
@@ -37,7 +38,7 @@ def make_mesh():
     return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
 
-FEW = ("vq_ema", "lfq", "residual_vq")  # what is special: statistics, sums over codes, keys
+FEW = ("residual_vq",)  # which has statistics and keys
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,7 @@ class TestTransformations:
         _, scanned = jax.lax.scan(lambda _, z: (None, quantizer(z)[:2]), None, LATENTS)
         assert_same(scanned, desired)
 
+    @pytest.mark.slow
     def test_training_in_a_scan_is_a_loop_of_calls(self, name):
         graphdef, params, statistics = nnx.split(make(name), nnx.Param, nnx.BatchStat)
 
@@ -89,6 +91,7 @@ class TestTransformations:
         split = jax.device_put(LATENTS, NamedSharding(mesh, spec))
         assert_same(jax.jit(lambda z: quantizer(z))(split), desired)
 
+    @pytest.mark.slow
     def test_gradients_in_nnx(self, name):
         """With and without nnx.jit, gradients and the state after the call are the same."""
 
@@ -109,6 +112,7 @@ RANDOM = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), RANDOM)
 def test_what_is_random_depends_on_the_key_and_not_on_the_devices(name, options):
     graphdef, state = nnx.split(make(name, **options))

@@ -4,6 +4,7 @@ A float32 result may be off by 1e-6 of the reference's largest entry: 8 units in
 which sums over some hundred terms and tanh stay within.
 """
 
+import functools
 import itertools
 
 import jax
@@ -31,13 +32,20 @@ def make_latents(dim, scale=1.0, seed=0, shape=(4, 6, 5)):
 def of_loss(quantizer, latents, weights=None):
     """(losses, gradient by the latents of Σ weights·quantized + quantizer loss)."""
 
-    def loss_fn(latents):
-        quantized, _, losses = quantizer(latents)
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def grad(latents):
+        quantized, _, losses = call(quantizer, latents)
         total = 0.0 if weights is None else jnp.sum(weights * quantized)
         return total + losses["quantizer_loss"], losses
 
-    gradient, losses = jax.grad(loss_fn, has_aux=True)(latents)
+    gradient, losses = grad(latents)
     return losses, gradient
+
+
+def call(quantizer, latents):
+    """The quantizer, compiled as a whole, which takes less time than operation by operation."""
+    return jax.jit(lambda latents: quantizer(latents))(latents)
 
 
 # The formulas, in float64.
@@ -114,7 +122,7 @@ class TestFSQ:
         half_widths = np.array(levels) // 2
 
         quantizer = FSQ(levels)
-        quantized, codes, losses = quantizer(latents)
+        quantized, codes, losses = call(quantizer, latents)
         assert codes.dtype == jnp.int32
         desired = np.round(bounded)
         np.testing.assert_array_equal(
@@ -131,7 +139,7 @@ class TestFSQ:
     def test_every_level_is_reached_and_none_beyond(self, levels):
         latents = np.linspace(-30, 30, 200_001, dtype=np.float32)[:, None].repeat(len(levels), 1)
         latents = np.concatenate([latents, np.full_like(latents[:1], np.inf), -1e30 + latents[:1]])
-        codes = np.asarray(FSQ(levels)(latents)[1])
+        codes = np.asarray(call(FSQ(levels), latents)[1])
         for entry, count in zip(codes.T, levels, strict=True):
             np.testing.assert_array_equal(np.unique(entry), np.arange(count))
 
@@ -147,7 +155,7 @@ class TestLFQ:
         bits = codebook_size.bit_length() - 1
         latents, weights = make_latents(bits), make_latents(bits, seed=1)
         quantizer = LFQ(codebook_size=codebook_size, temperature=temperature)
-        quantized, codes, losses = quantizer(latents)
+        quantized, codes, losses = call(quantizer, latents)
         np.testing.assert_array_equal(quantized, np.where(latents > 0, 1, -1))
         np.testing.assert_array_equal(codes, latents > 0)
         np.testing.assert_array_equal(quantizer.lookup(codes), quantized)
@@ -172,7 +180,7 @@ class TestLFQ:
 
     def test_a_large_codebook_adds_up_the_bits(self):
         latents = make_latents(18)
-        losses = LFQ(codebook_size=2**18, temperature=1.0)(latents)[2]
+        losses = call(LFQ(codebook_size=2**18, temperature=1.0), latents)[2]
         flat = latents.reshape(-1, 18).astype(np.float64)
         p = sigmoid(4 * flat).mean(0)
         assert_close(losses["entropy"], bit_entropies(flat, 1.0, 1.0).sum(-1).mean())
@@ -185,7 +193,8 @@ class TestLFQ:
         latents = np.random.default_rng(0).normal(-2, 0.3, (500, bits)).astype(np.float32)
         logits = 4 * latents.astype(float)
         ones, zeros = sigmoid(logits), sigmoid(-logits)
-        gradient = jax.grad(lambda x: entropy_of_mean(x, None, factorised=True))(4 * latents)
+        penalty = functools.partial(entropy_of_mean, where=None, factorised=True)
+        gradient = jax.jit(jax.grad(penalty))(4 * latents)
         odds = np.log(ones.mean(0)) - np.log(zeros.mean(0))
         assert_close(gradient, -odds * ones * zeros / len(latents))
 
@@ -203,7 +212,7 @@ class TestBSQ:
         bits, temperature = 6, 0.3
         latents, weights = make_latents(bits), make_latents(bits, seed=1)
         quantizer = BSQ(num_bits=bits, temperature=temperature)
-        quantized, codes, losses = quantizer(latents)
+        quantized, codes, losses = call(quantizer, latents)
         scale = bits**-0.5
         exact = latents.reshape(-1, bits).astype(np.float64)
 
@@ -236,10 +245,12 @@ class TestBSQ:
         assert_close(gradient, desired.reshape(gradient.shape))
 
     def test_zero_is_positive_as_in_the_paper(self):
-        quantized, codes, _ = BSQ(num_bits=4)(np.zeros((1, 4), np.float32))
+        quantized, codes, _ = call(BSQ(num_bits=4), np.zeros((1, 4), np.float32))
         np.testing.assert_array_equal(codes, np.ones((1, 4)))
         np.testing.assert_array_equal(quantized, np.full((1, 4), 0.5))
-        gradient = jax.grad(lambda z: BSQ(num_bits=4)(z)[0].sum())(np.zeros((1, 4), np.float32))
+        gradient = jax.jit(jax.grad(lambda z: BSQ(num_bits=4)(z)[0].sum()))(
+            np.zeros((1, 4), np.float32)
+        )
         assert np.all(np.isfinite(gradient))
 
     def test_impossible_number_of_bits(self):
@@ -274,12 +285,12 @@ class TestAllCodes:
             half_range, offset = (levels - 1) * (1 - 1e-3) / 2, np.where(levels % 2, 0, 0.5)
             inside = (np.asarray(points, float) * (levels // 2) + offset) / half_range
             points = np.arctanh(np.clip(inside, -0.9999, 0.9999)) - np.tan(offset / half_range)
-        np.testing.assert_array_equal(quantizer(jnp.asarray(points, dtype))[1], codes)
+        np.testing.assert_array_equal(call(quantizer, jnp.asarray(points, dtype))[1], codes)
 
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e38, -1e38, 0.0])
     def test_no_code_out_of_range_and_nan_shows(self, quantizer, value):
         latents = np.full((2, quantizer.latent_dim), value, np.float32)
-        quantized, codes, _ = quantizer(latents)
+        quantized, codes, _ = call(quantizer, latents)
         assert np.all(np.asarray(codes) >= 0)
         assert np.all(np.asarray(codes) < quantizer.levels)
         assert np.all(np.isfinite(quantizer.lookup(codes)))

@@ -17,7 +17,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lfq": {"codebook_size": 256},
     "bsq": {"num_bits": 8},
     "simvq": {"codebook_size": 64},
-    "residual_vq": {"depth": 3, "codebook_size": 16},
+    "residual_vq": {"depth": 2, "codebook_size": 16},
 }
 
 

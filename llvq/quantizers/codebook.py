@@ -233,6 +233,7 @@ class LearnedCodebook(CodebookQuantizer):
     """
 
     codebook: nnx.Variable[Array]  # [codebook_size, latent_dim]
+    cluster_size: nnx.BatchStat[Array] | None  # [codebook_size], the moving averages, if needed
 
     def _set_up(
         self,
@@ -278,23 +279,16 @@ class LearnedCodebook(CodebookQuantizer):
         mask: Bool[Array, "batch"] | None,
         key: Key[Array, ""] | None,
     ) -> None:
-        if self.is_initialised is not None:
-            self._initialise(self.is_initialised, latents, mask, key)
-
-    def _initialise(
-        self,
-        is_initialised: nnx.BatchStat[Array],
-        latents: Float[Array, "batch ... latent_dim"],
-        mask: Bool[Array, "batch"] | None,
-        key: Key[Array, ""] | None,
-    ) -> Bool[Array, ""]:
-        """Makes a codebook of the first batch; returns whether this is the first."""
+        if self.is_initialised is None:
+            return
         if key is None:
             raise ValueError("initialisation='batch' needs a key in training")
         codebook_size = len(self.codebook[...])
-        is_first = is_initialised[...] == 0
-        if mask is not None:  # an empty batch does not count as the first
-            is_first &= jnp.any(mask)
+        is_first = self.is_initialised[...] == 0
+        mean_count = jnp.asarray(latents.size / latents.shape[-1] / codebook_size, latents.dtype)
+        if mask is not None:
+            is_first &= jnp.any(mask)  # an empty batch does not count as the first
+            mean_count *= jnp.mean(mask, dtype=latents.dtype)
 
         def step(_: int, centres: Array) -> Array:
             codes = nearest(latents, centres)
@@ -307,19 +301,22 @@ class LearnedCodebook(CodebookQuantizer):
             return jax.lax.fori_loop(0, _KMEANS_ITERATIONS, step, start)
 
         centres = jax.lax.cond(is_first, cluster, lambda: self.codebook[...])
-        self._replace(jnp.broadcast_to(is_first, codebook_size), centres)
-        is_initialised[...] = jnp.where(is_first, 1, is_initialised[...])
-        return is_first
+        self._replace(jnp.broadcast_to(is_first, codebook_size), centres, mean_count)
+        self.is_initialised[...] = jnp.where(is_first, 1, self.is_initialised[...])
 
     def _replace(
-        self, is_new: Bool[Array, "codes"], vectors: Float[Array, "codes latent_dim"]
+        self,
+        is_new: Bool[Array, "codes"],
+        vectors: Float[Array, "codes latent_dim"],
+        count: Float[Array, ""],
     ) -> None:
-        """Replaces the codebook vectors that are marked in `is_new`."""
+        """Replaces the codebook vectors marked in `is_new`; their moving average becomes count."""
         codebook = self.codebook[...]
         replaced = jnp.where(is_new[:, None], vectors, codebook)
-        self.codebook[...] = straight_through(
-            replaced, codebook
-        )  # gradients still reach the codebook
+        # Gradients still reach the codebook.
+        self.codebook[...] = straight_through(replaced, codebook)
+        if self.cluster_size is not None:
+            self.cluster_size[...] = jnp.where(is_new, count, self.cluster_size[...])
 
     def _restart(
         self,
@@ -327,13 +324,12 @@ class LearnedCodebook(CodebookQuantizer):
         latents: Float[Array, "batch ... latent_dim"],
         mask: Bool[Array, "batch"] | None,
         key: Key[Array, ""] | None,
-    ) -> tuple[Bool[Array, "codes"], Float[Array, "codes"]]:
-        """Replaces dead vectors; returns which ones were dead and the updated moving averages."""
+    ) -> None:
+        """Replaces dead vectors by latents drawn from the batch."""
         if key is None:
             raise ValueError("restart_threshold above 0 needs a key in training")
         mean = jnp.mean(cluster_size)
         is_dead = cluster_size < self.restart_threshold * mean
         if mask is not None:
             is_dead &= jnp.any(mask)
-        self._replace(is_dead, draw(latents, mask, key, len(cluster_size), distinct=False))
-        return is_dead, jnp.where(is_dead, mean, cluster_size)
+        self._replace(is_dead, draw(latents, mask, key, len(cluster_size), distinct=False), mean)

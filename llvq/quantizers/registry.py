@@ -57,7 +57,9 @@ def default_options(name: str) -> dict[str, Any]:
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raises UserError unless these are all options of a quantizer, each within its range."""
     known = fields.options(quantizer_class(name).__init__)
-    for option in sorted(set(options) ^ set(known)):
+    differing = sorted(set(options) ^ set(known))
+    if differing:
+        option = differing[0]
         wrong = "is no option" if option in options else "is missing"
         raise UserError(
             f"config.quantizer.{option} {wrong}: {name} takes {', '.join(known)}; for another "

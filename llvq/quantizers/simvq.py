@@ -6,11 +6,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from llvq.quantizers.base import (
-    COMMITMENT_COST,
-    CodebookSize,
-    CommitmentCost,
-)
+from llvq.quantizers.base import COMMITMENT_COST, CodebookSize, CommitmentCost
 from llvq.quantizers.codebook import CodebookQuantizer
 
 _PRECISION = jax.lax.Precision.HIGHEST

@@ -73,4 +73,5 @@ class VectorQuantizer(LearnedCodebook):
         weights = 1.0 if mask is None else by_example(mask, codes)
         counts = jnp.zeros_like(size).at[codes].add(weights)  # sums of 1 are exact in any order
         size = _DECAY * size + (1.0 - _DECAY) * counts
-        _, self.cluster_size[...] = self._restart(size, latents, mask, key)
+        self.cluster_size[...] = size
+        self._restart(size, latents, mask, key)

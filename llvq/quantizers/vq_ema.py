@@ -36,6 +36,8 @@ class EMAVectorQuantizer(LearnedCodebook):
 
     learns_without_gradients = True
 
+    cluster_size: nnx.BatchStat[Array]
+
     def __init__(
         self,
         latent_dim: int,
@@ -81,22 +83,14 @@ class EMAVectorQuantizer(LearnedCodebook):
             "commitment_loss": commitment_loss,
         }
 
-    def initialise(
+    def _replace(
         self,
-        latents: Float[Array, "batch ... latent_dim"],
-        mask: Bool[Array, "batch"] | None,
-        key: Key[Array, ""] | None,
+        is_new: Bool[Array, "codes"],
+        vectors: Float[Array, "codes latent_dim"],
+        count: Float[Array, ""],
     ) -> None:
-        if self.is_initialised is None:
-            return
-        is_first = self._initialise(self.is_initialised, latents, mask, key)
-        # Every vector begins with the mean count, as a restarted one does.
-        codebook_size = len(self.codebook[...])
-        share = 1.0 if mask is None else jnp.mean(mask, dtype=self.param_dtype)
-        count = share * (latents.size / latents.shape[-1] / codebook_size)
-        self.cluster_size[...] = jnp.where(is_first, count, self.cluster_size[...])
-        sums = count * self.codebook[...]
-        self.ema_sum[...] = jnp.where(is_first, sums, self.ema_sum[...])
+        super()._replace(is_new, vectors, count)
+        self.ema_sum[...] = jnp.where(is_new[:, None], count * vectors, self.ema_sum[...])
 
     def update_statistics(
         self,
@@ -117,7 +111,4 @@ class EMAVectorQuantizer(LearnedCodebook):
         means = self.ema_sum[...] / jnp.where(total > 0, size, 1)[:, None]
         self.codebook[...] = jnp.where(total > 0, means, self.codebook[...])
         if self.restart_threshold:
-            is_dead, size = self._restart(size, latents, mask, key)
-            self.cluster_size[...] = size
-            sums = self.codebook[...] * size[:, None]
-            self.ema_sum[...] = jnp.where(is_dead[:, None], sums, self.ema_sum[...])
+            self._restart(size, latents, mask, key)
