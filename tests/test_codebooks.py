@@ -250,9 +250,9 @@ def test_impossible_options(construct, words):
 
 
 def test_draws_are_uniform_over_what_counts():
-    latents = np.arange(24, dtype=np.float32).reshape(6, 2, 2, 1)
+    latents = jnp.arange(24, dtype=np.float32).reshape(6, 2, 2, 1)
     mask = np.array([False, True, True, False, False, True])
-    counted = latents[mask].ravel()
+    counted = np.ravel(latents[mask])
     for distinct in (False, True):
         draw = functools.partial(codebooks.draw, latents, mask, count=12, distinct=distinct)
         draws = jax.vmap(lambda key, draw=draw: draw(key=key))(jax.random.split(KEY, 300))
