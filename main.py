@@ -96,6 +96,8 @@ def _describe_mistake(error: BaseException) -> str:
         return f"the config has no field {field!r}: llvq/config.py and llvq/quantizers list them"
     if isinstance(error, OSError):
         return f"--config: {' '.join(str(error.__cause__ or error).split())}"
+    if "Traceback" in str(error):  # config_flags' message of what calling get_config has raised
+        return f"--config: {type(causes[-1]).__name__}: {first_line(causes[-1])}"
     message = " ".join(str(error).split())
     is_explained = isinstance(error, flags.Error)
     return message if is_explained else f"in --config or an override of its fields: {message}"

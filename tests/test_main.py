@@ -196,6 +196,15 @@ def test_a_mistake_in_a_config_file_names_its_line(mistake, error, tmp_path, mon
     assert "\n" not in line
 
 
+def test_a_config_file_that_needs_its_argument_says_so(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(CONFIG.format(8))
+    outcome, line = fuzz_targets.parse([f"--config={path}", "--workdir=/nowhere"])
+    assert outcome == "refused"
+    missing = "get_config() missing 1 required positional argument: 'argument'"
+    assert line == f"main.py: --config: TypeError: {missing}"
+
+
 def test_evaluation_makes_nothing_where_there_is_no_checkpoint(tmp_path):
     workdir = tmp_path / "mistyped"
     result = main(f"{FASHION}:vq", f"--workdir={workdir}", "--mode=evaluate")
