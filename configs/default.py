@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from llvq.config import make_config, to_dict
 
 
-def get_config(argument: str = "") -> ConfigDict:
+def get_config(argument: str) -> ConfigDict:
     """The default config for an argument "quantizer", "quantizer,recipe" or "".
 
     Raises:
