@@ -249,6 +249,29 @@ def test_impossible_options(construct, words):
         construct()
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("codebook_size", [5, 2100])  # in one block, and in three
+def test_each_platforms_sums_by_code(platform, codebook_size, monkeypatch):
+    monkeypatch.setattr(
+        jax.lax,
+        "platform_dependent",
+        lambda *arguments, cpu, default: (cpu if platform == "cpu" else default)(*arguments),
+    )
+    rng = np.random.default_rng(0)
+    codes = rng.integers(codebook_size, size=(6, 50))
+    values = rng.normal(size=(6, 50, 3))
+    expected = np.zeros((codebook_size, 3))
+    np.add.at(expected, codes, values)
+    for num_shares in (1, 2):
+        sums = codebooks.sums_by_code(
+            jnp.asarray(codes, jnp.int32),
+            jnp.asarray(values, jnp.float32),
+            codebook_size,
+            num_shares,
+        )
+        assert_close(sums, expected)
+
+
 def test_draws_are_uniform_over_what_counts():
     latents = jnp.arange(24, dtype=np.float32).reshape(6, 2, 2, 1)
     mask = np.array([False, True, True, False, False, True])

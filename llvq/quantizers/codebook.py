@@ -33,7 +33,7 @@ _KMEANS_ITERATIONS = 10
 
 # A larger codebook is searched in blocks of at most this many vectors, so that the matrix of all
 # latents by all vectors is never in memory.
-_BLOCK_SIZE = 1024
+_BLOCK_SIZE = 256
 
 
 def _blocks(codebook_size: int) -> tuple[int, int]:
@@ -64,7 +64,11 @@ def nearest(
         products = jnp.einsum("...d,kd->...k", latents, vectors, precision=_PRECISION)
         distances = latent_norms + norms - 2.0 * products
         distance = jnp.min(distances, axis=-1)
-        code = first + jax.lax.argmin(distances, distances.ndim - 1, jnp.int32)
+        code = first + jax.lax.platform_dependent(
+            distances,
+            cpu=_argmin_by_comparison,
+            default=lambda values: jnp.argmin(values, axis=-1).astype(jnp.int32),
+        )
         is_nearer = distance < best[0]
         return jax.tree.map(functools.partial(jnp.where, is_nearer), (distance, code), best), None
 
@@ -78,6 +82,13 @@ def nearest(
     return codes
 
 
+def _argmin_by_comparison(values: Float[Array, "... n"]) -> Int[Array, "..."]:
+    """The argmin, in half of the time that `jnp.argmin` takes a CPU."""
+    is_larger = values > jnp.min(values, axis=-1, keepdims=True)
+    numbers = jnp.arange(values.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(is_larger, len(numbers), numbers), axis=-1)
+
+
 def sums_by_code(
     codes: Int[Array, "batch ..."],
     values: Float[Array, "batch ... width"],
@@ -86,7 +97,7 @@ def sums_by_code(
 ) -> Float[Array, "codes width"]:
     """The sum, for each index of the codebook, of the values whose code it is.
 
-    The sums are products with one-hot vectors, which add in the same order every time.
+    The values are added in the same order every time.
 
     Args:
       codes: [batch, ...], int32.
@@ -95,17 +106,33 @@ def sums_by_code(
       num_shares: into how many equal parts several devices split the batch. Each part is summed by
         itself first; communication is then needed only once.
     """
-    num_blocks, block_size = _blocks(codebook_size)
     shares = math.gcd(num_shares, len(codes))
     codes = codes.reshape(shares, codes.size // shares)
     values = values.reshape(shares, codes.shape[1], values.shape[-1])
+    add, multiply = (functools.partial(f, codebook_size) for f in (_add, _multiply))
+    return jax.lax.platform_dependent(codes, values, cpu=add, default=multiply).sum(0)
+
+
+def _add(
+    codebook_size: int, codes: Int[Array, "shares n"], values: Float[Array, "shares n width"]
+) -> Float[Array, "shares codes width"]:
+    """Adds up each share, one value after the other; on a GPU the order would be random."""
+    zeros = jnp.zeros((codebook_size, values.shape[-1]), values.dtype)
+    return jax.vmap(lambda codes, values: zeros.at[codes].add(values))(codes, values)
+
+
+def _multiply(
+    codebook_size: int, codes: Int[Array, "shares n"], values: Float[Array, "shares n width"]
+) -> Float[Array, "shares codes width"]:
+    """Adds up each share by a product with one-hot vectors; a CPU takes many times as long."""
+    num_blocks, block_size = _blocks(codebook_size)
 
     def of_block(first: Int[Array, ""]) -> Float[Array, "shares block width"]:
         one_hot = jax.nn.one_hot(codes - first, block_size, dtype=values.dtype)
         return jnp.einsum("snk,snd->skd", one_hot, values, precision=_PRECISION)
 
-    sums = jax.lax.map(of_block, jnp.arange(num_blocks) * block_size).sum(1)
-    return sums.reshape(num_blocks * block_size, -1)[:codebook_size]
+    sums = jnp.moveaxis(jax.lax.map(of_block, jnp.arange(num_blocks) * block_size), 0, 1)
+    return sums.reshape(len(codes), num_blocks * block_size, -1)[:, :codebook_size]
 
 
 def normalise(vectors: Float[Array, "... width"]) -> Float[Array, "... width"]:
