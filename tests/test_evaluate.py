@@ -215,6 +215,7 @@ def test_evaluation_leaves_a_run_as_it_is(run):
     }
 
 
+@pytest.mark.slow
 def test_an_exactly_reconstructed_image_leaves_valid_json(tmp_path):
     """An all-black model of all-black images: their mean PSNR must not be infinite."""
     config = tiny.config("vq", num_train_steps=1, **{"model.value_range": (0.0, 1.0)})

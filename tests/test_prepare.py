@@ -148,6 +148,7 @@ test_prepare.run(sys.argv[1], read)
 """
 
 
+@pytest.mark.slow
 def test_after_a_kill_another_process_keeps_finished_shards_and_writes_the_rest(tmp_path):
     """The other process has been waiting for the killed one."""
     asked = []

@@ -412,6 +412,7 @@ def test_a_run_keeps_its_batch_on_other_devices(tmp_path, monkeypatch):
     assert results["step"] == 6
 
 
+@pytest.mark.slow
 def test_after_a_change_of_schedule_the_rate_is_that_of_the_step(tmp_path):
     """Also after steps without a gradient: on the device, by how far parameters move, and logged.
 

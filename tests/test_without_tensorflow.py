@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = """
 import sys
 
@@ -40,6 +42,7 @@ print("trained without TensorFlow")
 """
 
 
+@pytest.mark.slow
 def test_every_module_imports_and_training_runs(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path)],
