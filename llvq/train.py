@@ -191,7 +191,12 @@ class VQVAETask:
         graphdef = nnx.graphdef(model)
         self._evaluator = Evaluator(graphdef, mesh)
         self._train_step, self._statistics_step = make_train_step(
-            graphdef, schedule, mesh, seed=config.seed, several=self._images is not None
+            graphdef,
+            schedule,
+            mesh,
+            seed=config.seed,
+            warmup_steps=model.quantizer.loss_warmup * self.num_steps,
+            several=self._images is not None,
         )
 
     def describe(self) -> str:

@@ -30,8 +30,6 @@ CODEBOOK_SIZE = 512
 CommitmentCost = Annotated[float, Number(0)]
 COMMITMENT_COST = 0.25
 
-LATENT_DIM = 64  # where a quantizer takes any
-
 Losses = dict[str, Float[Array, ""]]
 
 
@@ -47,6 +45,10 @@ class Quantizer(nnx.Module):
 
     latent_activation = "leaky_relu"
     """The default activation at the end of an encoder before this quantizer: leaky_relu or none."""
+    default_latent_dim = 64
+    """The latent_dim of a config that names none, if the options do not determine it."""
+    loss_warmup: float = 0.0
+    """The share of a training over which the weight of `quantizer_loss` rises from 0 to 1."""
     learns_without_gradients = False
     """Whether it learns from `update_statistics` instead of gradients; see the recipe `paper`."""
 
@@ -61,6 +63,12 @@ class Quantizer(nnx.Module):
         """The latent_dim that the constructor's options determine; None if it takes any."""
         del options
         return None
+
+    @classmethod
+    def latent_dim_unit(cls, options: Mapping[str, Any]) -> int:
+        """What latent_dim has to be a multiple of, for the constructor's options."""
+        del options
+        return 1
 
     @property
     def code_width(self) -> int:

@@ -1,9 +1,9 @@
-"""Nearest points of the lattices A2, D_n and E8 and of the Leech lattice, and their coordinates.
+"""Nearest points of the lattices Z, A2, D_n, E8 and Leech, and their coordinates.
 
-`nearest_a2`, `nearest_dn`, `nearest_e8` and `nearest_leech` map vectors [..., n] to lattice points
-in the usual scaling (Conway & Sloane, Sphere Packings, Lattices and Groups). The arithmetic is
-exact while no entry of a vector exceeds `LARGEST`; larger ones are clipped. Where two points are
-equally near, either may come out.
+`nearest_z`, `nearest_a2`, `nearest_dn`, `nearest_e8` and `nearest_leech` map vectors [..., n] to
+lattice points in the usual scaling (Conway & Sloane, Sphere Packings, Lattices and Groups). The
+arithmetic is exact while no entry of a vector exceeds `LARGEST`; larger ones are clipped. Where two
+points are equally near, either may come out.
 
 `to_coordinates` and `from_coordinates` are inverse to each other: a lattice point is an integer
 combination of the rows of a fixed basis.
@@ -37,6 +37,7 @@ class Lattice(NamedTuple):
       basis: [n, n], integers. The rows, times `step`, are a basis of the lattice.
       step: [n].
       nearest: maps vectors [..., n] to the nearest points.
+      period: [n], after how much the lattice repeats itself along each axis.
       second_moment: the mean squared error per entry of a uniform vector, for cells of volume 1
         (Conway & Sloane, table 2.3).
     """
@@ -44,6 +45,7 @@ class Lattice(NamedTuple):
     basis: np.ndarray
     step: np.ndarray
     nearest: Callable[[Float[Array, "... n"]], Float[Array, "... n"]]
+    period: np.ndarray
     second_moment: float
 
     @property
@@ -70,8 +72,17 @@ def from_coordinates(
     lattice: Lattice, coordinates: Int[Array, "... n"], dtype: DTypeLike
 ) -> Float[Array, "... n"]:
     """The lattice points with these coordinates in the basis."""
-    integers = jnp.stack(_combine(_planes(coordinates), lattice.basis), axis=-1)
-    return _to_points(integers, lattice.step, dtype)
+    return _to_points(to_integers(lattice, coordinates), lattice.step, dtype)
+
+
+def to_integers(lattice: Lattice, coordinates: Int[Array, "... n"]) -> Int[Array, "... n"]:
+    """The points with these coordinates in the basis, in units of `lattice.step`."""
+    return jnp.stack(_combine(_planes(coordinates), lattice.basis), axis=-1)
+
+
+def nearest_z(vectors: Float[Array, "... 1"]) -> Float[Array, "... 1"]:
+    """The nearest integer."""
+    return jnp.round(_clip(vectors))
 
 
 def nearest_a2(vectors: Float[Array, "... 2"]) -> Float[Array, "... 2"]:
@@ -207,15 +218,19 @@ def dn(dimension: int) -> Lattice:
     """D_n, the integer vectors whose sum is even."""
     basis = _through_last([1, *[0] * (dimension - 2), 1], scale=1)
     second_moment = (1 / 12 + 1 / (2 * dimension * (dimension + 1))) / 2 ** (2 / dimension)
-    return Lattice(basis, np.ones(dimension), nearest_dn, second_moment)
+    return Lattice(basis, np.ones(dimension), nearest_dn, np.full(dimension, 2.0), second_moment)
 
 
+Z = Lattice(np.ones((1, 1), int), np.ones(1), nearest_z, np.ones(1), 1 / 12)
 A2 = Lattice(
     np.array([[2, 0], [1, 1]]),
     np.array([1 / 2, math.sqrt(3) / 2]),
     nearest_a2,
+    np.array([1, math.sqrt(3)]),
     5 / (36 * math.sqrt(3)),
 )
 D4 = dn(4)
-E8 = Lattice(_through_last([1] * 8, scale=2), np.full(8, 1 / 2), nearest_e8, 929 / 12960)
-LEECH = Lattice(leech.BASIS, np.full(24, 1 / math.sqrt(8)), nearest_leech, 0.0657710)
+E8 = Lattice(
+    _through_last([1] * 8, scale=2), np.full(8, 1 / 2), nearest_e8, np.full(8, 2.0), 929 / 12960
+)
+LEECH = Lattice(leech.BASIS, np.full(24, 8**-0.5), nearest_leech, np.full(24, 8**0.5), 0.0657710)

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from llvq import fields
 from llvq.errors import UserError
-from llvq.quantizers.base import LATENT_DIM, Quantizer
+from llvq.quantizers.base import Quantizer
 from llvq.quantizers.bsq import BSQ
 from llvq.quantizers.fsq import FSQ
 from llvq.quantizers.lattice import DenseLatticeQuantizer, LatticeQuantizer
@@ -74,9 +74,13 @@ def resolve_latent_dim(name: str, options: Mapping[str, Any], latent_dim: int) -
     Raises:
       UserError: if the options determine another length.
     """
-    fixed = quantizer_class(name).fixed_latent_dim(options)
+    quantizer = quantizer_class(name)
+    fixed = quantizer.fixed_latent_dim(options)
     if fixed is None:
-        return latent_dim or LATENT_DIM
+        unit = quantizer.latent_dim_unit(options)
+        expected = f"a multiple of {unit}, the entries that {name} quantizes together"
+        fields.require(latent_dim % unit == 0, "model.latent_dim", latent_dim, expected)
+        return latent_dim or -(-quantizer.default_latent_dim // unit) * unit
     expected = f"{fixed}, which follows from the options of {name}, or 0"
     fields.require(latent_dim in (0, fixed), "model.latent_dim", latent_dim, expected)
     return fixed

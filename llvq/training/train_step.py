@@ -30,6 +30,7 @@ def make_train_step(
     mesh: Mesh,
     *,
     seed: int = 0,
+    warmup_steps: float = 0,
     several: bool = False,
 ) -> tuple[Step, Step]:
     """The jitted steps of a run: (train_step, statistics_step).
@@ -48,6 +49,7 @@ def make_train_step(
       schedule: maps `state.step` to the learning rate.
       mesh: the devices.
       seed: of the training keys. A step's key depends on the seed and the step alone.
+      warmup_steps: over which the weight of the quantizer's loss rises from 0 to 1.
       several: whether a call takes several steps.
     """
 
@@ -61,6 +63,10 @@ def make_train_step(
         reconstructions, _, quantizer_losses = model(targets, train=True, key=key)
         reconstructions = reconstructions.astype(targets.dtype)
         reconstruction_loss = jnp.mean((reconstructions - targets) ** 2)
+        if warmup_steps:
+            weight = jnp.minimum(step / warmup_steps, 1).astype(targets.dtype)
+            quantizer_losses["quantizer_loss"] *= weight
+            quantizer_losses["quantizer_loss_weight"] = weight
         loss = reconstruction_loss + quantizer_losses["quantizer_loss"]
         metrics = {"loss": loss, "reconstruction_loss": reconstruction_loss, **quantizer_losses}
         _, params, statistics = train_state.split(model)

@@ -1,0 +1,177 @@
+"""Lattices that learn with a rate in the loss, in place of the paper's −γ·Σ|b|: the common part."""
+
+import abc
+import functools
+import math
+from collections.abc import Callable
+from typing import Annotated
+
+import jax
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from llvq.fields import Choice, Number
+from llvq.quantizers.base import Losses, Quantizer, by_example, mean, straight_through
+from llvq.quantizers.density import LogisticMixtures
+from llvq.quantizers.nearest_point import Lattice, to_coordinates, to_integers
+
+# Options of these lattices.
+RateWeight = Annotated[float, Number(0)]
+RATE_WEIGHT = 1e-3
+Warmup = Annotated[float, Number(0, 1)]
+WARMUP = 0.4
+Training = Annotated[str, Choice("straight_through", "noise")]
+InitialStep = Annotated[float, Number(0, excluded=0)]
+INITIAL_STEP = 0.15
+
+# Steps stay within this factor of where they began, so that no volume runs away.
+_LARGEST_CHANGE = 1e3
+
+
+def bounded_steps(initial: float, logarithms: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Steps by the logarithms of their changes, which stay within ±log(_LARGEST_CHANGE)."""
+    bound = math.log(_LARGEST_CHANGE)
+    return initial * jnp.exp(bound * jnp.tanh(logarithms / bound))
+
+
+class RateLattice(Quantizer):
+    """A lattice whose points cost bits.
+
+    Codes are integer coordinates in a basis of the lattice: int32 [batch, ..., latent_dim].
+
+    The quantizer's loss is λ times the mean code length of a latent, in bits, under a density that
+    is learnt with it. A point's probability is the density at the point times its cell's volume,
+    unless a subclass integrates the density. The reconstruction loss pulls the other way: its
+    gradient reaches the lattice, because a quantization error grows with the cells.
+
+    Attributes:
+      lattice: the fixed lattice to which `to_cells` maps this one, in blocks of its dimension.
+      rate_weight: λ.
+      training: how latents are quantized in training. "straight_through" takes the nearest points,
+        "noise" adds noise that is uniform over a cell (Ballé et al. 2017, arXiv 1611.01704).
+    """
+
+    latent_activation = "none"
+
+    lattice: Lattice
+
+    def _set_up(
+        self,
+        latent_dim: int,
+        unit: int,
+        *,
+        rate_weight: float,
+        warmup: float,
+        training: str,
+        param_dtype: DTypeLike,
+    ) -> None:
+        if latent_dim % unit:
+            raise ValueError(f"latent_dim={latent_dim}: must be a multiple of {unit}")
+        self.latent_dim = latent_dim
+        self.code_shape = (latent_dim,)
+        self.rate_weight = rate_weight
+        self.loss_warmup = warmup
+        self.training = training
+        self.param_dtype = param_dtype
+        self.density = LogisticMixtures(latent_dim, param_dtype=param_dtype)
+
+    @abc.abstractmethod
+    def to_cells(self, latents: Float[Array, "... latent_dim"]) -> Float[Array, "... latent_dim"]:
+        """Maps this lattice to blocks of `lattice`, linearly."""
+
+    @abc.abstractmethod
+    def from_cells(self, points: Float[Array, "... latent_dim"]) -> Float[Array, "... latent_dim"]:
+        """The inverse of `to_cells`."""
+
+    def from_integers(
+        self, points: Float[Array, "... latent_dim"]
+    ) -> Float[Array, "... latent_dim"]:
+        """`from_cells` of points of `lattice` in units of its step."""
+        return self.from_cells(points)
+
+    @abc.abstractmethod
+    def log_volume(self) -> Float[Array, ""]:
+        """The natural logarithm of the volume of a latent vector's cell."""
+
+    @abc.abstractmethod
+    def basis(self) -> Array:
+        """What is learnt of the lattice, to be watched in training."""
+
+    def _in_blocks(self, function: Callable[[Array], Array], vectors: Array) -> Array:
+        blocks = vectors.reshape(*vectors.shape[:-1], -1, self.lattice.dimension)
+        return function(blocks).reshape(vectors.shape)
+
+    def quantize(
+        self, latents: Float[Array, "... latent_dim"]
+    ) -> tuple[Float[Array, "... latent_dim"], Int[Array, "... latent_dim"]]:
+        def coordinates(vectors: Array) -> Array:
+            return to_coordinates(self.lattice, self.lattice.nearest(vectors))
+
+        codes = self._in_blocks(coordinates, self.to_cells(jax.lax.stop_gradient(latents)))
+        return self.lookup(codes), codes
+
+    def lookup(self, codes: Int[Array, "... latent_dim"]) -> Float[Array, "... latent_dim"]:
+        integers = self._in_blocks(functools.partial(to_integers, self.lattice), codes)
+        return self.from_integers(integers.astype(self.param_dtype))
+
+    def code_length(self, points: Float[Array, "... latent_dim"]) -> Float[Array, "..."]:
+        """The bits that each point costs."""
+        logs = jnp.sum(self.density.log_density(points), axis=-1) + self.log_volume()
+        return -logs / math.log(2)
+
+    def pass_gradient(
+        self,
+        quantized: Float[Array, "... latent_dim"],
+        latents: Float[Array, "... latent_dim"],
+    ) -> Float[Array, "... latent_dim"]:
+        """The quantized latents. Their gradient takes the errors as constant shares of a cell."""
+        errors = jax.lax.stop_gradient(self.to_cells(quantized - latents))
+        return straight_through(quantized, latents + self.from_cells(errors))
+
+    def forward(
+        self,
+        latents: Float[Array, "batch ... latent_dim"],
+        *,
+        train: bool,
+        mask: Bool[Array, "batch"] | None,
+        key: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, "batch ... latent_dim"], Int[Array, "batch ... latent_dim"], Losses]:
+        """As the base class; with noise in training, the latents returned are not the codes'."""
+        quantized, codes = self.quantize(latents)
+        if train and self.training == "noise":
+            if key is None:
+                raise ValueError("training='noise' needs a key in training")
+            quantized = latents + self.from_cells(self._noise(latents, key))
+        where = None if mask is None else by_example(mask, latents)
+        lengths = self.code_length(self.pass_gradient(quantized, latents))
+        rate = mean(lengths[..., None], where)
+        losses = {
+            "quantizer_loss": self.rate_weight * rate,
+            "rate": rate,
+            "distortion": mean((quantized - latents) ** 2, where),
+            "active_dimensions": self._active_dimensions(codes, where),
+        }
+        return quantized, codes, losses
+
+    def _noise(self, like: Array, key: Key[Array, ""]) -> Float[Array, "... latent_dim"]:
+        """Vectors that are uniform over the cell around 0 of the fixed lattice."""
+
+        def fold(uniform: Array) -> Array:
+            vectors = uniform * self.lattice.period.astype(like.dtype)
+            return vectors - self.lattice.nearest(vectors)
+
+        return self._in_blocks(fold, jax.random.uniform(key, like.shape, like.dtype))
+
+    def _active_dimensions(
+        self, codes: Int[Array, "... latent_dim"], where: Bool[Array, "..."] | None
+    ) -> Float[Array, ""]:
+        """How many integers of a code are not the same all over the batch."""
+        values = codes.astype(self.param_dtype)
+        axes = tuple(range(codes.ndim - 1))
+        means = jnp.mean(values, axis=axes, where=where, keepdims=True)
+        return jnp.sum(jnp.mean((values - means) ** 2, axis=axes, where=where) > 1e-4)
+
+    def histograms(self, codes: Int[Array, "..."]) -> dict[str, Array]:
+        del codes
+        return {"basis": self.basis()}

@@ -1,0 +1,264 @@
+"""Lattices with a rate in the loss, against formulas in NumPy float64 and finite differences."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax import numpy as jnp
+
+from llvq.quantizers import Quantizer
+from llvq.quantizers.density import SPEED, LogisticMixtures
+from llvq.quantizers.learned_lattice import LearnedLattice, cayley
+from llvq.quantizers.scaled_lattice import D4Lattice, DiagonalLattice, E8Lattice, LeechLattice
+
+DIMENSIONS = {
+    DiagonalLattice: 1,
+    D4Lattice: 4,
+    E8Lattice: 8,
+    LeechLattice: 24,
+    functools.partial(LearnedLattice, block_size=3): 3,
+}
+every = pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(
+            kind,
+            id=getattr(kind, "func", kind).__name__,
+            marks=[pytest.mark.slow] if kind in (D4Lattice, LeechLattice) else [],
+        )
+        for kind in DIMENSIONS
+    ],
+)
+NUM_BLOCKS = 2
+
+
+def make(kind, dtype=jnp.float32, **options) -> Quantizer:
+    """A quantizer of two blocks whose parameters are not where they start."""
+    quantizer = kind(NUM_BLOCKS * DIMENSIONS[kind], param_dtype=dtype, **options)
+    rng = np.random.default_rng(0)
+    for _, variable in nnx.iter_graph(quantizer):
+        if isinstance(variable, nnx.Param):
+            noise = rng.normal(scale=0.3, size=variable.shape)
+            variable[...] += jnp.asarray(noise / (SPEED if is_density(variable) else 1), dtype)
+    return quantizer
+
+
+def call(quantizer, latents, **options):
+    """What the quantizer makes of latents, in one program: op by op it takes seconds longer."""
+    static = {name: options.pop(name) for name in ("train",) if name in options}
+    graphdef, state = nnx.split(quantizer)
+
+    @jax.jit
+    def run(latents, options):
+        return nnx.merge(graphdef, state)(latents, **options, **static)
+
+    return run(latents, options)
+
+
+def is_density(variable):
+    return variable.ndim == 2 and variable.shape[1] == 3 and variable.shape[0] != NUM_BLOCKS
+
+
+def make_latents(quantizer, *shape, dtype=np.float32):
+    return np.random.default_rng(1).normal(size=(*shape, quantizer.latent_dim)).astype(dtype)
+
+
+def mixtures(density):
+    """(weights, means, scales) [dim, 3] of the mixtures."""
+    weights, means, log_scales = (
+        SPEED * np.asarray(values[...], np.float64)
+        for values in (density.weights, density.means, density.log_scales)
+    )
+    weights = np.exp(weights - weights.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True), means, np.exp(log_scales)
+
+
+def cumulative(density, values):
+    weights, means, scales = mixtures(density)
+    return np.sum(weights / (1 + np.exp(-(values[..., None] - means) / scales)), axis=-1)
+
+
+def density_of(density, values):
+    weights, means, scales = mixtures(density)
+    distances = np.abs(values[..., None] - means) / scales
+    return np.sum(weights * np.exp(-distances) / (1 + np.exp(-distances)) ** 2 / scales, axis=-1)
+
+
+class TestLogisticMixtures:
+    def make(self):
+        density = LogisticMixtures(4, param_dtype=jnp.float32)
+        rng = np.random.default_rng(2)
+        for variable in (density.weights, density.means, density.log_scales):
+            variable[...] += rng.normal(size=(4, 3)) / SPEED
+        return density
+
+    def test_against_numpy(self):
+        density = self.make()
+        values = np.random.default_rng(3).normal(scale=3, size=(100, 4)).astype(np.float32)
+        widths = np.array([0.01, 0.3, 1, 5], np.float32)
+        np.testing.assert_allclose(
+            density.log_density(values), np.log(density_of(density, values)), rtol=1e-5, atol=1e-5
+        )
+        low, high = values.astype(np.float64) - widths / 2, values.astype(np.float64) + widths / 2
+        expected = cumulative(density, high) - cumulative(density, low)
+        actual = np.exp(density.log_probability(values, jnp.asarray(widths)))
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-12)
+
+    def test_probabilities_of_all_cells_add_up_to_1(self):
+        density = self.make()
+        centres = np.broadcast_to(
+            0.7 * np.arange(-300.0, 301.0, dtype=np.float32)[:, None], (601, 4)
+        )
+        logs = density.log_probability(jnp.asarray(centres), jnp.full(4, 0.7))
+        np.testing.assert_allclose(np.exp(np.asarray(logs, np.float64)).sum(0), 1, rtol=1e-5)
+
+    def test_tails_stay_finite(self):
+        density = self.make()
+        values = jnp.full((1, 4), 1e4)
+        for logs, grad in (
+            jax.value_and_grad(lambda x: jnp.sum(density.log_density(x)))(values),
+            jax.value_and_grad(lambda x: jnp.sum(density.log_probability(x, jnp.ones(4))))(-values),
+        ):
+            assert np.isfinite(logs)
+            assert np.all(np.isfinite(grad))
+            assert np.all(np.abs(grad) > 0.1)  # they still pull
+
+
+@every
+def test_codes_hold_all_that_quantized_latents_have(kind):
+    quantizer = make(kind)
+    latents = make_latents(quantizer, 5, 7)
+    graphdef, state = nnx.split(quantizer)
+    quantized, codes = jax.jit(lambda x: nnx.merge(graphdef, state)(x)[:2])(latents)
+    lookup = jax.jit(lambda codes: nnx.merge(graphdef, state).lookup(codes))
+    assert codes.dtype == jnp.int32
+    assert codes.shape == latents.shape
+    for place in (np.s_[:], np.s_[:1], np.s_[2:4, 1]):
+        np.testing.assert_array_equal(lookup(codes[place]), quantized[place])
+
+
+@every
+def test_quantized_latents_are_the_nearest_points(kind):
+    quantizer = make(kind)
+    latents = make_latents(quantizer, 50)
+    codes = call(quantizer, latents)[1]
+    offsets = np.random.default_rng(4).integers(-1, 2, (200, *codes.shape), np.int32)
+    points = np.asarray(quantizer.lookup(codes + np.append(offsets, 0 * offsets[:1], axis=0)))
+    distances = np.sum((points - latents) ** 2, axis=-1)
+    # Babai's rounding is that of coordinates, and need not find the nearest point.
+    if not isinstance(quantizer, LearnedLattice):
+        assert np.all(distances[-1] <= distances.min(0) + 1e-6)
+    coordinates = np.asarray(quantizer.to_cells(jnp.asarray(points - latents)))[-1]
+    np.testing.assert_allclose(
+        quantizer.from_cells(jnp.asarray(coordinates)), points[-1] - latents, rtol=1e-5, atol=1e-6
+    )
+    blocks = coordinates.reshape(-1, quantizer.lattice.dimension)
+    np.testing.assert_array_equal(quantizer.lattice.nearest(jnp.asarray(0.999 * blocks)), 0)
+
+
+@every
+def test_losses_against_numpy(kind):
+    quantizer = make(kind, rate_weight=0.02)
+    latents = make_latents(quantizer, 6, 5)
+    mask = np.array([True, True, False, True, False, True])
+    quantized, codes, losses = call(quantizer, latents, mask=mask)
+    quantized = np.asarray(quantized, np.float64)[mask]
+    if kind is DiagonalLattice:
+        steps = np.asarray(quantizer.basis(), np.float64)
+        high, low = (cumulative(quantizer.density, quantized + s * steps / 2) for s in (1, -1))
+        logs = np.log(high - low).sum(-1)
+    else:
+        # The volume, from points of the lattice around 0.
+        unit = np.eye(quantizer.latent_dim, dtype=np.int32)
+        volume = abs(np.linalg.det(np.asarray(quantizer.lookup(unit), np.float64)))
+        logs = np.log(density_of(quantizer.density, quantized)).sum(-1) + np.log(volume)
+    rate = -logs.mean() / np.log(2)
+    assert float(losses["rate"]) == pytest.approx(rate, rel=1e-5)
+    assert float(losses["quantizer_loss"]) == pytest.approx(0.02 * rate, rel=1e-5)
+    distortion = np.mean((quantized - latents[mask]) ** 2)
+    assert float(losses["distortion"]) == pytest.approx(distortion, rel=1e-4)
+    counts = np.ptp(np.asarray(codes)[mask].reshape(-1, quantizer.latent_dim), axis=0) > 0
+    assert losses["active_dimensions"] == counts.sum()
+
+
+@every
+def test_gradients_against_finite_differences(kind):
+    """With the codes, and so the errors in units of the cells, held constant."""
+    with jax.enable_x64(True):
+        quantizer = make(kind, jnp.float64, rate_weight=0.02)
+        latents = jnp.asarray(make_latents(quantizer, 4, dtype=np.float64))
+        weights = jnp.asarray(np.random.default_rng(5).normal(size=latents.shape))
+        graphdef, params = nnx.split(quantizer)
+        errors = quantizer.to_cells(call(quantizer, latents)[0] - latents)
+
+        def loss(params, latents):
+            quantized, _, losses = nnx.merge(graphdef, params)(latents, train=True)
+            return losses["quantizer_loss"] + jnp.vdot(weights, quantized)
+
+        @jax.jit
+        def held(params, latents):
+            quantizer = nnx.merge(graphdef, params)
+            points = latents + quantizer.from_cells(errors)
+            rate = jnp.mean(quantizer.code_length(points))
+            return 0.02 * rate + jnp.vdot(weights, points)
+
+        grads = jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1)))(params, latents))
+        leaves, structure = jax.tree.flatten((params, latents))
+        size = 1e-6
+        for i, (leaf, grad) in enumerate(zip(leaves, grads, strict=True)):
+            direction = jnp.asarray(np.random.default_rng(i).normal(size=leaf.shape))
+            ends = []
+            for sign in (1, -1):
+                moved = [*leaves[:i], leaf + sign * size * direction, *leaves[i + 1 :]]
+                ends.append(held(*jax.tree.unflatten(structure, moved)))
+            expected = (ends[0] - ends[1]) / (2 * size)
+            # Central differences err by about size², and by rounding over size.
+            assert float(jnp.vdot(grad, direction)) == pytest.approx(
+                float(expected), rel=1e-6, abs=1e-7
+            )
+
+
+@every
+def test_noise_is_uniform_over_a_cell(kind):
+    quantizer = make(kind, training="noise")
+    latents = make_latents(quantizer, 1_000)
+    noisy, codes, _ = call(quantizer, latents, train=True, key=jax.random.key(0))
+    errors = np.asarray(quantizer.to_cells(noisy - latents), np.float64)
+    np.testing.assert_array_equal(codes, call(quantizer, latents)[1])
+    lattice = quantizer.lattice
+    blocks = errors.reshape(-1, lattice.dimension)
+    np.testing.assert_array_equal(lattice.nearest(jnp.asarray(0.999 * blocks)), 0)
+    values = np.mean(blocks**2, axis=-1) / lattice.volume ** (2 / lattice.dimension)
+    error = values.std() / np.sqrt(len(values))
+    assert abs(values.mean() - lattice.second_moment) < 4 * error
+    assert np.all(np.abs(blocks.mean(0)) < 5 * blocks.std(0) / np.sqrt(len(blocks)))
+    with pytest.raises(ValueError, match=r"noise.*key"):
+        quantizer(latents, train=True)
+
+
+@every
+def test_steps_stay_within_bounds(kind):
+    quantizer = make(kind)
+    for extreme in (1e9, -1e9):
+        quantizer.log_steps[...] = jnp.full_like(quantizer.log_steps[...], extreme)
+        quantized, _, losses = call(quantizer, make_latents(quantizer, 3))
+        assert np.all(np.isfinite(quantized))
+        assert all(np.isfinite(value) for value in losses.values())
+
+
+def test_cayley_transforms_are_orthogonal():
+    matrices = np.random.default_rng(6).normal(scale=3, size=(5, 7, 7)).astype(np.float32)
+    transforms = np.asarray(cayley(jnp.asarray(matrices)), np.float64)
+    np.testing.assert_allclose(
+        transforms @ transforms.swapaxes(1, 2), np.broadcast_to(np.eye(7), (5, 7, 7)), atol=2e-6
+    )
+    np.testing.assert_allclose(np.linalg.det(transforms), 1, rtol=1e-5)
+
+
+@every
+def test_a_latent_dim_that_does_not_fit_is_refused(kind):
+    if DIMENSIONS[kind] > 1:
+        with pytest.raises(ValueError, match=rf"latent_dim=.*multiple of {DIMENSIONS[kind]}"):
+            kind(2 * DIMENSIONS[kind] + 1)
