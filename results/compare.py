@@ -5,7 +5,7 @@
 Trains FashionMNIST's network with each quantizer at several rates, evaluates it, and keeps one
 record for each finished run in results/compare. A run that has a record is skipped; one that was
 stopped is resumed. All runs together take some 6 hours on two quiet CPU cores; `--only` runs only
-these curves, `--trials` the one-epoch runs that chose the latents.
+these curves, `--trials` the one-epoch runs that chose the latents and the range of γ.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Curve(NamedTuple):
     Attributes:
       quantizer: of llvq.quantizers.QUANTIZERS.
       knob: the option that sets the rate.
-      values: of the knob; the second one is tried with other latents in `TRIALS`.
+      values: of the knob; `TRIALS` tries the second one with other latents.
       latent_dim: 0 if the knob decides.
       latent_activation: at the end of the encoder.
       options: the quantizer's other options, where they are not the defaults.
@@ -104,17 +104,20 @@ CURVES = {
 }
 BASELINE = "vq_restarts"
 
-# One-epoch runs to choose each curve's latents.
+# One-epoch runs to choose the latents, and the lattice's range of γ.
+_LATENTS = ((8, "none"), (64, "none"))
+_TRIED = {
+    "vq_restarts": ((4, "none"), *_LATENTS, (64, "leaky_relu")),
+    "simvq": _LATENTS,
+    "residual_vq": _LATENTS,
+    "fsq": ((0, "none"), (0, "leaky_relu")),
+}
 TRIALS = [
+    *(Run("sparse_lattice", gamma, SEED, 1) for gamma in CURVES["sparse_lattice"].values),
     *(
         Run(curve, CURVES[curve].values[1], SEED, 1, latent_dim, activation)
-        for curve in ("vq_restarts", "simvq", "residual_vq")
-        for latent_dim, activation in ((4, "none"), (8, "none"), (64, "none"), (64, "leaky_relu"))
-    ),
-    *(
-        Run(curve, CURVES[curve].values[1], SEED, 1, 0, activation)
-        for curve in ("fsq", "lfq", "bsq")
-        for activation in ("none", "leaky_relu")
+        for curve, tried in _TRIED.items()
+        for latent_dim, activation in tried
     ),
 ]
 FIRST = [Run(name, value) for name, curve in CURVES.items() for value in curve.values]
@@ -292,7 +295,7 @@ def write(records: Mapping[Run, Mapping[str, Any]]) -> None:
         "\n## More seeds, and ten epochs\n",
         table(further(records)),
         "\n## Trials\n",
-        "One epoch each, to choose the latents.\n",
+        "One epoch each, to choose the latents, and the range of γ.\n",
         table(TRIALS),
     ]
     path = DIRECTORY.parent / "compare.md"
