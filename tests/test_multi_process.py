@@ -20,7 +20,7 @@ from tests.runs import create_model
 pytestmark = pytest.mark.slow
 
 BY_FOUR = CHECKED_FURTHER
-BY_TWO = tuple(name for name in tiny.NAMES if name not in BY_FOUR)
+BY_TWO = tuple(name for name in tiny.DISTINCT if name not in BY_FOUR)
 
 
 @pytest.fixture(scope="module")

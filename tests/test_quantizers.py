@@ -38,7 +38,7 @@ def make_latents(shape=(4, 3, 5, DIM), scale=1.0, seed=0):
 
 def make(name, **options):
     options = tiny.OPTIONS.get(name, {}) | options
-    return quantizers.create(name, DIM, rngs=nnx.Rngs(1), **options)
+    return quantizers.create(name, tiny.latent_dim(name), rngs=nnx.Rngs(1), **options)
 
 
 def nearest_in_float64(latents, codebook):
@@ -320,7 +320,8 @@ class TestLattice:
 @pytest.mark.parametrize("name", NAMES)
 class TestContract:
     def test_masked_images_do_not_count(self, name):
-        latents, junk = make_latents(), make_latents(seed=9, scale=5.0)
+        shape = 4, 3, 5, tiny.latent_dim(name)
+        latents, junk = make_latents(shape), make_latents(shape, seed=9, scale=5.0)
         mask = np.array([True, True, True, True, False, False, False, False])
         plain, masked = make(name), make(name)
         key = jax.random.key(0)
@@ -340,16 +341,17 @@ class TestContract:
         )
 
     def test_wrong_latent_dim_is_refused(self, name):
-        with pytest.raises(ValueError, match=r"latent_dim=8"):
-            make(name)(make_latents((2, 3, 3, DIM + 1)))
+        latent_dim = tiny.latent_dim(name)
+        with pytest.raises(ValueError, match=f"latent_dim={latent_dim}"):
+            make(name)(make_latents((2, 3, 3, latent_dim + 1)))
 
     def test_any_number_of_axes(self, name):
-        latents = make_latents((6, DIM))
+        latents = make_latents((6, tiny.latent_dim(name)))
         quantizer = make(name)
         call = jax.jit(lambda latents: quantizer(latents))
         flat, flat_codes, _ = call(latents)
         np.testing.assert_array_equal(jax.jit(quantizer.lookup)(flat_codes), flat)
-        deep, deep_codes, _ = call(latents.reshape(3, 1, 2, DIM))
+        deep, deep_codes, _ = call(latents.reshape(3, 1, 2, -1))
         np.testing.assert_array_equal(flat.reshape(deep.shape), deep)
         np.testing.assert_array_equal(flat_codes.reshape(deep_codes.shape), deep_codes)
 

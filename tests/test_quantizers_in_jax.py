@@ -42,7 +42,7 @@ FEW = ("residual_vq",)  # which has statistics and keys
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in tiny.NAMES]
+    "name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in tiny.DISTINCT]
 )
 class TestTransformations:
     def test_jit_and_bfloat16(self, name):

@@ -118,7 +118,7 @@ def test_one_and_eight_devices_are_the_same_computation_dense_lattice():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantizer", tiny.NAMES)
+@pytest.mark.parametrize("quantizer", tiny.DISTINCT)
 def test_one_and_eight_devices_agree_at_first_in_float32(quantizer):
     one, eight = (run_steps(quantizer, n, 5, "float32") for n in (1, 8))
     for a, b in zip(one, eight, strict=True):
@@ -448,6 +448,26 @@ def test_after_a_change_of_schedule_the_rate_is_that_of_the_step(tmp_path):
     assert float(metrics["learning_rate"]) == pytest.approx(rates[10], rel=1e-6)
     moved = max(np.abs(value - before[name]).max() for name, value in leaves(after.params).items())
     assert moved == pytest.approx(rates[10], rel=1e-3)
+
+
+def test_the_weight_of_the_quantizers_loss_rises_as_the_quantizer_says(tmp_path):
+    config = tiny.config(
+        "diagonal_lattice",
+        num_train_steps=10,
+        log_every_steps=1,
+        eval_every_steps=100,
+        **{"quantizer.warmup": 0.4, "quantizer.rate_weight": 0.02},
+    )
+    writer = Recorder()
+    train.train_and_evaluate(config, tmp_path, tiny.dataset(), make_writer=lambda: writer)
+    logged = writer.scalars
+    weights = list(logged["train/quantizer_loss_weight"].values())
+    np.testing.assert_allclose(weights, [0, 1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 1, 1])
+    rates = np.array(list(logged["train/rate"].values()))
+    losses = list(logged["train/quantizer_loss"].values())
+    np.testing.assert_allclose(losses, 0.02 * rates * weights, rtol=1e-6)
+    totals = losses + np.array(list(logged["train/reconstruction_loss"].values()))
+    np.testing.assert_allclose(list(logged["train/loss"].values()), totals, rtol=1e-6)
 
 
 def test_a_missing_split_is_named_before_anything_is_done(tmp_path):

@@ -9,6 +9,8 @@ from llvq.data import ArrayDataset
 from llvq.quantizers import QUANTIZERS
 
 NAMES = tuple(QUANTIZERS)
+# Those that are not another one with another lattice in it.
+DISTINCT = tuple(n for n in NAMES if n not in ("diagonal_lattice", "d4_lattice", "leech_lattice"))
 PAPER = ("vq", "vq_ema", "sparse_lattice", "dense_lattice")
 
 # Options that suit latents of 8 numbers.
@@ -19,6 +21,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "simvq": {"codebook_size": 64},
     "residual_vq": {"depth": 2, "codebook_size": 16},
 }
+
+
+def latent_dim(quantizer: str) -> int:
+    """The length of a latent vector that suits a quantizer with these options."""
+    return 24 if quantizer == "leech_lattice" else 8
 
 
 def config(quantizer: str, **overrides: Any) -> dict[str, Any]:
@@ -38,7 +45,7 @@ def config(quantizer: str, **overrides: Any) -> dict[str, Any]:
             image_shape=(12, 12, 1),
             value_range=(-0.5, 0.5),
             hidden_dims=(8,),
-            latent_dim=8,
+            latent_dim=latent_dim(quantizer),
             quantizer=OPTIONS.get(quantizer, {}),
         )
     )

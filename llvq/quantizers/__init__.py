@@ -4,6 +4,7 @@ from llvq.quantizers.base import Quantizer
 from llvq.quantizers.bsq import BSQ
 from llvq.quantizers.fsq import FSQ
 from llvq.quantizers.lattice import DenseLatticeQuantizer, LatticeQuantizer
+from llvq.quantizers.learned_lattice import LearnedLattice
 from llvq.quantizers.lfq import LFQ
 from llvq.quantizers.registry import (
     QUANTIZERS,
@@ -13,6 +14,7 @@ from llvq.quantizers.registry import (
     resolve_latent_dim,
 )
 from llvq.quantizers.residual_vq import ResidualVQ
+from llvq.quantizers.scaled_lattice import D4Lattice, DiagonalLattice, E8Lattice, LeechLattice
 from llvq.quantizers.simvq import SimVQ
 from llvq.quantizers.vq import VectorQuantizer
 from llvq.quantizers.vq_ema import EMAVectorQuantizer
@@ -22,9 +24,14 @@ __all__ = [
     "FSQ",
     "LFQ",
     "QUANTIZERS",
+    "D4Lattice",
     "DenseLatticeQuantizer",
+    "DiagonalLattice",
+    "E8Lattice",
     "EMAVectorQuantizer",
     "LatticeQuantizer",
+    "LearnedLattice",
+    "LeechLattice",
     "Quantizer",
     "ResidualVQ",
     "SimVQ",

@@ -53,6 +53,7 @@ class RateLattice(Quantizer):
     """
 
     latent_activation = "none"
+    default_latent_dim = 8
 
     lattice: Lattice
 

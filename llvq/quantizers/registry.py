@@ -14,8 +14,10 @@ from llvq.quantizers.base import Quantizer
 from llvq.quantizers.bsq import BSQ
 from llvq.quantizers.fsq import FSQ
 from llvq.quantizers.lattice import DenseLatticeQuantizer, LatticeQuantizer
+from llvq.quantizers.learned_lattice import LearnedLattice
 from llvq.quantizers.lfq import LFQ
 from llvq.quantizers.residual_vq import ResidualVQ
+from llvq.quantizers.scaled_lattice import D4Lattice, DiagonalLattice, E8Lattice, LeechLattice
 from llvq.quantizers.simvq import SimVQ
 from llvq.quantizers.vq import VectorQuantizer
 from llvq.quantizers.vq_ema import EMAVectorQuantizer
@@ -30,6 +32,11 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "bsq": BSQ,
     "simvq": SimVQ,
     "residual_vq": ResidualVQ,
+    "diagonal_lattice": DiagonalLattice,
+    "d4_lattice": D4Lattice,
+    "e8_lattice": E8Lattice,
+    "leech_lattice": LeechLattice,
+    "learned_lattice": LearnedLattice,
 }
 
 
