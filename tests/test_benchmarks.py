@@ -22,7 +22,16 @@ from jax import numpy as jnp
 torch = pytest.importorskip("torch", reason="the benchmarks compare with PyTorch")
 
 from benchmarks import codec as codec_benchmark
-from benchmarks import figures, measure, quantizer, settings, sweep, torch_model, train_loop
+from benchmarks import (
+    figures,
+    measure,
+    nearest_point,
+    quantizer,
+    settings,
+    sweep,
+    torch_model,
+    train_loop,
+)
 from benchmarks import train_step as benchmark
 from benchmarks.measure import Case, Contender
 from llvq import import_torch, quantizers
@@ -335,7 +344,18 @@ def test_the_quantizers_command_runs(tmp_path, capsys):
         ),
     ):
         assert f"| {name} | 16 | 32 | {program} |" in table
-    assert len(json.loads((tmp_path / "benchmarks.json").read_text())) == 9
+    assert len(json.loads((tmp_path / "benchmarks.json").read_text())) == 14
+
+
+@pytest.mark.slow
+def test_the_nearest_points_command_runs(tmp_path, capsys):
+    output = f"--output={tmp_path / 'nearest_point.json'}"
+    nearest_point.main(["--vectors", "64", "--repeats", "1", "--min-seconds", "0", output])
+    table = capsys.readouterr().out
+    for name, vectors in (("A2", 64), ("D4", 64), ("E8", 64), ("Leech", 256)):
+        for program in ("llvq", "round", *(["product"] if name == "Leech" else [])):
+            assert f"| {name} | {vectors} | {program} |" in table
+    assert (tmp_path / "nearest_point.md").exists()
 
 
 def test_the_loops_share_is_that_of_the_gaps_and_of_slower_steps():
