@@ -129,17 +129,16 @@ def nearest_e8(vectors: Float[Array, "... 8"]) -> Float[Array, "... 8"]:
     distance = jnp.where(is_odd, 1 - 2 * largest, 0)
     shifted_distance = 2 - sum(sizes) + jnp.where(shifted_is_odd, 2 * smallest, 0)
     is_shifted = shifted_distance < distance
-    place = jnp.where(
-        jnp.where(is_shifted, shifted_is_odd, is_odd),
-        _first(sizes, jnp.where(is_shifted, smallest, largest)),
-        -1,
-    )
+    place = _first(sizes, jnp.where(is_shifted, smallest, largest))
+    is_wrong = jnp.where(is_shifted, shifted_is_odd, is_odd)
+    # All in one integer, so that it is computed once for each vector: from 0 on, the entry that is
+    # changed or none, then the same for the shifted lattice.
+    choice = (jnp.where(is_wrong, place, 8) + jnp.where(is_shifted, 9, 0))[..., None]
+    entries = jnp.arange(8)
     rounded = _round(vectors)
-    is_changed = place[..., None] == jnp.arange(len(planes))
-    steps = jnp.where(
-        is_shifted[..., None], jnp.where(is_changed, -0.5, 0.5), jnp.where(is_changed, 1, 0)
-    )
-    return rounded.integer + rounded.sign * steps.astype(vectors.dtype)
+    shift = jnp.where(choice == 9 + entries, -0.5, jnp.where(choice >= 9, 0.5, 0.0))
+    steps = jnp.where(choice == entries, 1.0, shift).astype(vectors.dtype)
+    return rounded.integer + rounded.sign * steps
 
 
 class _Rounded(NamedTuple):
