@@ -93,7 +93,15 @@ def run_snippets(page, *, until=None):
             return
 
 
-@each(pages_with("python"))
+@pytest.mark.parametrize(
+    "page",
+    [
+        # One snippet for each quantizer, op by op: 20 s.
+        pytest.param(page, marks=[pytest.mark.slow] if page.name == "quantizers.md" else [])
+        for page in pages_with("python")
+    ],
+    ids=name,
+)
 @pytest.mark.usefixtures("_registries", "_quick_compilation")
 def test_snippets_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
