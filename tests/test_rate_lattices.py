@@ -8,7 +8,12 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 
-from llvq.quantizers import Quantizer
+from llvq.codec import with_density
+from llvq.codec.code_model import TOTAL
+from llvq.codec.coder import Coder
+from llvq.codec.estimate import estimate
+from llvq.codec.vocabulary import Vocabulary
+from llvq.quantizers import FSQ, Quantizer
 from llvq.quantizers.density import SPEED, LogisticMixtures
 from llvq.quantizers.learned_lattice import LearnedLattice, cayley
 from llvq.quantizers.scaled_lattice import D4Lattice, DiagonalLattice, E8Lattice, LeechLattice
@@ -262,3 +267,29 @@ def test_a_latent_dim_that_does_not_fit_is_refused(kind):
     if DIMENSIONS[kind] > 1:
         with pytest.raises(ValueError, match=rf"latent_dim=.*multiple of {DIMENSIONS[kind]}"):
             kind(2 * DIMENSIONS[kind] + 1)
+
+
+def test_the_codec_takes_the_density_as_its_code_model():
+    """Latents drawn from the density cost what it says."""
+    quantizer = DiagonalLattice(2, initial_step=0.8)
+    rng = np.random.default_rng(7)
+    weights, means, scales = mixtures(quantizer.density)
+    assert np.all(weights == 1 / 3)
+    component = rng.integers(3, size=(40_000, 2))
+    places = np.arange(2), component
+    latents = means[places] + scales[places] * rng.logistic(size=component.shape)
+    quantized, codes, _ = call(quantizer, latents.astype(np.float32))
+    codes = np.asarray(codes).reshape(100, 20, 20, 2)
+    counted = estimate([codes], 2, "")
+    by_density = with_density(counted, quantizer)
+    block = Vocabulary(by_density, quantizer).block(codes)
+    bits = 8 * len(Coder(by_density).encode(block, with_contexts=False)) / len(latents)
+    assert bits == pytest.approx(float(np.mean(quantizer.code_length(quantized))), rel=0.02)
+
+    points = np.asarray(quantizer.lookup(jnp.asarray(counted.vocabulary)), np.float64)
+    high, low = (cumulative(quantizer.density, points + side * 0.4) for side in (1, -1))
+    shares = np.prod(high - low, axis=-1)
+    # A frequency is a whole number of 2⁻²⁰, and at least 1 of them.
+    actual = by_density.frequencies[:-1] / TOTAL
+    np.testing.assert_allclose(actual, shares, rtol=0.02, atol=3e-6)
+    assert with_density(counted, FSQ(levels=(5, 5))) is None

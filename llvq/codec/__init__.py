@@ -6,6 +6,7 @@ images = codec.decode(model, stream)
 """
 
 from llvq.codec.code_model import CodeModel, parameters_digest
+from llvq.codec.density import with_density
 from llvq.codec.stream import (
     code_model_of,
     decode,
@@ -24,4 +25,5 @@ __all__ = [
     "encode_codes",
     "fit",
     "parameters_digest",
+    "with_density",
 ]

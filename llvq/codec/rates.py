@@ -1,5 +1,6 @@
 """The rate of a model's codes: the size of files that decode."""
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -11,6 +12,7 @@ from llvq.codec import code_model as code_models
 from llvq.codec import container
 from llvq.codec.code_model import CodeModel
 from llvq.codec.coder import Coder
+from llvq.codec.density import with_density
 from llvq.codec.estimate import estimate
 from llvq.codec.passes import Passes, num_codes
 from llvq.codec.vocabulary import Vocabulary
@@ -76,7 +78,9 @@ def measure(model: VQVAE, code_model: CodeModel, data: Dataset, split: str) -> d
       `coded_bits_per_vector`, from the bytes of the stream; the same `_with_tables`, which the
       receiver may have to be sent, too; `coded_bits_per_pixel`; `context_coded_bits_per_vector`, of
       a stream in which a code's neighbours predict it; `escaped_fraction`, of the vectors whose
-      codes have no entry of their own; and `vocabulary_size`, the number of entries.
+      codes have no entry of their own; and `vocabulary_size`, the number of entries. If a density
+      was learnt with the quantizer, `density_coded_bits_per_vector` is of a stream in which codes
+      cost what that says; see `with_density`.
     """
     blocks = _blocks(model, data, split)
     own = blocks[jax.process_index() :: jax.process_count()]
@@ -84,31 +88,43 @@ def measure(model: VQVAE, code_model: CodeModel, data: Dataset, split: str) -> d
     height, width, _ = data.image_shape
     num_pixels = data.num_images[split] * height * width
     num_vectors = data.num_images[split] * int(np.prod(num_codes(model, height, width)))
-    num_bytes, num_bytes_in_context = (container.num_bytes(column) for column in lengths.T[:2])
-    return {
+    escaped, *sizes = lengths.T
+    num_bytes, num_bytes_in_context, *by_density = map(container.num_bytes, sizes)
+    found = {
         "coded_bits_per_vector": 8 * num_bytes / num_vectors,
         "coded_bits_per_vector_with_tables": 8
         * (num_bytes + code_model.num_table_bytes)
         / num_vectors,
         "coded_bits_per_pixel": 8 * num_bytes / num_pixels,
         "context_coded_bits_per_vector": 8 * num_bytes_in_context / num_vectors,
-        "escaped_fraction": float(lengths[:, 2].sum()) / num_vectors,
+        "escaped_fraction": float(escaped.sum()) / num_vectors,
         "vocabulary_size": len(code_model.vocabulary),
     }
+    if by_density:
+        found["density_coded_bits_per_vector"] = 8 * by_density[0] / num_vectors
+    return found
 
 
 def _lengths(
     model: VQVAE, code_model: CodeModel, data: Dataset, split: str, blocks: Sequence[range]
 ) -> np.ndarray:
-    """(bytes, bytes with contexts, escaped codes) of each block, [blocks, 3]."""
-    lengths = np.zeros((len(blocks), 3), np.int64)
+    """(escaped codes, bytes, bytes with contexts, bytes by the density) of each block.
+
+    The last column is only there if a density was learnt.
+    """
+    vocabulary, coder = Vocabulary(code_model, model.quantizer), Coder(code_model)
+    ways = [
+        functools.partial(coder.encode, with_contexts=False),
+        functools.partial(coder.encode, with_contexts=True),
+    ]
+    if by_density := with_density(code_model, model.quantizer):
+        ways.append(functools.partial(Coder(by_density).encode, with_contexts=False))
+    lengths = np.zeros((len(blocks), 1 + len(ways)), np.int64)
     if not blocks:
         return lengths
-    vocabulary, coder = Vocabulary(code_model, model.quantizer), Coder(code_model)
     with console.Progress(len(blocks), f"coding {split}") as report:
         for i, codes in enumerate(Passes(model).of_split(data, split, blocks)):
             block = vocabulary.block(codes)
-            sizes = (len(coder.encode(block, with_contexts=option)) for option in (False, True))
-            lengths[i] = *sizes, len(block.escaped)
+            lengths[i] = len(block.escaped), *(len(encode(block)) for encode in ways)
             report(i + 1)
     return lengths

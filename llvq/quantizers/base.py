@@ -188,6 +188,11 @@ class Quantizer(nnx.Module):
         quantized, codes, losses = self.forward(latents, train=train, mask=mask, key=key)
         return self.pass_gradient(quantized, latents).astype(dtype), codes, losses
 
+    def code_length(self, points: Float[Array, "... latent_dim"]) -> Float[Array, "..."] | None:
+        """The bits of quantized latents under a density that the quantizer learns, if it does."""
+        del points
+        return None
+
     def histograms(self, codes: Int[Array, "..."]) -> dict[str, Array]:
         """Arrays whose distribution is worth watching, by name, given the codes of some images."""
         return {"codes": codes}
