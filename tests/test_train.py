@@ -97,7 +97,8 @@ def assert_devices_agree(quantizer, num_steps, seed, **overrides):
         "vq_ema",
         *(
             pytest.param(q, marks=SLOW)
-            for q in ("sparse_lattice", "fsq", "lfq", "bsq", "simvq", "residual_vq")
+            for q in tiny.DISTINCT
+            if q not in ("vq", "vq_ema", "dense_lattice")
         ),
     ],
 )
@@ -109,6 +110,7 @@ def test_one_and_eight_devices_are_the_same_computation(quantizer):
 @pytest.mark.slow
 def test_one_and_eight_devices_draw_the_same():
     assert_devices_agree("vq", 10, SEED_NEAR_ZERO, **RANDOM)
+    assert_devices_agree("e8_lattice", 10, SEED_NEAR_ZERO, **{"quantizer.training": "noise"})
 
 
 @pytest.mark.slow
@@ -118,7 +120,7 @@ def test_one_and_eight_devices_are_the_same_computation_dense_lattice():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantizer", tiny.DISTINCT)
+@pytest.mark.parametrize("quantizer", ["vq", "vq_ema", "residual_vq"])
 def test_one_and_eight_devices_agree_at_first_in_float32(quantizer):
     one, eight = (run_steps(quantizer, n, 5, "float32") for n in (1, 8))
     for a, b in zip(one, eight, strict=True):
