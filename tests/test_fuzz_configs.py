@@ -165,7 +165,10 @@ def possible(draw, sizes, batch_sizes, image_shapes):
         "epsilon": st.sampled_from([1e-8, 1e-5, 1]),
         "distance": st.sampled_from(["euclidean", "cosine"]),
         "gradient": st.sampled_from(["straight_through", "rotation"]),
-        "initialisation": st.sampled_from(["random", "batch"]),
+        # k-means numbers a batch's latents in int32.
+        "initialisation": st.sampled_from(
+            ["random"] if 2**20 in batch_sizes else ["random", "batch"]
+        ),
         "restart_threshold": st.sampled_from([0, 0.0, 0.1, 1]),
         "levels": st.sampled_from([(2,), (8, 5, 5, 5), [3, 1000]]),
         "num_bits": st.sampled_from([1, 18, 100]),
@@ -174,10 +177,18 @@ def possible(draw, sizes, batch_sizes, image_shapes):
         "depth": st.sampled_from([1, 3]),
         "stage": st.sampled_from(["vq", "vq_ema", "simvq"]),
         "dropout": st.booleans(),
+        "rate_weight": st.sampled_from([0, 1e-3, 1]),
+        "warmup": st.sampled_from([0, 0.4, 1]),
+        "initial_step": st.sampled_from([1e-6, 0.15, 100]),
+        "training": st.sampled_from(["straight_through", "noise"]),
+        "block_size": st.sampled_from([1, 8]),
     }
     if quantizer == "lfq":
         options["codebook_size"] = st.sampled_from([2, 64, 2**18])
-    has_fixed_dim = quantizer in ("fsq", "lfq", "bsq")
+    # Or one that has to be a multiple of something.
+    has_fixed_dim = quantizer in ("fsq", "lfq", "bsq") or "rate_weight" in default_options(
+        quantizer
+    )
     fields = {
         "batch_size": st.sampled_from(batch_sizes),
         "seed": st.sampled_from([0, 1, 2**31, 2**32 - 1]),
