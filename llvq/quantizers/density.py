@@ -5,8 +5,6 @@ learned image compression (Ballé et al. 2018, arXiv 1802.01436, with mixtures a
 2020, arXiv 2001.01568).
 """
 
-import math
-
 import jax
 from flax import nnx
 from jax import numpy as jnp
@@ -14,9 +12,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 # The parameters are stored divided by this, so that Adam, whose steps all have one size, moves them
-# so many times as far as the network's. A density that follows the latents slowly makes their rate
-# a matter of the density.
+# so many times as far as the network's. While the density is still far behind the latents, the rate
+# says more about the density than about them.
 SPEED = 30.0
+_COMPONENTS = 3  # of each mixture
 
 
 class LogisticMixtures(nnx.Module):
@@ -28,22 +27,13 @@ class LogisticMixtures(nnx.Module):
       log_scales: [dim, components].
     """
 
-    def __init__(
-        self, dim: int, *, components: int = 3, spread: float = 1.0, param_dtype: DTypeLike
-    ) -> None:
-        """Components of equal weight, their means evenly over ±spread.
-
-        Args:
-          dim: entries of a vector.
-          components: of each mixture.
-          spread: also the scale of each component.
-          param_dtype: of the parameters.
-        """
-        shape = dim, components
-        means = jnp.broadcast_to(jnp.linspace(-spread, spread, components), shape)
+    def __init__(self, dim: int, *, param_dtype: DTypeLike) -> None:
+        """Components of equal weight and scale 1, their means evenly over ±1."""
+        shape = dim, _COMPONENTS
+        means = jnp.broadcast_to(jnp.linspace(-1, 1, _COMPONENTS), shape)
         self.weights = nnx.Param(jnp.zeros(shape, param_dtype))
         self.means = nnx.Param(jnp.asarray(means / SPEED, param_dtype))
-        self.log_scales = nnx.Param(jnp.full(shape, math.log(spread) / SPEED, param_dtype))
+        self.log_scales = nnx.Param(jnp.zeros(shape, param_dtype))
 
     def _standardised(
         self, values: Float[Array, "... dim"]
