@@ -25,7 +25,6 @@ from llvq.quantizers.rate_lattice import (
     RateWeight,
     Training,
     Warmup,
-    bounded_steps,
 )
 
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -64,16 +63,16 @@ class LearnedLattice(RateLattice):
         self._set_up(
             latent_dim,
             block_size,
+            latent_dim,
             rate_weight=rate_weight,
             warmup=warmup,
+            initial_step=initial_step,
             training=training,
             param_dtype=param_dtype,
         )
         self.block_size = block_size
-        self.initial_step = initial_step
         shape = latent_dim // block_size, block_size, block_size
         self.left, self.right = (nnx.Param(jnp.zeros(shape, param_dtype)) for _ in range(2))
-        self.log_steps = nnx.Param(jnp.zeros(shape[:2], param_dtype))
 
     @classmethod
     def latent_dim_unit(cls, options: Mapping[str, Any]) -> int:
@@ -81,7 +80,7 @@ class LearnedLattice(RateLattice):
 
     def _factors(self) -> tuple[Array, Array, Array]:
         """(U, the diagonal of Σ, V)."""
-        steps = bounded_steps(self.initial_step, self.log_steps[...])
+        steps = self.steps().reshape(-1, self.block_size)
         return cayley(self.left[...]), steps, cayley(self.right[...])
 
     def basis(self) -> Float[Array, "blocks n n"]:
@@ -104,7 +103,7 @@ class LearnedLattice(RateLattice):
         return sum(products, start=jnp.zeros((), vectors.dtype)).reshape(vectors.shape)
 
     def log_volume(self) -> Float[Array, ""]:
-        return jnp.sum(jnp.log(bounded_steps(self.initial_step, self.log_steps[...])))
+        return jnp.sum(jnp.log(self.steps()))
 
 
 def cayley(matrices: Float[Array, "... n n"]) -> Float[Array, "... n n"]:

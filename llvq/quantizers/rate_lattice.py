@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 import jax
+from flax import nnx
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -27,12 +28,6 @@ INITIAL_STEP = 0.15
 
 # Steps stay within this factor of where they began, so that no volume runs away.
 _LARGEST_CHANGE = 1e3
-
-
-def bounded_steps(initial: float, logarithms: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Steps by the logarithms of their changes, which stay within ±log(_LARGEST_CHANGE)."""
-    bound = math.log(_LARGEST_CHANGE)
-    return initial * jnp.exp(bound * jnp.tanh(logarithms / bound))
 
 
 class RateLattice(Quantizer):
@@ -61,9 +56,11 @@ class RateLattice(Quantizer):
         self,
         latent_dim: int,
         unit: int,
+        num_steps: int,
         *,
         rate_weight: float,
         warmup: float,
+        initial_step: float,
         training: str,
         param_dtype: DTypeLike,
     ) -> None:
@@ -73,9 +70,16 @@ class RateLattice(Quantizer):
         self.code_shape = (latent_dim,)
         self.rate_weight = rate_weight
         self.loss_warmup = warmup
+        self.initial_step = initial_step
         self.training = training
         self.param_dtype = param_dtype
+        self.log_steps = nnx.Param(jnp.zeros(num_steps, param_dtype))
         self.density = LogisticMixtures(latent_dim, param_dtype=param_dtype)
+
+    def steps(self) -> Float[Array, "num_steps"]:
+        """The lengths that are learnt, each within a factor of _LARGEST_CHANGE of its start."""
+        bound = math.log(_LARGEST_CHANGE)
+        return self.initial_step * jnp.exp(bound * jnp.tanh(self.log_steps[...] / bound))
 
     @abc.abstractmethod
     def to_cells(self, latents: Float[Array, "... latent_dim"]) -> Float[Array, "... latent_dim"]:

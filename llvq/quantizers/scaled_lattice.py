@@ -19,7 +19,6 @@ from llvq.quantizers.rate_lattice import (
     RateWeight,
     Training,
     Warmup,
-    bounded_steps,
 )
 
 
@@ -52,14 +51,13 @@ class ScaledLattice(RateLattice):
         self._set_up(
             latent_dim,
             self.lattice.dimension,
+            latent_dim // self.lattice.dimension,
             rate_weight=rate_weight,
             warmup=warmup,
+            initial_step=initial_step,
             training=training,
             param_dtype=param_dtype,
         )
-        self.initial_step = initial_step
-        num_blocks = latent_dim // self.lattice.dimension
-        self.log_steps = nnx.Param(jnp.zeros(num_blocks, param_dtype))
 
     @classmethod
     def latent_dim_unit(cls, options: Mapping[str, Any]) -> int:
@@ -68,26 +66,26 @@ class ScaledLattice(RateLattice):
 
     def basis(self) -> Float[Array, "blocks"]:
         """The steps."""
-        return bounded_steps(self.initial_step, self.log_steps[...])
+        return self.steps()
 
-    def _steps(self) -> Float[Array, "latent_dim"]:
-        return jnp.repeat(self.basis(), self.lattice.dimension)
+    def _entry_steps(self) -> Float[Array, "latent_dim"]:
+        return jnp.repeat(self.steps(), self.lattice.dimension)
 
     def to_cells(self, latents: Float[Array, "... latent_dim"]) -> Float[Array, "... latent_dim"]:
-        return latents / self._steps()
+        return latents / self._entry_steps()
 
     def from_cells(self, points: Float[Array, "... latent_dim"]) -> Float[Array, "... latent_dim"]:
-        return points * self._steps()
+        return points * self._entry_steps()
 
     def from_integers(
         self, points: Float[Array, "... latent_dim"]
     ) -> Float[Array, "... latent_dim"]:
         # One product of an entry, so that no compiler can round it in two ways.
-        return points * (self._steps() * self.lattice.step[0])
+        return points * (self._entry_steps() * self.lattice.step[0])
 
     def log_volume(self) -> Float[Array, ""]:
         num_blocks = self.latent_dim // self.lattice.dimension
-        return jnp.sum(jnp.log(self._steps())) + num_blocks * math.log(self.lattice.volume)
+        return jnp.sum(jnp.log(self._entry_steps())) + num_blocks * math.log(self.lattice.volume)
 
 
 class DiagonalLattice(ScaledLattice):
@@ -97,7 +95,7 @@ class DiagonalLattice(ScaledLattice):
 
     def code_length(self, points: Float[Array, "... latent_dim"]) -> Float[Array, "..."]:
         """The bits that each point costs: exact, since cells are boxes."""
-        logs = self.density.log_probability(points, self._steps())
+        logs = self.density.log_probability(points, self._entry_steps())
         return -jnp.sum(logs, axis=-1) / math.log(2)
 
 
