@@ -13,6 +13,7 @@ from jax import numpy as jnp
 
 from llvq import EMAVectorQuantizer, ResidualVQ, SimVQ, VectorQuantizer
 from llvq.quantizers import codebook as codebooks
+from llvq.quantizers import codebook_search
 from tests.test_quantizers import grads_of, latents_near, nearest_in_float64
 from tests.test_scalar_quantizers import assert_close, make_latents
 
@@ -263,7 +264,7 @@ def test_each_platforms_sums_by_code(platform, codebook_size, monkeypatch):
     expected = np.zeros((codebook_size, 3))
     np.add.at(expected, codes, values)
     for num_shares in (1, 2):
-        sums = codebooks.sums_by_code(
+        sums = codebook_search.sums_by_code(
             jnp.asarray(codes, jnp.int32),
             jnp.asarray(values, jnp.float32),
             codebook_size,

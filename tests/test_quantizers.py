@@ -18,7 +18,7 @@ from llvq import (
     quantizers,
 )
 from llvq.errors import UserError
-from llvq.quantizers import codebook as codebooks
+from llvq.quantizers import codebook_search
 from llvq.quantizers.lattice import LARGEST_CODE, SMALLEST_BASIS, sparse_basis_bound
 from tests import tiny
 from tests.tiny import NAMES
@@ -61,7 +61,7 @@ def grads_of(quantizer, latents, weights):
 @pytest.fixture(params=[1024, 6])
 def _blocks(request, monkeypatch):
     """The codebook searched whole, and in three blocks, the last not full."""
-    monkeypatch.setattr(codebooks, "_BLOCK_SIZE", request.param)
+    monkeypatch.setattr(codebook_search, "_BLOCK_SIZE", request.param)
 
 
 @pytest.fixture
