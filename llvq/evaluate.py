@@ -1,15 +1,18 @@
 """Evaluation of a checkpoint: metrics of its reconstructions, and which codes it uses."""
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 from flax import nnx
+from jaxtyping import Int32
 
 from llvq import checkpointing
 from llvq.codec import rates
@@ -31,7 +34,6 @@ from llvq.runtime import sharding
 from llvq.training import train_state
 from llvq.usage import CodebookUsage
 
-_COUNTED = ("train", "validation")  # the splits of the codebook figures
 _REPORT = "evaluation.json"
 
 
@@ -77,18 +79,20 @@ def evaluate(
 
     split = "test" if "test" in data.num_images else "validation"
     logging.info("Evaluating %s on %d %s images", found.path, data.num_images[split], split)
-    usage = CodebookUsage()
-    used_by_split = usage if split in _COUNTED else CodebookUsage()
-    means = evaluator.measure(state, data, split, batch_size, used_by_split)
+    means = evaluator.measure(state, data, split, batch_size, CodebookUsage())
     assert means is not None  # nothing stops it
-    remaining = [name for name in _COUNTED if name != split]
-    evaluator.count(state, data, remaining, batch_size, usage)
-    usage = usage.over_all_hosts()
     picture, _ = evaluator.preview(state, data, split)
 
     trained = checkpointing.model_of(found)
     trained.value_range = config.model.value_range  # an imported one may not know it
-    code_model = rates.find_or_estimate(trained, found.path, data)
+    usage = CodebookUsage()
+    train, validation = (
+        _counted(rates.codes(trained, data, name), usage) for name in ("train", "validation")
+    )
+    code_model = rates.find_or_estimate(trained, found.path, train)
+    for _ in itertools.chain(train, validation):
+        pass
+    usage = usage.over_all_hosts()
     results = {
         "dataset": config.dataset.name,
         "quantizer": config.quantizer.name,
@@ -108,6 +112,15 @@ def evaluate(
             figures = {k: v if _is_finite(v) else None for k, v in results.items()}
             file.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
     return results
+
+
+def _counted(
+    blocks: Iterable[Int32[np.ndarray, "n h w ..."]], usage: CodebookUsage
+) -> Iterator[Int32[np.ndarray, "n h w ..."]]:
+    """The same blocks of codes, which go to `usage` on their way."""
+    for block in blocks:
+        usage.add_codes(block)
+        yield block
 
 
 def _codebook_figures(usage: CodebookUsage, num_codes: int | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Counts the rows of an array through the path that evaluation takes: device, table, all hosts."""
+"""Counts the rows of an array as training and evaluation do."""
 
 import functools
 
@@ -18,6 +18,8 @@ def counting_step(code_width, mesh):
 def count(codes, batch_size, *, devices=None, budget=BUDGET):
     """The usage of codes [n, width], this process's share, in batches of this process.
 
+    As in training: on the devices, in the table, over all hosts.
+
     The last batch is filled up with a code that must not count.
     """
     mesh = sharding.make_mesh(jax.devices()[:1] if devices is None else devices)
@@ -31,3 +33,11 @@ def count(codes, batch_size, *, devices=None, budget=BUDGET):
         on_devices = (sharding.to_devices(x, mesh) for x in (batch, mask))
         usage.add(step(*on_devices, usage.levels(mesh)))
     return usage.over_all_hosts()
+
+
+def count_on_host(codes, batch_size, *, budget=BUDGET):
+    """The usage of codes [n, width], as in evaluation: from images of one code each."""
+    usage = CodebookUsage(budget)
+    for start in range(0, len(codes), batch_size):
+        usage.add_codes(codes[start : start + batch_size, None, None])
+    return usage

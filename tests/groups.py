@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent import futures
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +49,17 @@ def finish(processes, timeout=200):
     """[(exit code, standard error)] of each, once it has ended."""
     errors = [process.communicate(timeout=timeout)[1] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
+
+
+def succeed(processes, timeout):
+    """Waits for all to end well; kills the others, which may wait for it, once one does not."""
+    with futures.ThreadPoolExecutor(len(processes)) as pool:
+        ends = {pool.submit(process.communicate, timeout=timeout): process for process in processes}
+        for end in futures.as_completed(ends):
+            if ends[end].returncode:
+                for process in processes:
+                    process.kill()
+                raise AssertionError(end.result()[1])
 
 
 def wait_for(process, text):

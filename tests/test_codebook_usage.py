@@ -18,7 +18,7 @@ from llvq.runtime import sharding
 from llvq.usage import table
 from llvq.usage.counting import fingerprints, position_offsets
 from llvq.usage.table import CodebookUsage
-from tests.counting import count, counting_step
+from tests.counting import count, count_on_host, counting_step
 from tests.run_counting import stream
 
 
@@ -78,14 +78,20 @@ def entropy_of(counts):
 
 
 @pytest.mark.parametrize("distinct", [1, 3000, 9000])
-@pytest.mark.parametrize(("num_devices", "batch_size"), [(1, 1000), (8, 1000), (1, 9999)])
+@pytest.mark.parametrize(
+    ("num_devices", "batch_size"), [(0, 1000), (1, 1000), (8, 1000), (1, 9999)]
+)
 def test_against_a_counter(distinct, num_devices, batch_size):
+    """On no device: on the host."""
     rng = np.random.default_rng(0)
     codes = rng.integers(-(2**30), 2**30, (distinct, 8)).astype(np.int32)
     drawn = codes[
         np.minimum(rng.geometric(20 / distinct if distinct > 20 else 0.5, 9999), distinct) - 1
     ]
-    usage = count(drawn, batch_size, devices=jax.devices()[:num_devices])
+    if num_devices:
+        usage = count(drawn, batch_size, devices=jax.devices()[:num_devices])
+    else:
+        usage = count_on_host(drawn, batch_size)
     counter = collections.Counter(map(bytes, drawn))
     assert usage.is_exact
     assert usage.standard_error == usage.entropy_standard_error == 0
@@ -170,6 +176,7 @@ def test_the_sample_depends_on_the_codes_alone(pending, monkeypatch):
         count(codes, 1000, budget=700),
         count(codes[::-1], 1000, devices=jax.devices(), budget=700),
         count(rng.permutation(codes), 7777, budget=700),
+        count_on_host(codes, 1000, budget=700),
     ]
     kept = kept_by(codes, usages[0].level)
     assert len(kept) <= 700 < len(kept_by(codes, usages[0].level - 1))

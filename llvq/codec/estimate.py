@@ -8,7 +8,9 @@ several processes, which count some blocks each, exchange the counts and add the
 order.
 """
 
-from collections.abc import Iterable
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +18,8 @@ from jaxtyping import Int, Int32, Int64, Shaped, UInt64
 
 from llvq.codec import integers
 from llvq.codec.code_model import CodeModel, Contexts, frequencies
-from llvq.codec.vocabulary import keys
 from llvq.runtime.distributed import all_gather
+from llvq.usage.counting import keys
 
 _MOST_CODES = 2**14
 _MOST_CANDIDATES = 4 * _MOST_CODES
@@ -57,34 +59,46 @@ class _BlockCounts(NamedTuple):
 
 
 def estimate(
-    blocks: Iterable[Int[np.ndarray, "n height width ..."] | None],
+    blocks: Iterable[Int[np.ndarray, "n height width ..."]],
     code_width: int,
     parameters: str,
 ) -> CodeModel:
-    """The code model of the codes in some blocks.
+    """The code model of the codes in some blocks. All processes must call it at the same time.
 
     Args:
-      blocks: the codes. If there are several processes, the first block of all of them is the
-        split's first; from there on each process has its own, in turn, and None where the others
-        still have some.
+      blocks: the codes; if there are several processes, this one's, which take turns.
       code_width: how many integers make up a code.
       parameters: the digest of the parameters; see `CodeModel`.
 
     Raises:
       ValueError: if there is no block.
     """
-    iterator = iter(blocks)
-    first = next(iterator, None)
-    if first is None:
+    remaining = iter(blocks)
+    block = next(remaining, None)
+    (frequent, *_) = all_gather(None if block is None else _frequent(block, code_width))
+    if frequent is None:
         raise ValueError("there are no codes to estimate a model from")
-    found, counts = np.unique(keys(first.reshape(-1, code_width)), return_counts=True)
-    frequent = np.sort(found[_most_frequent(counts, _MOST_FREQUENT)])
-    total = _count(first, code_width, frequent)
-    for block in iterator:
-        own = None if block is None else _count(block, code_width, frequent)
-        for counted in all_gather(own):
-            total = total if counted is None else _add(total, counted)
+    own = (
+        _count(some, code_width, frequent)
+        for some in itertools.chain([block], remaining)
+        if some is not None
+    )
+    total = functools.reduce(_add, _in_turn(own))
     return _finish(total, frequent, parameters)
+
+
+def _in_turn(own: Iterator[_BlockCounts]) -> Iterator[_BlockCounts]:
+    """The counts of all processes' blocks."""
+    while counted := [counts for counts in all_gather(next(own, None)) if counts is not None]:
+        yield from counted
+
+
+def _frequent(
+    block: Int[np.ndarray, "n height width ..."], code_width: int
+) -> UInt64[np.ndarray, "m"]:
+    """The keys of the codes that are a class of their own as neighbours, ascending."""
+    found, counts = np.unique(keys(block.reshape(-1, code_width)), return_counts=True)
+    return np.sort(found[_most_frequent(counts, _MOST_FREQUENT)])
 
 
 def _most_frequent(counts: Int64[np.ndarray, "n"], number: int) -> Int64[np.ndarray, "m"]:

@@ -80,22 +80,27 @@ class Passes:
         return max(1, _PIXELS_PER_DEVICE // (height * width)) * self._mesh.size
 
     def _encode(
-        self, batches: Iterable[UInt8[np.ndarray, "share height width channels"]]
+        self,
+        batches: Iterable[UInt8[np.ndarray, "share height width channels"]],
+        height: int,
+        width: int,
     ) -> Iterator[Int32[np.ndarray, "share h w ..."]]:
-        """The codes of batches of `_share` images."""
+        """The codes of batches of `_share` images of so many pixels."""
+        latents = height // self._factor, width // self._factor
+        train_state.fit_to_mesh(self._model, self._mesh, latents)
+        encode = functools.partial(
+            _steps(self._mesh).encode, nnx.graphdef(self._model), self._state
+        )
         for images in batches:
-            latents = images.shape[1] // self._factor, images.shape[2] // self._factor
-            train_state.fit_to_mesh(self._model, self._mesh, latents)
-            graphdef = nnx.graphdef(self._model)
-            on_devices = sharding.to_devices(images, self._mesh)
-            yield np.asarray(_steps(self._mesh).encode(graphdef, self._state, on_devices))
+            yield np.asarray(encode(sharding.to_devices(images, self._mesh)))
 
     def codes(
         self, images: UInt8[np.ndarray, "n height width channels"]
     ) -> Int32[np.ndarray, "n h w ..."]:
         """The codes of images, whose height and width are multiples of what the model halves."""
-        share = self._share(*images.shape[1:3])
-        return _joined(self._encode(_padded(images, share)), len(images))
+        size = images.shape[1:3]
+        batches = _padded(images, self._share(*size))
+        return _joined(self._encode(batches, *size), len(images))
 
     def images(
         self, codes: Int[np.ndarray, "n h w ..."]
@@ -110,15 +115,16 @@ class Passes:
         self, data: Dataset, split: str, ranges: Sequence[range]
     ) -> Iterator[Int32[np.ndarray, "n h w ..."]]:
         """The codes of some ranges of a split's images, one by one."""
-        share = self._share(*data.image_shape[:2])
+        if not ranges:
+            return
+        size = data.image_shape[:2]
+        share = self._share(*size)
         positions = np.concatenate([np.arange(r.start, r.stop) for r in ranges])
         waiting: list[np.ndarray] = []
         remaining = iter(ranges)
         wanted = next(remaining)
-        codes = self._encode(
-            images for _, images in data.batches(split, _batches(positions, share))
-        )
-        for batch in codes:
+        images = (images for _, images in data.batches(split, _batches(positions, share)))
+        for batch in self._encode(images, *size):
             waiting.append(batch)
             while sum(map(len, waiting)) >= len(wanted):
                 joined = np.concatenate(waiting) if len(waiting) > 1 else waiting[0]

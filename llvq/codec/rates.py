@@ -1,12 +1,13 @@
 """The rate of a model's codes: the size of files that decode."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from jaxtyping import Int32, Int64
 
 from llvq.codec import code_model as code_models
 from llvq.codec import container
@@ -28,15 +29,32 @@ def _blocks(model: VQVAE, data: Dataset, split: str) -> list[range]:
     return container.blocks(range(data.num_images[split]), *shape)
 
 
-def find_or_estimate(model: VQVAE, checkpoint: epath.PathLike, data: Dataset) -> CodeModel:
-    """The code model beside a checkpoint, or a new one, estimated over the training split.
+def codes(model: VQVAE, data: Dataset, split: str) -> Iterator[Int32[np.ndarray, "n h w ..."]]:
+    """The codes of a split's images, block by block; of several processes, each has its share.
+
+    Args:
+      model: makes the codes.
+      data: the data set.
+      split: of it.
+    """
+    own = _blocks(model, data, split)[jax.process_index() :: jax.process_count()]
+    with console.Progress(len(own), f"encoding {split}") as report:
+        for i, block in enumerate(Passes(model).of_split(data, split, own), start=1):
+            yield block
+            report(i)
+
+
+def find_or_estimate(
+    model: VQVAE, checkpoint: epath.PathLike, blocks: Iterable[Int32[np.ndarray, "n h w ..."]]
+) -> CodeModel:
+    """The code model beside a checkpoint, or a new one.
 
     A new one is saved beside the checkpoint. All processes must call it at the same time.
 
     Args:
       model: of the checkpoint.
       checkpoint: its directory.
-      data: the data set.
+      blocks: `codes` of the training split; not touched if there is a code model.
 
     Raises:
       UserError: if the one beside the checkpoint is damaged.
@@ -45,18 +63,7 @@ def find_or_estimate(model: VQVAE, checkpoint: epath.PathLike, data: Dataset) ->
     (found, *_) = all_gather(code_models.load(checkpoint, parameters))
     if found:
         return found
-    first, *others = _blocks(model, data, "train")
-    own = [first, *others[jax.process_index() :: jax.process_count()]]
-    num_rounds = 1 + -(-len(others) // jax.process_count())
-
-    def blocks() -> Iterator[np.ndarray | None]:
-        codes = Passes(model).of_split(data, "train", own)
-        with console.Progress(num_rounds, "estimating the code model") as report:
-            for i in range(num_rounds):
-                yield next(codes, None)
-                report(i + 1)
-
-    estimated = estimate(blocks(), model.quantizer.code_width, parameters)
+    estimated = estimate(blocks, model.quantizer.code_width, parameters)
     if jax.process_index() == 0:
         try:
             estimated.save(checkpoint)
@@ -82,9 +89,7 @@ def measure(model: VQVAE, code_model: CodeModel, data: Dataset, split: str) -> d
       was learnt with the quantizer, `density_coded_bits_per_vector` is of a stream in which codes
       cost what that says; see `with_density`.
     """
-    blocks = _blocks(model, data, split)
-    own = blocks[jax.process_index() :: jax.process_count()]
-    lengths = np.concatenate(all_gather(_lengths(model, code_model, data, split, own)))
+    lengths = np.concatenate(all_gather(_lengths(model, code_model, codes(model, data, split))))
     height, width, _ = data.image_shape
     num_pixels = data.num_images[split] * height * width
     num_vectors = data.num_images[split] * int(np.prod(num_codes(model, height, width)))
@@ -106,8 +111,8 @@ def measure(model: VQVAE, code_model: CodeModel, data: Dataset, split: str) -> d
 
 
 def _lengths(
-    model: VQVAE, code_model: CodeModel, data: Dataset, split: str, blocks: Sequence[range]
-) -> np.ndarray:
+    model: VQVAE, code_model: CodeModel, blocks: Iterable[Int32[np.ndarray, "n h w ..."]]
+) -> Int64[np.ndarray, "blocks figures"]:
     """(escaped codes, bytes, bytes with contexts, bytes by the density) of each block.
 
     The last column is only there if a density was learnt.
@@ -119,12 +124,8 @@ def _lengths(
     ]
     if by_density := with_density(code_model, model.quantizer):
         ways.append(functools.partial(Coder(by_density).encode, with_contexts=False))
-    lengths = np.zeros((len(blocks), 1 + len(ways)), np.int64)
-    if not blocks:
-        return lengths
-    with console.Progress(len(blocks), f"coding {split}") as report:
-        for i, codes in enumerate(Passes(model).of_split(data, split, blocks)):
-            block = vocabulary.block(codes)
-            lengths[i] = len(block.escaped), *(len(encode(block)) for encode in ways)
-            report(i + 1)
-    return lengths
+    lengths = [
+        (len(block.escaped), *(len(encode(block)) for encode in ways))
+        for block in map(vocabulary.block, blocks)
+    ]
+    return np.array(lengths, np.int64).reshape(-1, 1 + len(ways))

@@ -8,18 +8,10 @@ from jaxtyping import Array, Float, Int, Int32, UInt64
 from llvq.codec.code_model import CodeModel
 from llvq.codec.coder import Block
 from llvq.quantizers import Quantizer
-from llvq.usage.counting import fingerprints
+from llvq.usage.counting import keys
 
 _NEAREST_AT_ONCE = 1024
 _AT_ONCE = 2**14  # what JAX copies at once then stays in the cache
-
-
-@jax.jit
-def keys(codes: Int[Array, "n width"]) -> UInt64[Array, "n"]:
-    """The 64-bit fingerprint of each code."""
-    low, high = fingerprints(codes)
-    with jax.enable_x64(True):
-        return high.astype(jnp.uint64) << jnp.uint64(32) | low.astype(jnp.uint64)
 
 
 @jax.jit

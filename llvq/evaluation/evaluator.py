@@ -1,14 +1,13 @@
 """Passes over whole splits with the steps of evaluation."""
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from llvq.data import Dataset, IndexBatch
 from llvq.data.order import evaluation_batches, steps_per_epoch
@@ -17,7 +16,7 @@ from llvq.evaluation.steps import make_steps
 from llvq.models import VQVAE
 from llvq.runtime import console, sharding
 from llvq.training.train_state import TrainState
-from llvq.usage import CodebookUsage
+from llvq.usage import CodebookUsage, CodeCounts
 
 NUM_PICTURES = 8
 
@@ -47,10 +46,9 @@ class Evaluator:
         Returns None if `is_time_to_stop` says so after a batch.
         """
         totals: dict[str, float] = {}
-        step = functools.partial(self._steps.measure, state)
         num_batches = steps_per_epoch(data.num_images[split], batch_size)
         with console.Progress(num_batches, f"measuring {split}") as report:
-            results = self._results(step, usage, data, split, batch_size)
+            results = self._results(state, usage, data, split, batch_size)
             for done, (sums, counts) in enumerate(results, start=1):
                 for name, value in jax.device_get(sums).items():
                     totals[name] = totals.get(name, 0.0) + float(value)
@@ -73,24 +71,6 @@ class Evaluator:
         totals = {name: float(value) for name, value in jax.device_get(sums).items()}
         return metrics.finish(totals, len(images))["loss"], usage.over_all_hosts()
 
-    def count(
-        self,
-        state: TrainState,
-        data: Dataset,
-        splits: Sequence[str],
-        batch_size: int,
-        usage: CodebookUsage,
-    ) -> None:
-        """The codes of all images of some splits go to `usage`."""
-        step = functools.partial(self._steps.usage, state)
-        num_batches = sum(steps_per_epoch(data.num_images[split], batch_size) for split in splits)
-        done = 0
-        with console.Progress(num_batches, f"counting codes of {', '.join(splits)}") as report:
-            for split in splits:
-                for counts in self._results(step, usage, data, split, batch_size):
-                    usage.add(counts)
-                    report(done := done + 1)
-
     def preview(
         self, state: TrainState, data: Dataset, split: str
     ) -> tuple[UInt8[np.ndarray, "height width channels"], dict[str, np.ndarray]]:
@@ -106,13 +86,13 @@ class Evaluator:
 
     def _results(
         self,
-        step: Callable[..., Any],
+        state: TrainState,
         usage: CodebookUsage,
         data: Dataset,
         split: str,
         batch_size: int,
-    ) -> Iterator[Any]:
-        """Yields the step's result for each batch while the device computes the next one."""
+    ) -> Iterator[tuple[dict[str, Float[Array, ""]], CodeCounts]]:
+        """Yields the result of `measure` for each batch while the device computes the next one."""
         batches = evaluation_batches(
             data.num_images[split],
             batch_size,
@@ -121,7 +101,8 @@ class Evaluator:
         )
         previous: Any = None
         for batch, images in data.batches(split, batches):
-            current = step(
+            current = self._steps.measure(
+                state,
                 sharding.to_devices(images, self._mesh),
                 sharding.to_devices(batch.mask, self._mesh),
                 usage.levels(self._mesh),

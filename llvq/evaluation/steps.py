@@ -24,13 +24,12 @@ class Steps(NamedTuple):
     """Functions of (state, images, …), on the devices of a mesh.
 
     Attributes:
-      usage: (state, images, mask, levels) to the codes, counted; see `count_codes` for the levels.
-      measure: (state, images, mask, levels) to (sums of metrics and losses, codes counted).
+      measure: (state, images, mask, levels) to (sums of metrics and losses, codes counted); see
+        `count_codes` for the levels.
       preview: (state, images) to (originals and reconstructions in [0, 1], histogram
         data), replicated.
     """
 
-    usage: Callable[[TrainState, Images, Mask, Levels], CodeCounts]
     measure: Callable[
         [TrainState, Images, Mask, Levels], tuple[dict[str, Float[Array, ""]], CodeCounts]
     ]
@@ -68,22 +67,13 @@ def make_steps(graphdef: nnx.GraphDef[VQVAE], mesh: Mesh) -> Steps:
     def load(state: TrainState) -> VQVAE:
         return nnx.merge(graphdef, state.params, state.statistics)
 
-    def count(
-        model: VQVAE, codes: Int[Array, "batch h w ..."], mask: Mask, levels: Levels
-    ) -> CodeCounts:
-        width = model.quantizer.code_width
-        return count_codes(codes, mask, levels, code_width=width, mesh=mesh)
-
-    def usage_step(state: TrainState, images: Images, mask: Mask, levels: Levels) -> CodeCounts:
-        model = load(state)
-        return count(model, model.encode(model.pack(images)), mask, levels)
-
     def metrics_step(
         state: TrainState, images: Images, mask: Mask, levels: Levels
     ) -> tuple[dict[str, Float[Array, ""]], CodeCounts]:
         model = load(state)
         sums, codes = measure_images(model, images, mask)
-        return sums, count(model, codes, mask, levels)
+        width = model.quantizer.code_width
+        return sums, count_codes(codes, mask, levels, code_width=width, mesh=mesh)
 
     def preview_step(
         state: TrainState, images: Images
@@ -98,7 +88,6 @@ def make_steps(graphdef: nnx.GraphDef[VQVAE], mesh: Mesh) -> Steps:
     jit = functools.partial(jax.jit, compiler_options=sharding.compiler_options(mesh))
     batch = (whole, sharding.images_sharded(mesh), sharding.batch_sharded(mesh), by_device)
     return Steps(
-        usage=jit(usage_step, in_shardings=batch, out_shardings=by_device),
         measure=jit(metrics_step, in_shardings=batch, out_shardings=(whole, by_device)),
         preview=jit(preview_step, in_shardings=(whole, whole), out_shardings=whole),
     )

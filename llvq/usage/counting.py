@@ -88,22 +88,21 @@ def _count_share(
     largest = jnp.where(mask[:, None], jnp.max(images, axis=1), limits.min)
     rows = images.reshape(-1, code_width)
     counts = jnp.broadcast_to(mask[:, None], images.shape[:2]).reshape(-1)
-    low, high = fingerprints(rows)
     # One operand of 64 bits is what XLA sorts fast, on CPU and GPU alike.
+    unsorted = keys(rows)
     with jax.enable_x64(True):
-        unsorted = high.astype(jnp.uint64) << jnp.uint64(32) | low.astype(jnp.uint64)
         is_kept = counts & (jax.lax.clz(unsorted) >= level.astype(jnp.uint64))
         num_kept = jnp.sum(is_kept, dtype=jnp.int32)
         # Dropped keys sort to the end, so that the first num_kept stay, even if one is all ones.
-        keys = jax.lax.sort(jnp.where(is_kept, unsorted, ~jnp.uint64(0)))
-        is_first = jnp.concatenate([jnp.ones(1, bool), keys[1:] != keys[:-1]])
-        is_first &= jnp.arange(len(keys), dtype=jnp.int32) < num_kept
+        ordered = jax.lax.sort(jnp.where(is_kept, unsorted, ~jnp.uint64(0)))
+        is_first = jnp.concatenate([jnp.ones(1, bool), ordered[1:] != ordered[:-1]])
+        is_first &= jnp.arange(len(ordered), dtype=jnp.int32) < num_kept
         ordinals = jnp.cumsum(is_first, dtype=jnp.int32)
         # Searching for a few runs is faster than compacting all keys, which takes a scatter.
-        wanted = jnp.arange(1, min(_HEAD, len(keys)) + 2, dtype=jnp.int32)
+        wanted = jnp.arange(1, min(_HEAD, len(ordered)) + 2, dtype=jnp.int32)
         starts = jnp.minimum(jnp.searchsorted(ordinals, wanted).astype(jnp.int32), num_kept)
-        head_keys = _words(keys.at[starts[:-1]].get(mode="clip"))
-        words = _words(keys)
+        head_keys = _words(ordered.at[starts[:-1]].get(mode="clip"))
+        words = _words(ordered)
     head = jnp.concatenate([head_keys, jnp.diff(starts).astype(jnp.uint32)[None]])
     boundaries = [_HEAD * 2**i for i in range(32) if _HEAD * 2**i < len(rows)]
     results = CodeCounts(
@@ -142,6 +141,14 @@ def _mix_again(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
+
+
+@jax.jit
+def keys(codes: Int[Array, "n width"]) -> UInt64[Array, "n"]:
+    """The fingerprint of each row as one number."""
+    low, high = fingerprints(codes)
+    with jax.enable_x64(True):
+        return high.astype(jnp.uint64) << jnp.uint64(32) | low.astype(jnp.uint64)
 
 
 def fingerprints(codes: Int[Array, "n width"]) -> tuple[UInt32[Array, "n"], UInt32[Array, "n"]]:

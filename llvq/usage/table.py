@@ -25,16 +25,18 @@ of the number of devices and hosts. Memory on the host: 16 bytes for each of `BU
 `_PENDING` that wait to be merged, 320 MiB, and 1.1 GiB in all while merging.
 """
 
+import functools
 import itertools
 import math
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float64, Int32, Int64, Shaped, UInt64
+from jaxtyping import Array, Float64, Int, Int32, Int64, Shaped, UInt64
 
 from llvq.runtime import sharding
 from llvq.runtime.distributed import all_gather
+from llvq.usage import counting
 from llvq.usage.counting import CodeCounts
 
 BUDGET = 2**24
@@ -89,6 +91,16 @@ class CodebookUsage:
                 keys = _join(*words)
                 self._append(*_count(keys, np.ones(len(keys), np.int64)))
 
+    def add_codes(self, codes: Int[np.ndarray, "n height width ..."]) -> None:
+        """Adds the codes of images, which are on the host."""
+        rows = codes.reshape(math.prod(codes.shape[:3]), -1)
+        self.num_vectors += len(rows)
+        self._smallest = np.minimum(self._smallest, rows.min(axis=0))
+        self._largest = np.maximum(self._largest, rows.max(axis=0))
+        found, counts = np.unique(np.asarray(counting.keys(rows)), return_counts=True)
+        kept = _num_below(found, self._limit)
+        self._append(found[:kept], counts[:kept])
+
     def _append(self, keys: UInt64[np.ndarray, "n"], counts: Int64[np.ndarray, "n"]) -> None:
         self._pending.append((keys, counts))
         self._num_pending += len(keys)
@@ -123,8 +135,9 @@ class CodebookUsage:
         merged = CodebookUsage(self._budget)
         merged._level = int(levels.max())
         merged.num_vectors = int(num_vectors.sum())
-        merged._smallest = _gather(self._smallest).min(axis=0)
-        merged._largest = _gather(self._largest).max(axis=0)
+        # A host that has seen no codes does not know their width: its bounds are scalars.
+        merged._smallest = functools.reduce(np.minimum, all_gather(self._smallest))
+        merged._largest = functools.reduce(np.maximum, all_gather(self._largest))
         # Slices of the keys' range: no host holds all hosts' tables at once.
         num_slices = int(sizes.max()) * len(sizes) // _PENDING + 1
         bounds = [merged._limit * i // num_slices for i in range(num_slices + 1)]
@@ -236,6 +249,6 @@ def _count(
     return keys[starts], np.add.reduceat(counts, starts) if len(starts) else counts
 
 
-def _gather(array: Int64[np.ndarray, "..."] | Int32[np.ndarray, "..."]) -> np.ndarray:
+def _gather(array: Int64[np.ndarray, "..."]) -> Int64[np.ndarray, "hosts ..."]:
     """The arrays of all hosts, stacked; of equal shape on each."""
     return np.stack(all_gather(array))
