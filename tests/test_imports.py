@@ -21,7 +21,7 @@ ROOMS = [
     {"checkpointing"},
     {"evaluation", "codec"},
     {"train", "evaluate", "encode"},
-    {"pretrained", "import_torch"},
+    {"pretrained", "import_torch", "at_rate"},
     {"export"},
 ]
 LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}

@@ -16,6 +16,7 @@ from llvq.codec.vocabulary import Vocabulary
 from llvq.quantizers import FSQ, Quantizer
 from llvq.quantizers.density import SPEED, LogisticMixtures
 from llvq.quantizers.learned_lattice import LearnedLattice, cayley
+from llvq.quantizers.multirate_lattice import MultirateLattice
 from llvq.quantizers.scaled_lattice import D4Lattice, DiagonalLattice, E8Lattice, LeechLattice
 
 DIMENSIONS = {
@@ -244,6 +245,18 @@ def test_noise_is_uniform_over_a_cell(kind):
 
 
 @every
+def test_mixed_training_passes_on_points_and_counts_noise(kind):
+    noise, mixed = (make(kind, training=training) for training in ("noise", "mixed"))
+    latents = make_latents(noise, 50)
+    options = {"train": True, "key": jax.random.key(3)}
+    points, codes, losses = call(mixed, latents, **options)
+    # Op by op, sums are rounded in other places.
+    np.testing.assert_allclose(points, mixed.lookup(codes), rtol=1e-6, atol=1e-6)
+    assert losses["rate"] == call(noise, latents, **options)[2]["rate"]
+    assert losses["distortion"] == call(mixed, latents)[2]["distortion"]
+
+
+@every
 def test_steps_stay_within_bounds(kind):
     quantizer = make(kind)
     for extreme in (1e9, -1e9):
@@ -293,3 +306,92 @@ def test_the_codec_takes_the_density_as_its_code_model():
     actual = by_density.frequencies[:-1] / TOTAL
     np.testing.assert_allclose(actual, shares, rtol=0.02, atol=3e-6)
     assert with_density(counted, FSQ(levels=(5, 5))) is None
+
+
+class TestMultirateLattice:
+    WEIGHTS = (0.1, 0.0, 0.03)
+
+    def make(self):
+        quantizer = MultirateLattice(
+            8,
+            lattice="d4_lattice",
+            rate_weights=self.WEIGHTS,
+            training="straight_through",
+        )
+        for index, rate in enumerate(quantizer.rates):
+            rate.log_steps[...] += index  # so that rates quantize differently
+        return quantizer
+
+    def test_each_example_has_one_rate_in_training(self):
+        quantizer = self.make()
+        latents = make_latents(quantizer, 40, 3)
+        mask = np.arange(40) < 33
+        quantized, codes, losses = call(
+            quantizer, latents, train=True, mask=mask, key=jax.random.key(1)
+        )
+        alone = [call(lattice, latents) for lattice in quantizer.rates]
+        matches = np.array([np.all(quantized == points, axis=(1, 2)) for points, _, _ in alone])
+        np.testing.assert_array_equal(matches.sum(0), 1)
+        chosen = matches.argmax(0)
+        expected = np.choose(chosen[:, None, None], [np.asarray(codes) for _, codes, _ in alone])
+        np.testing.assert_array_equal(codes, expected)
+        assert np.all(np.bincount(chosen[mask]) > 5)  # of 33 examples, 11 each on average
+
+        bits = np.array(
+            [
+                lattice.code_length(points)
+                for lattice, (points, _, _) in zip(quantizer.rates, alone, strict=True)
+            ]
+        )[chosen, np.arange(40)]
+        weights = np.array(self.WEIGHTS)[chosen, None]
+        loss = np.mean((weights * bits)[mask])
+        assert float(losses["quantizer_loss"]) == pytest.approx(loss, rel=1e-5)
+        assert float(losses["rate"]) == pytest.approx(np.mean(bits[mask]), rel=1e-5)
+        for index in range(3):
+            own = bits[mask & (chosen == index)]
+            assert float(losses[f"rate_{index}"]) == pytest.approx(np.mean(own), rel=1e-5)
+
+    def test_gradients_pass_each_examples_own_lattice(self):
+        quantizer = self.make()
+        latents = jnp.asarray(make_latents(quantizer, 20))
+        graphdef, state = nnx.split(quantizer)
+
+        @jax.jit
+        def gradient(state):
+            def total(state):
+                quantized, _, _ = nnx.merge(graphdef, state)(
+                    latents, train=True, key=jax.random.key(2)
+                )
+                return jnp.sum(quantized**2)
+
+            return jax.grad(total)(state)
+
+        quantized = call(quantizer, latents, train=True, key=jax.random.key(2))[0]
+        for index, (lattice, found) in enumerate(
+            zip(quantizer.rates, gradient(state)["rates"].values(), strict=True)
+        ):
+            own = np.all(quantized == call(lattice, latents)[0], axis=-1)
+            assert 0 < own.sum() < 20, index
+            # q = z + s·e with the errors e in cells held: ∂q² / ∂log s = 2·q·(q − z).
+            change = 2 * quantized[own] * (quantized[own] - latents[own])
+            expected = np.sum(np.asarray(change).reshape(-1, 2, 4), axis=(0, 2))
+            # Steps are bounded: their logarithm is b·tanh(x / b), b = log 1000.
+            slope = 1 - np.tanh(np.asarray(lattice.log_steps[...]) / np.log(1e3)) ** 2
+            np.testing.assert_allclose(
+                found["log_steps"][...], expected * slope, rtol=1e-4, atol=1e-5
+            )
+
+    def test_outside_training_it_is_its_first_lattice(self):
+        quantizer = self.make()
+        latents = make_latents(quantizer, 10)
+        for actual, expected in zip(
+            jax.tree.leaves(call(quantizer, latents)),
+            jax.tree.leaves(call(quantizer.rates[0], latents)),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(actual, expected)
+
+    def test_training_needs_a_key(self):
+        quantizer = self.make()
+        with pytest.raises(ValueError, match="several rates need a key"):
+            quantizer(make_latents(quantizer, 2), train=True)

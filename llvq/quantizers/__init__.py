@@ -6,6 +6,7 @@ from llvq.quantizers.fsq import FSQ
 from llvq.quantizers.lattice import DenseLatticeQuantizer, LatticeQuantizer
 from llvq.quantizers.learned_lattice import LearnedLattice
 from llvq.quantizers.lfq import LFQ
+from llvq.quantizers.multirate_lattice import MultirateLattice
 from llvq.quantizers.registry import (
     QUANTIZERS,
     check_options,
@@ -32,6 +33,7 @@ __all__ = [
     "LatticeQuantizer",
     "LearnedLattice",
     "LeechLattice",
+    "MultirateLattice",
     "Quantizer",
     "ResidualVQ",
     "SimVQ",

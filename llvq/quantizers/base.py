@@ -232,6 +232,15 @@ def by_example(mask: Bool[Array, "batch"], like: Array) -> Bool[Array, "batch ..
     return mask.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def both(
+    mask: Bool[Array, "batch"] | None, other: Bool[Array, "batch"] | None
+) -> Bool[Array, "batch"] | None:
+    """The examples in two masks; None stands for all."""
+    if mask is None or other is None:
+        return other if mask is None else mask
+    return mask & other
+
+
 def straight_through(
     quantized: Float[Array, "..."], latents: Float[Array, "..."]
 ) -> Float[Array, "..."]:

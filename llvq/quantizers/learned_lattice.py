@@ -19,6 +19,7 @@ from llvq.quantizers import nearest_point
 from llvq.quantizers.rate_lattice import (
     INITIAL_STEP,
     RATE_WEIGHT,
+    TRAINING,
     WARMUP,
     InitialStep,
     RateLattice,
@@ -43,7 +44,7 @@ class LearnedLattice(RateLattice):
         rate_weight: RateWeight = RATE_WEIGHT,
         warmup: Warmup = WARMUP,
         initial_step: InitialStep = INITIAL_STEP,
-        training: Training = "straight_through",
+        training: Training = TRAINING,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ) -> None:

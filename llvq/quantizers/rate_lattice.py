@@ -22,9 +22,10 @@ RateWeight = Annotated[float, Number(0)]
 RATE_WEIGHT = 1e-3
 Warmup = Annotated[float, Number(0, 1)]
 WARMUP = 0.4
-Training = Annotated[str, Choice("straight_through", "noise")]
 InitialStep = Annotated[float, Number(0, excluded=0)]
 INITIAL_STEP = 0.15
+Training = Annotated[str, Choice("straight_through", "noise", "mixed")]
+TRAINING = "straight_through"
 
 # Steps stay within this factor of where they began, so that no volume runs away.
 _LARGEST_CHANGE = 1e3
@@ -44,7 +45,9 @@ class RateLattice(Quantizer):
       lattice: the fixed lattice to which `to_cells` maps this one, in blocks of its dimension.
       rate_weight: λ.
       training: how latents are quantized in training. "straight_through" takes the nearest points,
-        "noise" adds noise that is uniform over a cell (Ballé et al. 2017, arXiv 1611.01704).
+        "noise" adds noise that is uniform over a cell (Ballé et al. 2017, arXiv 1611.01704), and
+        "mixed" takes the rate of noisy latents but passes on the nearest points (Minnen and Singh
+        2020, arXiv 2007.08739).
     """
 
     latent_activation = "none"
@@ -144,12 +147,15 @@ class RateLattice(Quantizer):
     ) -> tuple[Float[Array, "batch ... latent_dim"], Int[Array, "batch ... latent_dim"], Losses]:
         """As the base class; with noise in training, the latents returned are not the codes'."""
         quantized, codes = self.quantize(latents)
-        if train and self.training == "noise":
+        rated = quantized
+        if train and self.training != "straight_through":
             if key is None:
-                raise ValueError("training='noise' needs a key in training")
-            quantized = latents + self.from_cells(self._noise(latents, key))
+                raise ValueError(f"training={self.training!r} needs a key in training")
+            rated = latents + self.from_cells(self._noise(latents, key))
+            if self.training == "noise":
+                quantized = rated
         where = None if mask is None else by_example(mask, latents)
-        lengths = self.code_length(self.pass_gradient(quantized, latents))
+        lengths = self.code_length(self.pass_gradient(rated, latents))
         rate = mean(lengths[..., None], where)
         losses = {
             "quantizer_loss": self.rate_weight * rate,

@@ -16,6 +16,7 @@ from llvq.quantizers.fsq import FSQ
 from llvq.quantizers.lattice import DenseLatticeQuantizer, LatticeQuantizer
 from llvq.quantizers.learned_lattice import LearnedLattice
 from llvq.quantizers.lfq import LFQ
+from llvq.quantizers.multirate_lattice import MultirateLattice
 from llvq.quantizers.residual_vq import ResidualVQ
 from llvq.quantizers.scaled_lattice import D4Lattice, DiagonalLattice, E8Lattice, LeechLattice
 from llvq.quantizers.simvq import SimVQ
@@ -37,6 +38,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "e8_lattice": E8Lattice,
     "leech_lattice": LeechLattice,
     "learned_lattice": LearnedLattice,
+    "multirate_lattice": MultirateLattice,
 }
 
 

@@ -16,6 +16,7 @@ from llvq.quantizers.base import (
     CommitmentCost,
     Losses,
     Quantizer,
+    both,
     by_example,
 )
 from llvq.quantizers.codebook import CodebookQuantizer, Initialisation, RestartThreshold
@@ -122,7 +123,7 @@ class ResidualVQ(Quantizer):
             quantized, code, parts = stage.forward(
                 latents - jax.lax.stop_gradient(total),
                 train=train,
-                mask=_both(mask, uses),
+                mask=both(mask, uses),
                 key=None if key is None else jax.random.fold_in(key, index),
             )
             if uses is not None:
@@ -132,11 +133,3 @@ class ResidualVQ(Quantizer):
             codes.append(code)
             losses = {name: losses.get(name, 0) + value for name, value in parts.items()}
         return total, jnp.stack(codes, axis=-1), losses
-
-
-def _both(
-    mask: Bool[Array, "batch"] | None, uses: Bool[Array, "batch"] | None
-) -> Bool[Array, "batch"] | None:
-    if mask is None or uses is None:
-        return uses if mask is None else mask
-    return mask & uses
