@@ -56,21 +56,20 @@ class Curve(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One run of a curve; latents are the curve's where they are None."""
+    """One run of a curve; `changes` to its config are (dotted field, value)."""
 
     curve: str
     value: Any
     seed: int = SEED
     epochs: int = _EPOCHS
-    latent_dim: int | None = None
-    latent_activation: str | None = None
+    changes: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
         """The run's place in the directories of records and workdirs."""
         value = "x".join(map(str, self.value)) if isinstance(self.value, tuple) else self.value
-        latents = "" if self.latent_dim is None else f"_{self.latent_dim}_{self.latent_activation}"
-        return f"{self.curve}/{value}{latents}_{self.epochs}_epochs_seed_{self.seed}"
+        changes = "".join(f"_{value}" for _, value in self.changes)
+        return f"{self.curve}/{value}{changes}_{self.epochs}_epochs_seed_{self.seed}"
 
     @property
     def record(self) -> pathlib.Path:
@@ -82,15 +81,17 @@ class Run(NamedTuple):
         curve = CURVES[self.curve]
         config = fashion_mnist.get_config(f"{curve.quantizer},long")
         config.seed, config.num_epochs = self.seed, self.epochs
-        config.model.latent_dim = self.latent_dim or curve.latent_dim
-        config.model.latent_activation = self.latent_activation or curve.latent_activation
+        config.model.latent_dim = curve.latent_dim
+        config.model.latent_activation = curve.latent_activation
         config.quantizer.update({**curve.options, curve.knob: self.value})
+        config.update_from_flattened_dict(dict(self.changes))
         return parse(config)
 
 
 # Options against dead codes.
 _STRONG = {"restart_threshold": 0.1, "initialisation": "batch"}
 _RESIDUAL = {"codebook_size": 16, "dropout": False}
+_RATE_WEIGHTS = (2e-3, 7e-4, 2.5e-4, 1e-4)
 
 CURVES = {
     "vq": Curve("vq", "codebook_size", (8, 64, 512, 4096), 64, "leaky_relu"),
@@ -101,24 +102,40 @@ CURVES = {
     "bsq": Curve("bsq", "num_bits", (3, 6, 10, 14), 0, "none"),
     "simvq": Curve("simvq", "codebook_size", (8, 64, 1024, 4096), 8, "none"),
     "residual_vq": Curve("residual_vq", "depth", (1, 2, 3, 4), 8, "none", _RESIDUAL),
+    "diagonal_lattice": Curve("diagonal_lattice", "rate_weight", _RATE_WEIGHTS, 8, "none"),
+    "e8_lattice": Curve("e8_lattice", "rate_weight", _RATE_WEIGHTS, 8, "none"),
 }
+# Those with a rate in the loss.
+LATTICES = ("diagonal_lattice", "e8_lattice")
 BASELINE = "vq_restarts"
 
-# One-epoch runs to choose the latents, and the lattice's range of γ.
+# One-epoch runs to choose the latents, the range of γ, and how lattices with a rate learn.
 _LATENTS = ((8, "none"), (64, "none"))
 _TRIED = {
     "vq_restarts": ((4, "none"), *_LATENTS, (64, "leaky_relu")),
     "simvq": _LATENTS,
     "residual_vq": _LATENTS,
     "fsq": ((0, "none"), (0, "leaky_relu")),
+    "diagonal_lattice": (
+        (8, "straight_through"),
+        (8, "noise"),
+        (8, "mixed"),
+        (4, "noise"),
+    ),
+    "e8_lattice": ((8, "straight_through"), (8, "noise"), (8, "mixed"), (16, "noise")),
 }
+
+
+def _trial(curve: str, latent_dim: int, choice: str) -> Run:
+    lattices = curve in LATTICES
+    choices = "quantizer.training" if lattices else "model.latent_activation"
+    changes = (("model.latent_dim", latent_dim), (choices, choice))
+    return Run(curve, CURVES[curve].values[1], SEED, 1, changes)
+
+
 TRIALS = [
     *(Run("sparse_lattice", gamma, SEED, 1) for gamma in CURVES["sparse_lattice"].values),
-    *(
-        Run(curve, CURVES[curve].values[1], SEED, 1, latent_dim, activation)
-        for curve, tried in _TRIED.items()
-        for latent_dim, activation in tried
-    ),
+    *(_trial(curve, *tried) for curve, several in _TRIED.items() for tried in several),
 ]
 FIRST = [Run(name, value) for name, curve in CURVES.items() for value in curve.values]
 
