@@ -32,7 +32,7 @@ from llvq.train import train_and_evaluate
 DIRECTORY = pathlib.Path(__file__).parent / "compare"
 
 SEED, MORE_SEEDS = 2, (32, 432)
-_EPOCHS = 3
+_EPOCHS, _STEPS_PER_EPOCH = 3, 860
 
 
 class Curve(NamedTuple):
@@ -81,6 +81,7 @@ class Run(NamedTuple):
         curve = CURVES[self.curve]
         config = fashion_mnist.get_config(f"{curve.quantizer},long")
         config.seed, config.num_epochs = self.seed, self.epochs
+        config.eval_every_steps = _STEPS_PER_EPOCH
         config.model.latent_dim = curve.latent_dim
         config.model.latent_activation = curve.latent_activation
         config.quantizer.update({**curve.options, curve.knob: self.value})
