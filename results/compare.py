@@ -105,9 +105,10 @@ CURVES = {
     "residual_vq": Curve("residual_vq", "depth", (1, 2, 3, 4), 8, "none", _RESIDUAL),
     "diagonal_lattice": Curve("diagonal_lattice", "rate_weight", _RATE_WEIGHTS, 8, "none"),
     "e8_lattice": Curve("e8_lattice", "rate_weight", _RATE_WEIGHTS, 8, "none"),
+    "learned_lattice": Curve("learned_lattice", "rate_weight", _RATE_WEIGHTS, 8, "none"),
 }
 # Those with a rate in the loss.
-LATTICES = ("diagonal_lattice", "e8_lattice")
+LATTICES = ("diagonal_lattice", "e8_lattice", "learned_lattice")
 BASELINE = "vq_restarts"
 
 # One-epoch runs to choose the latents, the range of γ, and how lattices with a rate learn.
@@ -116,14 +117,9 @@ _TRIED = {
     "vq_restarts": ((4, "none"), *_LATENTS, (64, "leaky_relu")),
     "simvq": _LATENTS,
     "residual_vq": _LATENTS,
-    "fsq": ((0, "none"), (0, "leaky_relu")),
-    "diagonal_lattice": (
-        (8, "straight_through"),
-        (8, "noise"),
-        (8, "mixed"),
-        (4, "noise"),
-    ),
+    "diagonal_lattice": ((8, "straight_through"), (8, "noise"), (4, "noise")),
     "e8_lattice": ((8, "straight_through"), (8, "noise"), (8, "mixed"), (16, "noise")),
+    "learned_lattice": ((8, "noise"),),
 }
 
 
