@@ -190,17 +190,19 @@ def test_losses_against_numpy(kind):
 
 
 @every
-def test_gradients_against_finite_differences(kind):
-    """With the codes, and so the errors in units of the cells, held constant."""
+@pytest.mark.parametrize("training", ["straight_through", "noise"])
+def test_gradients_against_finite_differences(kind, training):
+    """With the codes or the noise, and so the errors in units of the cells, held constant."""
     with jax.enable_x64(True):
-        quantizer = make(kind, jnp.float64, rate_weight=0.02)
+        quantizer = make(kind, jnp.float64, rate_weight=0.02, training=training)
+        options = {"train": True, "key": jax.random.key(8)}
         latents = jnp.asarray(make_latents(quantizer, 4, dtype=np.float64))
         weights = jnp.asarray(np.random.default_rng(5).normal(size=latents.shape))
         graphdef, params = nnx.split(quantizer)
-        errors = quantizer.to_cells(call(quantizer, latents)[0] - latents)
+        errors = quantizer.to_cells(call(quantizer, latents, **options)[0] - latents)
 
         def loss(params, latents):
-            quantized, _, losses = nnx.merge(graphdef, params)(latents, train=True)
+            quantized, _, losses = nnx.merge(graphdef, params)(latents, **options)
             return losses["quantizer_loss"] + jnp.vdot(weights, quantized)
 
         @jax.jit

@@ -25,7 +25,7 @@ WARMUP = 0.4
 InitialStep = Annotated[float, Number(0, excluded=0)]
 INITIAL_STEP = 0.15
 Training = Annotated[str, Choice("straight_through", "noise", "mixed")]
-TRAINING = "straight_through"
+TRAINING = "noise"
 
 # Steps stay within this factor of where they began, so that no volume runs away.
 _LARGEST_CHANGE = 1e3
