@@ -190,7 +190,7 @@ def _run() -> None:
         checkpointing.find(_CHECKPOINT.value or workdir)
     checkpointing.require_writable(workdir)  # before data is looked for
     with distributed.first_process_first():
-        data = input_pipeline.load(**vars(config.dataset))
+        data = input_pipeline.load(**vars(config.dataset), image_shape=config.model.image_shape)
     with errors.naming_lack_of_memory(), _naming_unwritable_metrics():
         if _MODE.value == "train":
             train_and_evaluate(config, workdir, data, make_writer=_make_writer)

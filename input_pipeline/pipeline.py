@@ -41,15 +41,19 @@ class Pipeline:
         sources: Mapping[str, RecordSource | Images],
         image_shape: tuple[int, int, int],
         decode: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
+        *,
+        flip: bool = True,
     ) -> None:
         """Args:
         sources: for each split its encoded images, or all of its images in memory. Images in
           memory are never mirrored.
         image_shape: the shape of every decoded image, (height, width, channels).
         decode: turns an encoded image (a string tensor) into its pixels (uint8), in TensorFlow.
+        flip: whether images are mirrored where index batches say so.
         """
         self._sources = sources
         self._decode = decode
+        self._flip = flip
         self.image_shape = image_shape
         self.num_images = {split: len(source) for split, source in sources.items()}
 
@@ -124,6 +128,8 @@ class Pipeline:
 
         def finish(encoded: tf.Tensor, flip: tf.Tensor) -> tf.Tensor:
             image = tf.ensure_shape(self._decode(encoded), self.image_shape)
+            if not self._flip:
+                return image
             # Reverses no axis or the width, many times faster than choosing between the image and
             # its mirror image.
             return tf.reverse(image, axis=tf.fill([tf.cast(flip, tf.int32)], 1))

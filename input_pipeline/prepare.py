@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
+from typing import TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -29,6 +30,9 @@ from llvq.data.files import replacing
 from llvq.errors import UserError
 
 _CHECKSUMS = "checksums.json"
+
+_T = TypeVar("_T")
+_S = TypeVar("_S")
 
 # (split, positions within it) -> each image's (name in messages, encoded bytes), in order.
 ReadImages = Callable[[str, range], Iterable[tuple[str, bytes]]]
@@ -224,10 +228,10 @@ def _checked(
     image_shape: tuple[int, int, int],
     md5s: Sequence[str] | None,
 ) -> Iterator[tuple[str, bytes]]:
-    """Yields the images after checking each, on all cores; raises UserError for a wrong one."""
-    cores = os.cpu_count() or 1
+    """Yields the images after checking each; raises UserError for a wrong one."""
 
-    def check(name: str, encoded: bytes, md5: str | None) -> tuple[str, bytes]:
+    def check(image: tuple[tuple[str, bytes], str | None]) -> tuple[str, bytes]:
+        (name, encoded), md5 = image
         try:
             pixels = decode(encoded)
         except tf.errors.OpError as error:
@@ -241,10 +245,16 @@ def _checked(
             raise UserError(f"{name} has other pixels than published: fetch the original")
         return name, encoded
 
+    return in_parallel(check, zip(images, md5s or itertools.repeat(None), strict=False))
+
+
+def in_parallel(function: Callable[[_T], _S], values: Iterable[_T]) -> Iterator[_S]:
+    """What a function makes of each value, in their order; on all cores, a few values ahead."""
+    cores = os.cpu_count() or 1
     with futures.ThreadPoolExecutor(cores) as pool:
-        pending: collections.deque[futures.Future] = collections.deque()
-        for (name, encoded), md5 in zip(images, md5s or itertools.repeat(None), strict=False):
-            pending.append(pool.submit(check, name, encoded, md5))
+        pending: collections.deque[futures.Future[_S]] = collections.deque()
+        for value in values:
+            pending.append(pool.submit(function, value))
             if len(pending) > 2 * cores:
                 yield pending.popleft().result()
         while pending:

@@ -50,11 +50,20 @@ class DatasetConfig:
       name: of the data set, a key of input_pipeline.DATASETS.
       data_dir: the directory of TFDS; its default, ~/tensorflow_datasets, if empty.
       manual_dir: the directory of files that were fetched by hand; see docs/data.md.
+      fit: of image_folder alone, as what follows: how images come to model.image_shape. resize: by
+        scaling and a crop of the centre; tiles: by cutting them up. Empty elsewhere.
+      flip: whether training mirrors every second image.
+      convert: whether images with transparency or 16 bits are converted, and not refused.
+      skip_damaged: whether files that cannot be used are left out, and not an error.
     """
 
     name: Annotated[str, Text()] = ""
     data_dir: Annotated[str, Text()] = ""
     manual_dir: Annotated[str, Text()] = ""
+    fit: Annotated[str, Choice("", "resize", "tiles")] = ""
+    flip: Annotated[bool, Flag()] = False
+    convert: Annotated[bool, Flag()] = False
+    skip_damaged: Annotated[bool, Flag()] = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -476,7 +485,8 @@ def check_resumable(config: TrainConfig, saved: Mapping[str, Any], where: str) -
       saved: a checkpoint's config.
       where: the workdir, for the message.
     """
-    names = ("dataset.name", "model", "quantizer", "seed", "batch_size", "init_from")
+    of_images = [f"dataset.{name}" for name in ("name", "fit", "flip", "convert", "skip_damaged")]
+    names = (*of_images, "model", "quantizer", "seed", "batch_size", "init_from")
     _check_same(config, {"init_from": "", **of_saved(saved)}, names, where)
 
 

@@ -25,7 +25,6 @@ from llvq.data import Dataset
 from llvq.data.files import replacing
 from llvq.errors import DivergenceError, one_line_exit
 from llvq.evaluate import evaluate
-from llvq.fields import plain
 from llvq.runtime.console import markdown_table
 from llvq.train import train_and_evaluate
 
@@ -144,7 +143,7 @@ def read(runs: Sequence[Run]) -> dict[Run, dict[str, Any]]:
 
 
 def _is_of(run: Run, record: Mapping[str, Any]) -> bool:
-    return plain(record["config"]) == to_dict(run.config())
+    return to_dict(parse(record["config"])) == to_dict(run.config())
 
 
 def rate(record: Mapping[str, Any]) -> float:

@@ -128,9 +128,9 @@ def mistakes(directory):
     (directory / "text.png").write_text("no picture")
     (directory / "empty.png").write_bytes(b"")
     return {
-        "alpha.png": "has the mode RGBA: convert it to 8-bit greyscale or RGB without transparency",
-        "grey_alpha.png": "has the mode LA",
-        "deep.png": "has the mode I;16",
+        "alpha.png": "has transparency: convert it to 8-bit greyscale or RGB without transparency",
+        "grey_alpha.png": "has transparency",
+        "deep.png": "has 16 bits per channel",
         "bitmap.bmp": "is no PNG, JPEG or WebP image",
         "torn.png": "cannot be read",
         "text.png": "is no PNG, JPEG or WebP image",

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from configs import celeba, default, fashion_mnist, ffhq1024
+from configs import celeba, default, fashion_mnist, ffhq1024, image_folder
 from llvq import VectorQuantizer
 from llvq.config import (
     RECIPES,
@@ -298,13 +298,36 @@ def test_what_goes_with_the_batch(num_devices, rate, decay, intervals):
     assert {name for name in before if before[name] != after[name]} <= untouched
 
 
-@pytest.mark.parametrize("module", [fashion_mnist, celeba, ffhq1024])
+@pytest.mark.parametrize("module", [fashion_mnist, celeba, ffhq1024, image_folder])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_only_the_pod_recipe_grows(module, recipe):
     config = parse(module.get_config(f"sparse_lattice,{recipe}"))
     assert (derive(config, 256) is config) == (recipe != "pod")
     expected = 2048 if recipe == "pod" else config.batch_size
     assert global_batch_size(config, 256) == expected
+
+
+@pytest.mark.parametrize("size", image_folder.SIZES)
+def test_image_folder_has_a_network_for_each_size(size):
+    config = parse(image_folder.get_config(f"vq,paper,{size}"))
+    assert config.model.image_shape == (size, size, 3)
+    assert config.dataset.fit == "resize"
+    assert config.dataset.flip
+
+
+def test_image_folder_names_the_sizes():
+    assert parse(image_folder.get_config("vq")).model.image_shape == (64, 64, 3)
+    with pytest.raises(UserError, match="size '65': choose one of 64, 128, 256, 512, 1024"):
+        image_folder.get_config("vq,long,65")
+
+
+def test_a_run_keeps_its_images():
+    config = parse(image_folder.get_config("vq"))
+    saved = json.loads(json.dumps(to_dict(config)))
+    check_resumable(config, saved, "here")
+    tiles = dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, fit="tiles"))
+    with pytest.raises(UserError, match=r"dataset\.fit='resize', not 'tiles'"):
+        check_resumable(tiles, saved, "here")
 
 
 def test_what_was_asked_for_is_saved_beside_what_was_derived():

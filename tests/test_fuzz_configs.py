@@ -100,7 +100,9 @@ arguments = st.one_of(
     ),
 )
 files = st.one_of(
-    st.sampled_from([f"configs/{name}.py" for name in ("fashion_mnist", "celeba", "ffhq1024")]),
+    st.sampled_from(
+        [f"configs/{name}.py" for name in ("fashion_mnist", "celeba", "ffhq1024", "image_folder")]
+    ),
     st.sampled_from(["configs/default.py", "configs", "README.md", "configs/mnist.py", "", "main"]),
 )
 other_flags = st.sampled_from(OTHER_FLAGS.split())

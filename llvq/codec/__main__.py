@@ -16,53 +16,22 @@ import pathlib
 from collections.abc import Callable, Sequence
 from concurrent import futures
 
-import numpy as np
 from etils import epath
-from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from llvq import checkpointing, codec
 from llvq.data.files import writing
+from llvq.data.image_files import read_image
 from llvq.errors import UserError, one_line_exit
 from llvq.models import VQVAE
 from llvq.pretrained import find_pretrained, load_pretrained
 
 _SUFFIX = ".llvq"
-_FORMATS = ("PNG", "JPEG", "WEBP")
-_MODES = ("1", "L", "P", "RGB")  # whatever becomes RGB without loss
-
-
-def read_image(path: pathlib.Path, channels: int) -> UInt8[np.ndarray, "1 height width channels"]:
-    """An image file as a batch of one image, upright as its EXIF data says.
-
-    Args:
-      path: a PNG, JPEG or WebP file of 8 bits per channel.
-      channels: 1 or 3, the model's.
-
-    Raises:
-      UserError: if it cannot be read, or has colours, transparency or bits that would be lost.
-    """
-    try:
-        with Image.open(path, formats=_FORMATS) as image:
-            if image.mode not in _MODES or "transparency" in image.info:
-                raise UserError(
-                    f"{path} has the mode {image.mode}: convert it to 8-bit greyscale or RGB "
-                    "without transparency first"
-                )
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))[None]
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path} is no PNG, JPEG or WebP image, or is damaged") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read ({reason})") from error
-    if channels == 1 and np.any(pixels != pixels[..., :1]):
-        raise UserError(f"{path} has colours, and the model's images are greyscale")
-    return pixels[..., :channels]
 
 
 def _encode(model: VQVAE, with_contexts: bool, source: pathlib.Path, target: pathlib.Path) -> None:
-    images = read_image(source, model.image_channels)
+    images = read_image(source, model.image_channels)[None]
     with writing(target) as file:
         file.write_bytes(codec.encode(model, images, with_contexts=with_contexts))
 
@@ -107,7 +76,7 @@ def _convert(
 
 
 def _fit(model: VQVAE, checkpoint: epath.Path, files: Sequence[pathlib.Path]) -> None:
-    codec.fit(model, (read_image(path, model.image_channels) for path in files))
+    codec.fit(model, (read_image(path, model.image_channels)[None] for path in files))
     codec.code_model_of(model).save(checkpoint)
     print(f"{checkpoint} has a code model of {len(files)} images")
 

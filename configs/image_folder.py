@@ -1,0 +1,36 @@
+"""Your own images: every PNG, JPEG and WebP file of a folder.
+
+    python main.py --config=configs/image_folder.py:sparse_lattice \
+        --config.dataset.manual_dir=/my/photos --workdir=runs/photos
+
+A third word in the argument is the size of the square images that the network sees, 64 by default:
+`configs/image_folder.py:sparse_lattice,long,256`. docs/data.md has the fields.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+from llvq.errors import UserError
+
+# (hidden_dims, batch_size) by size.
+SIZES = {
+    64: ((64,), 64),
+    128: ((64,), 32),
+    256: ((16, 32), 64),
+    512: ((16, 32), 32),
+    1024: ((16, 32), 32),
+}
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """See configs/default.py for the argument, llvq/config.py for the fields."""
+    *words, size = argument.split(",") if argument.count(",") == 2 else (argument, "64")
+    if size not in map(str, SIZES):
+        raise UserError(f"size {size!r}: choose one of {', '.join(map(str, SIZES))}")
+    config = default.get_config(",".join(words))
+    config.dataset.name = "image_folder"
+    config.dataset.fit = "resize"
+    config.dataset.flip = True
+    config.model.image_shape = (int(size), int(size), 3)
+    config.model.hidden_dims, config.batch_size = SIZES[int(size)]
+    return config
