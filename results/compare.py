@@ -95,7 +95,7 @@ _RATE_WEIGHTS = (2e-3, 7e-4, 2.5e-4, 1e-4)
 
 CURVES = {
     "vq": Curve("vq", "codebook_size", (8, 64, 512, 4096), 64, "leaky_relu"),
-    "vq_restarts": Curve("vq", "codebook_size", (8, 64, 1024, 16384), 8, "none", _STRONG),
+    "vq_restarts": Curve("vq", "codebook_size", (8, 64, 1024, 16384), 4, "none", _STRONG),
     "sparse_lattice": Curve("sparse_lattice", "gamma", (1.0, 0.1, 0.01, 0.001), 64, "leaky_relu"),
     "fsq": Curve("fsq", "levels", ((5,), (8, 6), (8, 5, 5, 5), (8, 8, 8, 6, 5)), 0, "none"),
     "lfq": Curve("lfq", "codebook_size", (4, 64, 1024, 4096), 0, "none"),
