@@ -40,13 +40,15 @@ def write_records(directory, factors):
 
 def test_delta_rates_and_what_follows(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "DIRECTORY", tmp_path / "compare")
-    write_records(tmp_path, {"fsq": 0.9, "bsq": 1.1})
+    write_records(tmp_path, {"fsq": 0.9, "bsq": 1.1, "e8_lattice": 0.8})
     records = compare.read(compare.FIRST)
     assert compare.bd_rate("fsq", records) == pytest.approx(-10.0)
     assert compare.bd_rate("bsq", records) == pytest.approx(10.0)
     further = compare.further(records)
-    assert {run.curve for run in further if run.epochs == 3} >= {"fsq", "sparse_lattice"}
-    assert {run.curve for run in further if run.epochs == 10} == {"vq", "fsq"}
+    of_seeds = {run.curve for run in further if run.epochs == 3}
+    assert of_seeds >= {"fsq", "sparse_lattice", "e8_lattice"}
+    assert len(of_seeds) == 6
+    assert {run.curve for run in further if run.epochs == 10} == {"vq", "fsq", "e8_lattice"}
     compare.write(records)
     page = (tmp_path / "compare.md").read_text()
     assert "| `fsq` | -10.0% |" in page
