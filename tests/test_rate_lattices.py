@@ -185,6 +185,10 @@ def test_losses_against_numpy(kind):
     assert float(losses["quantizer_loss"]) == pytest.approx(0.02 * rate, rel=1e-5)
     distortion = np.mean((quantized - latents[mask]) ** 2)
     assert float(losses["distortion"]) == pytest.approx(distortion, rel=1e-4)
+    if kind is DiagonalLattice:
+        volume = np.prod(steps)
+    second_moment = distortion / volume ** (2 / quantizer.latent_dim)
+    assert float(losses["second_moment"]) == pytest.approx(second_moment, rel=1e-4)
     counts = np.ptp(np.asarray(codes)[mask].reshape(-1, quantizer.latent_dim), axis=0) > 0
     assert losses["active_dimensions"] == counts.sum()
 

@@ -145,7 +145,12 @@ class RateLattice(Quantizer):
         mask: Bool[Array, "batch"] | None,
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "batch ... latent_dim"], Int[Array, "batch ... latent_dim"], Losses]:
-        """As the base class; with noise in training, the latents returned are not the codes'."""
+        """As the base class; with noise in training, the latents returned are not the codes'.
+
+        `second_moment` is the mean squared error in units of the cell's volume, to the power of 2 /
+        latent_dim. It is the lattice's own, such as 1/12 for rounding, where latents are spread
+        evenly over cells, and less where they crowd around points.
+        """
         quantized, codes = self.quantize(latents)
         rated = quantized
         if train and self.training != "straight_through":
@@ -157,10 +162,12 @@ class RateLattice(Quantizer):
         where = None if mask is None else by_example(mask, latents)
         lengths = self.code_length(self.pass_gradient(rated, latents))
         rate = mean(lengths[..., None], where)
+        distortion = mean((quantized - latents) ** 2, where)
         losses = {
             "quantizer_loss": self.rate_weight * rate,
             "rate": rate,
-            "distortion": mean((quantized - latents) ** 2, where),
+            "distortion": distortion,
+            "second_moment": distortion / jnp.exp(2 * self.log_volume() / self.latent_dim),
             "active_dimensions": self._active_dimensions(codes, where),
         }
         return quantized, codes, losses
