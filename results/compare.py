@@ -25,6 +25,7 @@ from llvq.data import Dataset
 from llvq.data.files import replacing
 from llvq.errors import DivergenceError, one_line_exit
 from llvq.evaluate import evaluate
+from llvq.quantizers import QUANTIZERS
 from llvq.runtime.console import markdown_table
 from llvq.train import train_and_evaluate
 
@@ -264,6 +265,40 @@ def _cells(run: Run, record: Mapping[str, Any]) -> list[str]:
     ]
 
 
+_LATTICE_COLUMNS = (
+    "",
+    "λ",
+    "seed",
+    "epochs",
+    "rate in the loss",
+    "bits coded by its density",
+    "by counts",
+    "active dimensions",
+    "bits per active dimension",
+    "second moment of the error",
+    "the lattice's",
+)
+
+
+def _lattice_cells(run: Run, record: Mapping[str, Any]) -> list[str]:
+    evaluation = record["evaluation"]
+    active, bits = evaluation["active_dimensions"], evaluation["coded_bits_per_vector"]
+    lattice = getattr(QUANTIZERS[CURVES[run.curve].quantizer], "lattice", None)
+    return [
+        f"`{run.curve}`",
+        str(run.value),
+        str(run.seed),
+        str(run.epochs),
+        f"{evaluation['rate']:.3f}",
+        f"{evaluation['density_coded_bits_per_vector']:.3f}",
+        f"{bits:.3f}",
+        f"{active:.1f} of {record['config']['model']['latent_dim']}",
+        f"{bits / active:.2f}",
+        f"{evaluation['second_moment']:.4f}" if "second_moment" in evaluation else "",
+        f"{lattice.second_moment:.4f}" if lattice else "",
+    ]
+
+
 def _plot(records: Mapping[Run, Mapping[str, Any]], path: pathlib.Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for name in CURVES:
@@ -298,12 +333,28 @@ finished, falls somewhere, or shares no PSNR with it.
 """
 
 
+_LATTICES_TEXT = """\
+The rate is that of the points of the test images. It is exact for `diagonal_lattice`, and the
+density's stream costs that much. For the other lattices it is the density times a cell's volume,
+whose sum over all points is not 1; the stream's tables are scaled to it. The error's second moment
+is per dimension, in units of the cell's volume; the lattice's own is that of errors spread evenly
+over a cell.
+"""
+
+
 def write(records: Mapping[Run, Mapping[str, Any]]) -> None:
     """Writes the page and the plot."""
 
     def table(runs: Sequence[Run]) -> str:
         return markdown_table(
             _COLUMNS, [_cells(run, records[run]) for run in runs if run in records]
+        )
+
+    def lattices() -> str:
+        runs = [run for run in (*FIRST, *further(records)) if run.curve in LATTICES]
+        return markdown_table(
+            _LATTICE_COLUMNS,
+            [_lattice_cells(run, records[run]) for run in runs if run in records],
         )
 
     def difference(name: str) -> str:
@@ -318,8 +369,11 @@ def write(records: Mapping[Run, Mapping[str, Any]]) -> None:
         markdown_table(("", "BD-rate"), [(f"`{name}`", difference(name)) for name in CURVES]),
         "\n## More seeds, and ten epochs\n",
         table(further(records)),
+        "\n## Lattices with a rate in the loss\n",
+        _LATTICES_TEXT,
+        lattices(),
         "\n## Trials\n",
-        "One epoch each, to choose the latents, and the range of γ.\n",
+        "One epoch each, to choose the latents, the range of γ, and how lattices learn.\n",
         table(TRIALS),
     ]
     path = DIRECTORY.parent / "compare.md"

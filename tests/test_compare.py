@@ -32,6 +32,10 @@ def write_records(directory, factors):
             "reconstruction_loss": 0.01 / (place + 1),
             "psnr": 20.0 + place,
             "effective_codebook_size": 3,
+            "rate": bits,
+            "density_coded_bits_per_vector": bits,
+            "active_dimensions": 7.0,
+            "second_moment": 0.07,
         }
         run.record.parent.mkdir(parents=True, exist_ok=True)
         record = {"config": to_dict(run.config()), "evaluation": evaluation}
@@ -52,6 +56,9 @@ def test_delta_rates_and_what_follows(tmp_path, monkeypatch):
     compare.write(records)
     page = (tmp_path / "compare.md").read_text()
     assert "| `fsq` | -10.0% |" in page
+    # λ, seed, epochs, three rates, dimensions, bits per dimension, second moments: 1.6 / 7 = 0.23.
+    cells = "0.0007 | 2 | 3 | 1.600 | 1.600 | 1.600 | 7.0 of 8 | 0.23 | 0.0700 | 0.0717"
+    assert f"| `e8_lattice` | {cells} |" in page
     # A record of another config does not count.
     run = compare.FIRST[0]
     record = json.loads(run.record.read_text())
