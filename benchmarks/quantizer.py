@@ -113,10 +113,12 @@ def prepare_llvq(quantizer: str, codebook_size: int, num_vectors: int) -> Conten
     vectors, gradient = map(jnp.asarray, _random(num_vectors, model.latent_dim))
 
     @jax.jit
-    def step(params: Any, statistics: Any, vectors: jax.Array, gradient: jax.Array) -> Any:
+    def step(
+        params: Any, statistics: Any, vectors: jax.Array, gradient: jax.Array, key: jax.Array
+    ) -> Any:
         def objective(params: Any, vectors: jax.Array) -> tuple[jax.Array, Any]:
             model = nnx.merge(graphdef, params, statistics)
-            quantized, codes, losses = model(vectors, train=True)
+            quantized, codes, losses = model(vectors, train=True, key=key)
             total = losses["quantizer_loss"] + jnp.vdot(quantized, gradient)
             return total, (
                 quantized,
@@ -127,7 +129,7 @@ def prepare_llvq(quantizer: str, codebook_size: int, num_vectors: int) -> Conten
 
         return jax.grad(objective, argnums=(0, 1), has_aux=True)(params, vectors)
 
-    arguments = (params, statistics, vectors, gradient)
+    arguments = (params, statistics, vectors, gradient, jax.random.key(0))
     compiled = step.lower(*arguments).compile()
     run = measure.calls(functools.partial(compiled, *arguments))
     run(1)

@@ -344,7 +344,8 @@ def test_the_quantizers_command_runs(tmp_path, capsys):
         ),
     ):
         assert f"| {name} | 16 | 32 | {program} |" in table
-    assert len(json.loads((tmp_path / "benchmarks.json").read_text())) == 14
+    records = json.loads((tmp_path / "benchmarks.json").read_text())
+    assert len(records) == len(quantizers.QUANTIZERS)
 
 
 @pytest.mark.slow
