@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -35,6 +35,14 @@ _IMAGES_PER_SHARD = 5_000
 _SECONDS_PER_IMAGE = 0.02
 _SOURCES = "sources.json"
 _ABOUT = {"description": "Images of a folder.", "homepage": "", "license": "Its owner's"}
+
+
+class Way(NamedTuple):
+    """How files become images of one size; see `load`."""
+
+    image_shape: tuple[int, int, int]
+    fit: str
+    convert: bool
 
 
 class Source(NamedTuple):
@@ -81,28 +89,24 @@ def load(
         raise UserError(f"config.model.image_shape={image_shape}: must have 1 or 3 channels")
     if not manual_dir:
         raise UserError("image_folder: name the folder with --config.dataset.manual_dir")
-    folder, fit = epath.Path(manual_dir).expanduser(), fit or "resize"
-    options = {
-        "folder": os.fspath(folder.resolve()),
-        "image_shape": list(image_shape),
-        "fit": fit,
-        "convert": convert,
-    }
-    name = _name(options)
+    folder = epath.Path(manual_dir).expanduser().resolve()
+    way = Way(image_shape, fit or "resize", convert)
+    name = _name(folder, way)
     directory = tfds_builders.root(data_dir) / name / shards.VERSION
     recorded = _read_sources(directory)
-    if folder.exists():
-        found = _list(folder)
+    if folder.is_dir():
+        sources = _list(folder)
         if recorded is None:
-            directory.mkdir(parents=True, exist_ok=True)
-            recorded = _examine(folder, found, image_shape, fit, convert, skip_damaged)
-            _write_sources(directory, options, recorded)
+            sources = _examine(folder, sources, way, skip_damaged)
         else:
-            _require_unchanged(folder, directory, recorded, found)
-    elif recorded is None or not prepare.is_prepared(directory):
+            _require_unchanged(folder, directory, recorded, sources)
+            sources = recorded
+    elif recorded is not None and prepare.is_prepared(directory):
+        sources = recorded
+    else:
         raise UserError(f"--config.dataset.manual_dir={manual_dir}: there is no such folder")
 
-    by_split = _split(recorded)
+    by_split = _split(sources)
     num_images = {split: sum(s.num_images for s in part) for split, part in by_split.items()}
     for split in ("train", "validation"):
         if not num_images.get(split):
@@ -110,13 +114,17 @@ def load(
                 f"{folder} has too few images ({sum(num_images.values())} of {image_shape}): none "
                 f"is left for {split}; add some, or make sub-folders train and validation"
             )
+    if recorded is None:
+        with prepare.writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            _write_sources(directory, sources)
     if not prepare.is_prepared(directory):
         height, width, channels = image_shape
         prepare.prepare(
             directory,
             name,
             num_images,
-            _Reader(folder, by_split, image_shape, fit, convert).read,
+            _Reader(folder, by_split, way).read,
             tf.io.decode_png,
             image_shape=image_shape,
             images_per_shard=_IMAGES_PER_SHARD,
@@ -124,16 +132,16 @@ def load(
             seconds_per_image=_SECONDS_PER_IMAGE,
             about=_ABOUT,
         )
-    sources = prepare.open_prepared(directory, num_images)
-    return Pipeline(sources, image_shape, tf.io.decode_png, flip=flip)
+    records = prepare.open_prepared(directory, num_images)
+    return Pipeline(records, image_shape, tf.io.decode_png, flip=flip)
 
 
-def _name(options: Mapping[str, Any]) -> str:
-    """The name of the prepared data set: another one for other options, or another folder."""
-    size = "x".join(map(str, options["image_shape"]))
-    stem = re.sub(r"\W", "_", epath.Path(options["folder"]).name.lower(), flags=re.ASCII)
-    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
-    return f"image_folder_{stem}_{size}_{options['fit']}_{digest}"
+def _name(folder: epath.Path, way: Way) -> str:
+    """The name of the prepared data set: another one for another folder, or another way."""
+    size = "x".join(map(str, way.image_shape))
+    stem = re.sub(r"\W", "_", folder.name.lower(), flags=re.ASCII)
+    digest = hashlib.sha256(json.dumps([os.fspath(folder), *way]).encode()).hexdigest()[:8]
+    return f"image_folder_{stem}_{size}_{way.fit}_{digest}"
 
 
 def _list(folder: epath.Path) -> list[Source]:
@@ -141,9 +149,8 @@ def _list(folder: epath.Path) -> list[Source]:
     found = []
     for path in _walk(folder):
         if path.suffix.lower() in SUFFIXES:
-            stat = path.stat()
             name = "/".join(path.relative_to(folder).parts)
-            found.append(Source(name, (stat.length, int(stat.mtime))))
+            found.append(Source(name, _fingerprint(path)))
     if not found:
         raise UserError(f"{folder} has no images ({', '.join(SUFFIXES)})")
     found.sort()
@@ -160,6 +167,14 @@ def _list(folder: epath.Path) -> list[Source]:
     return in_splits
 
 
+def _fingerprint(path: epath.Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:  # a link to nowhere; reading it says so
+        return 0, 0
+    return stat.length, int(stat.mtime)
+
+
 def _walk(folder: epath.Path) -> Iterator[epath.Path]:
     for path in folder.iterdir():
         if path.name.startswith("."):
@@ -173,21 +188,19 @@ def _walk(folder: epath.Path) -> Iterator[epath.Path]:
 def _examine(
     folder: epath.Path,
     found: Sequence[Source],
-    image_shape: tuple[int, int, int],
-    fit: str,
-    convert: bool,
+    way: Way,
     skip_damaged: bool,
 ) -> list[Source]:
     """The same files with what each makes, after decoding every one of them."""
-    height, width, channels = image_shape
+    height, width, channels = way.image_shape
 
     def count(source: Source) -> Source | UserError:
         try:
-            pixels = read_image(folder / source.name, channels, convert=convert)
+            pixels = read_image(folder / source.name, channels, convert=way.convert)
         except UserError as error:
             return error
         tiles = (pixels.shape[0] // height) * (pixels.shape[1] // width)
-        return source._replace(num_images=tiles if fit == "tiles" else 1)
+        return source._replace(num_images=tiles if way.fit == "tiles" else 1)
 
     examined: list[Source] = []
     problems: list[UserError] = []
@@ -213,17 +226,15 @@ def _read_sources(directory: epath.Path) -> list[Source] | None:
     """What `_write_sources` has kept; None if nothing."""
     try:
         kept = json.loads((directory / _SOURCES).read_text())
-        return [Source(name, (size, time), count) for name, size, time, count in kept["files"]]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return [Source(name, (size, time), count) for name, size, time, count in kept]
+    except (OSError, ValueError, TypeError):
         return None
 
 
-def _write_sources(
-    directory: epath.Path, options: Mapping[str, Any], sources: Sequence[Source]
-) -> None:
+def _write_sources(directory: epath.Path, sources: Sequence[Source]) -> None:
     files = [(source.name, *source.fingerprint, source.num_images) for source in sources]
     with replacing(directory / _SOURCES) as path:
-        path.write_text(json.dumps({**options, "files": files}))
+        path.write_text(json.dumps(files))
 
 
 def _require_unchanged(
@@ -274,9 +285,7 @@ class _Reader:
         self,
         folder: epath.Path,
         by_split: Mapping[str, Sequence[Source]],
-        image_shape: tuple[int, int, int],
-        fit: str,
-        convert: bool,
+        way: Way,
     ) -> None:
         self._folder = folder
         self._by_split = by_split
@@ -284,9 +293,7 @@ class _Reader:
             split: list(itertools.accumulate(source.num_images for source in part))
             for split, part in by_split.items()
         }
-        self._shape = image_shape
-        self._fit = fit
-        self._convert = convert
+        self._way = way
 
     def read(self, split: str, positions: range) -> Iterator[tuple[str, bytes]]:
         """Yields some images of a split, with their names; see `prepare.ReadImages`."""
@@ -300,10 +307,11 @@ class _Reader:
         yield from itertools.islice(images, begin, begin + len(positions))
 
     def _images(self, source: Source) -> list[tuple[str, bytes]]:
-        pixels = read_image(self._folder / source.name, self._shape[-1], convert=self._convert)
+        height, width, channels = self._way.image_shape
+        pixels = read_image(self._folder / source.name, channels, convert=self._way.convert)
         return [
             (f"{source.name}{place}", tf.io.encode_png(image).numpy())
-            for place, image in cut(pixels, self._shape[0], self._shape[1], self._fit)
+            for place, image in cut(pixels, height, width, self._way.fit)
         ]
 
 

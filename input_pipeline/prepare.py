@@ -113,7 +113,7 @@ def prepare(
       UserError: if an image is damaged or not the expected one, if `read` raises it, or if the
         directory cannot be written.
     """
-    with _writing(directory):
+    with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         with _exclusive(directory):
             if is_prepared(directory):
@@ -193,7 +193,7 @@ def _announce(directory: epath.Path, num_images: int, num_bytes: int, seconds: f
 
 
 @contextlib.contextmanager
-def _writing(directory: epath.Path) -> Iterator[None]:
+def writing(directory: epath.Path) -> Iterator[None]:
     """Raises UserError in place of what the file system or ArrayRecord raises."""
     try:
         yield

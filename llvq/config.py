@@ -50,11 +50,12 @@ class DatasetConfig:
       name: of the data set, a key of input_pipeline.DATASETS.
       data_dir: the directory of TFDS; its default, ~/tensorflow_datasets, if empty.
       manual_dir: the directory of files that were fetched by hand; see docs/data.md.
-      fit: of image_folder alone, as what follows: how images come to model.image_shape. resize: by
-        scaling and a crop of the centre; tiles: by cutting them up. Empty elsewhere.
+      fit: how images of any size come to model.image_shape: "resize" scales them and crops the
+        centre, "tiles" cuts them up. This field and the next three are for data sets of such images
+        only; others refuse them.
       flip: whether training mirrors every second image.
-      convert: whether images with transparency or 16 bits are converted, and not refused.
-      skip_damaged: whether files that cannot be used are left out, and not an error.
+      convert: whether images with transparency or 16 bits are converted; if not, they are refused.
+      skip_damaged: whether files that cannot be used are left out; if not, they are an error.
     """
 
     name: Annotated[str, Text()] = ""

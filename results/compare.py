@@ -247,13 +247,14 @@ _COLUMNS = (
 
 def _cells(run: Run, record: Mapping[str, Any]) -> list[str]:
     curve, evaluation, model = CURVES[run.curve], record["evaluation"], record["config"]["model"]
+    of_quantizer = [str(value) for field, value in run.changes if field.startswith("quantizer.")]
     codes = f"{evaluation['effective_codebook_size']:,}"
     if "codebook_utilization" in evaluation:
         codes += f" ({evaluation['codebook_utilization']:.1%})"
     return [
         f"`{run.curve}`",
         f"{model['latent_dim']}, {model['latent_activation']}",
-        f"{curve.knob} {run.value}",
+        ", ".join([f"{curve.knob} {run.value}", *of_quantizer]),
         str(run.seed),
         str(run.epochs),
         f"{evaluation['coded_bits_per_vector']:.3f}",
@@ -336,9 +337,9 @@ finished, falls somewhere, or shares no PSNR with it.
 _LATTICES_TEXT = """\
 The rate is that of the points of the test images. It is exact for `diagonal_lattice`, and the
 density's stream costs that much. For the other lattices it is the density times a cell's volume,
-whose sum over all points is not 1; the stream's tables are scaled to it. The error's second moment
-is per dimension, in units of the cell's volume; the lattice's own is that of errors spread evenly
-over a cell.
+whose sum over all points need not be 1; where it is more, the stream's tables are scaled down. The
+error's second moment is per dimension, in units of the cell's volume; the lattice's own is that of
+errors spread evenly over a cell.
 """
 
 

@@ -8,8 +8,8 @@ from flax import nnx
 from llvq import at_rate, checkpointing
 from llvq.errors import UserError
 from llvq.training import train_state
-from llvq.training.train_state import create_model
 from tests import tiny
+from tests.runs import create_model
 
 WEIGHTS = (0.1, 0.03)
 
@@ -18,7 +18,7 @@ WEIGHTS = (0.1, 0.03)
 def several(tmp_path_factory):
     """(model, path) of a multirate model whose rates differ."""
     config = tiny.config("multirate_lattice", **{"quantizer.rate_weights": WEIGHTS})
-    model = create_model(checkpointing.reading.architecture_of(config), seed=0)
+    model = create_model(config)
     for index, lattice in enumerate(model.quantizer.rates):
         lattice.log_steps[...] += 1 + index
     directory = tmp_path_factory.mktemp("several") / "checkpoint"

@@ -182,7 +182,7 @@ def possible(draw, sizes, batch_sizes, image_shapes):
         "rate_weight": st.sampled_from([0, 1e-3, 1]),
         "warmup": st.sampled_from([0, 0.4, 1]),
         "initial_step": st.sampled_from([1e-6, 0.15, 100]),
-        "training": st.sampled_from(["straight_through", "noise"]),
+        "training": st.sampled_from(["straight_through", "noise", "mixed"]),
         "block_size": st.sampled_from([1, 8]),
     }
     if quantizer == "lfq":

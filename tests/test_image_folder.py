@@ -187,7 +187,7 @@ def test_preparing_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatch):
     for split, images in expected.items():
         np.testing.assert_array_equal(read_images(data, split), images)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    names = json.loads((directory / "sources.json").read_text())["files"]
+    names = json.loads((directory / "sources.json").read_text())
     assert names[0][0] == "test/c.png"
 
 
@@ -212,11 +212,23 @@ def test_a_changed_folder_is_noticed(change, words, folder, tmp_path):
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match=r"manual_dir=.*nowhere: there is no such folder"):
         load(tmp_path, tmp_path / "nowhere")
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match=r"manual_dir=.*file: there is no such folder"):
+        load(tmp_path, tmp_path / "file")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty has no images"):
         load(tmp_path, tmp_path / "empty")
     write(tmp_path / "one/x.png", pixels(16, 16, 3))
     with pytest.raises(UserError, match="too few images"):
+        load(tmp_path, tmp_path / "one")
+    (tmp_path / "one/link.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"1 of 2 files of .*one cannot be used"):
+        load(tmp_path, tmp_path / "one")
+    (tmp_path / "one/link.png").unlink()
+    for split in ("train", "validation"):
+        write(tmp_path / "one" / split / "x.png", pixels(16, 16, 3))
+    (tmp_path / "data").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot be written .*--config\.dataset\.data_dir"):
         load(tmp_path, tmp_path / "one")
     with pytest.raises(UserError, match="1 or 3 channels"):
         load(tmp_path, shape=(16, 16, 2))

@@ -149,7 +149,7 @@ class RateLattice(Quantizer):
 
         `second_moment` is the mean squared error in units of the cell's volume, to the power of 2 /
         latent_dim. It is the lattice's own, such as 1/12 for rounding, where latents are spread
-        evenly over cells, and less where they crowd around points.
+        evenly over cells, less where they crowd around points, and more where they avoid them.
         """
         quantized, codes = self.quantize(latents)
         rated = quantized
