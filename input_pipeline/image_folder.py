@@ -25,7 +25,7 @@ from tqdm import tqdm
 from input_pipeline import prepare, shards, tfds_builders
 from input_pipeline.pipeline import Pipeline
 from llvq.data.files import replacing
-from llvq.data.image_files import SUFFIXES, read_image
+from llvq.data.image_files import SUFFIXES, find_files, read_image
 from llvq.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -146,11 +146,10 @@ def _name(folder: epath.Path, way: Way) -> str:
 
 def _list(folder: epath.Path) -> list[Source]:
     """All image files of a folder, by their names, without hidden ones."""
-    found = []
-    for path in _walk(folder):
-        if path.suffix.lower() in SUFFIXES:
-            name = "/".join(path.relative_to(folder).parts)
-            found.append(Source(name, _fingerprint(path)))
+    found = [
+        Source("/".join(path.relative_to(folder).parts), _fingerprint(path))
+        for path in find_files(folder, SUFFIXES)
+    ]
     if not found:
         raise UserError(f"{folder} has no images ({', '.join(SUFFIXES)})")
     found.sort()
@@ -173,16 +172,6 @@ def _fingerprint(path: epath.Path) -> tuple[int, int]:
     except OSError:  # a link to nowhere; reading it says so
         return 0, 0
     return stat.length, int(stat.mtime)
-
-
-def _walk(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _walk(path)
-        else:
-            yield path
 
 
 def _examine(

@@ -50,6 +50,24 @@ def run(*arguments):
     main([str(argument) for argument in arguments])
 
 
+def test_a_folder_stands_for_what_is_in_it(checkpoints, tmp_path):
+    names = ("a.png", "deep/er/b.JPG", "deep/a.webp")
+    for i, name in enumerate(names):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(13, 12 + i, "RGB").save(tmp_path / "in" / name)
+    (tmp_path / "in/notes.txt").write_text("no image")
+    (tmp_path / "in/.hidden").mkdir()
+    picture(12, 12, "RGB").save(tmp_path / "in/.hidden/c.png")
+    model = f"--model={checkpoints[3]}"
+    run("encode", model, tmp_path / "in", f"--output={tmp_path / 'streams'}")
+    run("decode", model, tmp_path / "streams", f"--output={tmp_path / 'out'}")
+    decoded = {
+        path.relative_to(tmp_path / "out").as_posix(): Image.open(path).size
+        for path in (tmp_path / "out").rglob("*.*")
+    }
+    assert decoded == {"a.png": (12, 13), "deep/er/b.png": (13, 13), "deep/a.png": (14, 13)}
+
+
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (3, "L")])
 def test_files_become_streams_and_pictures(channels, mode, checkpoints, tmp_path):
     model = load_pretrained(checkpoints[channels])
@@ -152,7 +170,8 @@ def test_an_image_that_cannot_be_read_is_one_line(checkpoints, tmp_path):
 
 def test_other_mistakes_are_one_line(checkpoints, tmp_path):
     picture(12, 12, "L").save(tmp_path / "a.png")
-    (tmp_path / "sub").mkdir()
+    for name in ("sub", "empty"):
+        (tmp_path / name).mkdir()
     picture(12, 12, "L").save(tmp_path / "sub/a.jpg")
     (tmp_path / "a.llvq").write_bytes(b"LLVQ" + bytes(40))
     picture(12, 12, "RGB").save(tmp_path / "colours.png")
@@ -165,8 +184,9 @@ def test_other_mistakes_are_one_line(checkpoints, tmp_path):
             a,
             output,
         ): "no trained model 'fashion_mnist/none'",
-        ("encode", model, a, tmp_path / "sub/a.jpg", output): "two files would become",
+        ("encode", model, a, tmp_path / "sub/a.jpg", output): "2 files would become",
         ("encode", model, a, f"--output={a}"): "is no directory",
+        ("encode", model, tmp_path / "empty", output): "empty has no files of .png, .jpg",
         ("encode", model, tmp_path / "colours.png", output): "the model's images are greyscale",
         ("decode", model, a, output): "a.png: the stream is none of this program",
         ("decode", model, tmp_path / "a.llvq", output): "a.llvq: the stream has version 0",

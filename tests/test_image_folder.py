@@ -225,6 +225,10 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match=r"1 of 2 files of .*one cannot be used"):
         load(tmp_path, tmp_path / "one")
     (tmp_path / "one/link.png").unlink()
+    (tmp_path / "one/circle").symlink_to(tmp_path / "one")
+    with pytest.raises(UserError, match=r"one/circle leads back to .*one: remove this link"):
+        load(tmp_path, tmp_path / "one")
+    (tmp_path / "one/circle").unlink()
     for split in ("train", "validation"):
         write(tmp_path / "one" / split / "x.png", pixels(16, 16, 3))
     (tmp_path / "data").write_text("in the way")

@@ -4,16 +4,18 @@
     python -m llvq.codec decode --model=fashion_mnist/vq DIRECTORY/IN.llvq … --output=DIRECTORY
     python -m llvq.codec fit --model=CHECKPOINT IMAGE …
 
-A model is the name of one that the project ships, a checkpoint or a workdir. `fit` gives a
-checkpoint that was not evaluated on its data set a code model estimated from some images.
+A folder stands for all images or streams in it; its sub-folders appear in the output. A model is
+the name of one that the project ships, a checkpoint or a workdir. `fit` gives a checkpoint that was
+not evaluated on its data set a code model estimated from some images.
 """
 
 import argparse
+import collections
 import functools
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 
 from etils import epath
@@ -22,7 +24,7 @@ from tqdm import tqdm
 
 from llvq import checkpointing, codec
 from llvq.data.files import writing
-from llvq.data.image_files import read_image
+from llvq.data.image_files import SUFFIXES, find_files, read_image
 from llvq.errors import UserError, one_line_exit
 from llvq.models import VQVAE
 from llvq.pretrained import find_pretrained, load_pretrained
@@ -50,21 +52,39 @@ def _decode(model: VQVAE, source: pathlib.Path, target: pathlib.Path) -> None:
             picture.save(file, "PNG")
 
 
+def _find(
+    named: Iterable[pathlib.Path], suffixes: Sequence[str]
+) -> list[tuple[pathlib.Path, pathlib.Path]]:
+    """The files named and those in the folders named, each with its path in the output."""
+    found: list[tuple[pathlib.Path, pathlib.Path]] = []
+    for path in named:
+        if not path.is_dir():
+            found.append((path, pathlib.Path(path.name)))
+            continue
+        inside = sorted(map(pathlib.Path, find_files(epath.Path(path), suffixes)))
+        if not inside:
+            raise UserError(f"{path} has no files of {', '.join(suffixes)}")
+        found += [(file, file.relative_to(path)) for file in inside]
+    return found
+
+
 def _convert(
     convert: Callable[[pathlib.Path, pathlib.Path], None],
-    files: Sequence[pathlib.Path],
+    found: Sequence[tuple[pathlib.Path, pathlib.Path]],
     output: pathlib.Path,
     suffix: str,
 ) -> None:
     """Converts files, as many at a time as there are cores."""
-    targets = [output / source.with_suffix(suffix).name for source in files]
-    for i, target in enumerate(targets):
-        if target in targets[:i]:
-            raise UserError(f"two files would become {target}: give them different --output")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output={output} is no directory ({error.strerror})") from error
+    files = [file for file, _ in found]
+    targets = [(output / name).with_suffix(suffix) for _, name in found]
+    target, count = collections.Counter(targets).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{count} files would become {target}: give them different --output")
+    for directory in {target.parent for target in targets}:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output={directory} is no directory ({error.strerror})") from error
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(convert, *paths) for paths in zip(files, targets, strict=True)]
         try:
@@ -93,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ):
         command = commands.add_parser(name, help=about, description=about)
         command.add_argument("--model", required=True, help="name, checkpoint or workdir")
-        command.add_argument("files", nargs="+", type=pathlib.Path)
+        command.add_argument("files", nargs="+", type=pathlib.Path, help="files or folders")
         if name != "fit":
             command.add_argument("--output", required=True, type=pathlib.Path, help="a directory")
         if name == "encode":
@@ -105,14 +125,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = load_pretrained(options.model)
         if options.command == "fit":
             checkpoint = checkpointing.find(find_pretrained(options.model))
-            _fit(model, checkpoint, options.files)
+            _fit(model, checkpoint, [file for file, _ in _find(options.files, SUFFIXES)])
             return
         codec.code_model_of(model)  # before files are read
         if options.command == "encode":
-            convert, suffix = functools.partial(_encode, model, options.contexts), _SUFFIX
+            encode = functools.partial(_encode, model, options.contexts)
+            convert, before, after = encode, SUFFIXES, _SUFFIX
         else:
-            convert, suffix = functools.partial(_decode, model), ".png"
-        _convert(convert, options.files, options.output, suffix)
+            convert, before, after = functools.partial(_decode, model), (_SUFFIX,), ".png"
+        _convert(convert, _find(options.files, before), options.output, after)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Image files as arrays."""
 
+import os
+from collections.abc import Collection, Iterator
+
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
@@ -7,10 +10,36 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llvq.errors import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp")
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _MODES = ("1", "L", "P", "RGB")  # whatever becomes RGB without loss
+
+
+def find_files(folder: epath.Path, suffixes: Collection[str]) -> Iterator[epath.Path]:
+    """Yields the files of a folder and of the folders in it that have one of the suffixes.
+
+    Hidden files and folders are left out. Suffixes are compared in lower case.
+
+    Raises:
+      UserError: if a link leads back to a folder that it is in.
+    """
+    yield from _find_files(folder, suffixes, ())
+
+
+def _find_files(
+    folder: epath.Path, suffixes: Collection[str], parents: tuple[str, ...]
+) -> Iterator[epath.Path]:
+    parents = (*parents, os.path.realpath(folder))
+    if parents[-1] in parents[:-1]:
+        raise UserError(f"{folder} leads back to {parents[-1]}: remove this link")
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _find_files(path, suffixes, parents)
+        elif path.suffix.lower() in suffixes:
+            yield path
 
 
 def read_image(
