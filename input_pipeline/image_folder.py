@@ -244,7 +244,7 @@ def _require_unchanged(
 
 def _share(name: str) -> float:
     """A number from 0 to 1 that depends on a file's name alone."""
-    digest = hashlib.sha256(name.encode()).digest()
+    digest = hashlib.sha256(os.fsencode(name)).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
@@ -297,7 +297,10 @@ class _Reader:
 
     def _images(self, source: Source) -> list[tuple[str, bytes]]:
         height, width, channels = self._way.image_shape
-        pixels = read_image(self._folder / source.name, channels, convert=self._way.convert)
+        path = self._folder / source.name
+        pixels = read_image(path, channels, convert=self._way.convert)
+        if _fingerprint(path) != source.fingerprint:
+            raise UserError(f"{path} has changed while the folder was prepared: start again")
         return [
             (f"{source.name}{place}", tf.io.encode_png(image).numpy())
             for place, image in cut(pixels, height, width, self._way.fit)

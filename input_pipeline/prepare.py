@@ -271,5 +271,5 @@ def _serialise(name: str, encoded: bytes) -> bytes:
     def feature(value: bytes) -> tf.train.Feature:
         return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
 
-    features = {"image": feature(encoded), "name": feature(name.encode())}
+    features = {"image": feature(encoded), "name": feature(os.fsencode(name))}
     return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()

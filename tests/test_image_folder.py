@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -207,6 +209,49 @@ def test_a_changed_folder_is_noticed(change, words, folder, tmp_path):
     with pytest.raises(UserError, match=rf"{words}\): delete .*data.* to have it prepared again"):
         load(tmp_path)
     load(tmp_path, fit="resize")  # which is another data set
+
+
+def test_a_file_that_changes_meanwhile_is_noticed(folder, tmp_path, monkeypatch):
+    reads = []
+
+    def read_and_change(path, *arguments, **options):
+        array = read_image(path, *arguments, **options)
+        reads.append(path.name)
+        if reads.count("b.png") == 2:  # read for the second time to write it
+            write(folder / "train/b.png", pixels(64, 64, 3))
+        return array
+
+    monkeypatch.setattr(input_pipeline.image_folder, "read_image", read_and_change)
+    with pytest.raises(UserError, match=r"b\.png has changed while the folder was prepared"):
+        load(tmp_path)
+    with pytest.raises(UserError, match=r"1 changed\): delete .*data"):
+        load(tmp_path)
+
+
+def test_a_name_in_any_encoding(folder, tmp_path):
+    shutil.copy(folder / "train/b.png", os.fsencode(folder) + b"/train/caf\xe9.png")
+    write(folder / "train/\N{SNOWMAN}.png", pixels(16, 16, 3))
+    assert load(tmp_path).num_images["train"] == 6 + 6 + 1 + 1
+
+
+@pytest.mark.long  # 20 s
+def test_many_files(tmp_path):
+    """10,000 files, three of them damaged; what a file costs in memory once it is prepared."""
+    write(tmp_path / "photos/0.png", pixels(16, 16, 3))
+    for i in range(1, 10_000):
+        (tmp_path / f"photos/{i}.png").hardlink_to(tmp_path / "photos/0.png")
+    for i in (7, 77, 777):
+        (tmp_path / f"photos/{i}.png").unlink()
+        (tmp_path / f"photos/{i}.png").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"^3 of 10000 files of .*photos cannot be used"):
+        load(tmp_path)
+    load(tmp_path, skip_damaged=True)
+    tracemalloc.start()
+    data = load(tmp_path, skip_damaged=True)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(data.num_images.values()) == 9_997
+    assert peak < 10_000 * 1_000  # a million files: 1 GB
 
 
 def test_mistakes_are_named(tmp_path):
