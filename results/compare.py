@@ -9,7 +9,6 @@ these curves, `--trials` the one-epoch runs that chose the latents and the range
 """
 
 import argparse
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -20,14 +19,12 @@ import matplotlib.pyplot as plt
 
 import input_pipeline
 from configs import fashion_mnist
-from llvq.config import TrainConfig, parse, to_dict
+from llvq.config import TrainConfig, parse
 from llvq.data import Dataset
-from llvq.data.files import replacing
 from llvq.errors import DivergenceError, one_line_exit
-from llvq.evaluate import evaluate
 from llvq.quantizers import QUANTIZERS
 from llvq.runtime.console import markdown_table
-from llvq.train import train_and_evaluate
+from results import recorded
 
 DIRECTORY = pathlib.Path(__file__).parent / "compare"
 
@@ -145,12 +142,8 @@ FIRST = [Run(name, value) for name, curve in CURVES.items() for value in curve.v
 
 def read(runs: Sequence[Run]) -> dict[Run, dict[str, Any]]:
     """The records of those of the runs that are finished, with the config of today."""
-    records = {run: json.loads(run.record.read_text()) for run in runs if run.record.exists()}
-    return {run: kept for run, kept in records.items() if _is_of(run, kept)}
-
-
-def _is_of(run: Run, record: Mapping[str, Any]) -> bool:
-    return to_dict(parse(record["config"])) == to_dict(run.config())
+    found = {run: recorded.read(run.record, run.config()) for run in runs}
+    return {run: record for run, record in found.items() if record is not None}
 
 
 def rate(record: Mapping[str, Any]) -> float:
@@ -212,22 +205,6 @@ def further(records: Mapping[Run, Mapping[str, Any]]) -> list[Run]:
     longer = dict.fromkeys((nearest("vq", records), chosen[best[0]], chosen[best_lattices[0]]))
     seeds = [run._replace(seed=seed) for run in chosen.values() for seed in MORE_SEEDS]
     return [*seeds, *(run._replace(epochs=10) for run in longer)]
-
-
-def carry_out(run: Run, workdirs: pathlib.Path, data: Dataset) -> None:
-    """Trains and evaluates a run, or goes on with it, and keeps its record.
-
-    Raises:
-      DivergenceError: as `train_and_evaluate` does.
-    """
-    config, workdir = run.config(), workdirs / run.name
-    train_and_evaluate(config, workdir, data)
-    evaluation = evaluate(config, workdir, data)
-    del evaluation["checkpoint"]
-    record = {"config": to_dict(config), "evaluation": evaluation}
-    run.record.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(run.record) as file:
-        file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 _COLUMNS = (
@@ -415,7 +392,7 @@ def _carry_out_once(run: Run, workdirs: pathlib.Path, data: Dataset) -> None:
         return
     print(run.name, flush=True)
     try:
-        carry_out(run, workdirs, data)
+        recorded.keep(run.record, recorded.train(run.config(), workdirs / run.name, data))
     except DivergenceError as error:
         print(f"{run.name}: {error}", flush=True)
 
