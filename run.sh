@@ -3,6 +3,7 @@
 # and resumes what was stopped.
 set -eu
 cd "$(dirname "$0")"
+. ./input_pipeline/debian_package.sh
 
 usage() {
     cat <<'END'
@@ -63,20 +64,6 @@ get_fashion_mnist() {
         echo "No such package there; it will be downloaded from the web."
     fi
     rm -rf "$temporary"
-}
-
-download_debian_package() {
-    # (Root's apt would warn that its sandbox user cannot write here.)
-    apt="apt-get --quiet=2 -o APT::Sandbox::User=root"
-    # shellcheck disable=SC2086
-    if ! $apt download "$1"; then
-        # This machine has no package lists yet: fetch them to a place of our own.
-        mkdir -p lists/partial cache/archives/partial
-        own="-o Dir::State::Lists=$PWD/lists -o Dir::Cache=$PWD/cache"
-        # shellcheck disable=SC2086
-        $apt $own update && $apt $own download "$1" || return
-    fi
-    dpkg-deb --extract "$1"_*.deb .
 }
 
 # Whether a run is evaluated already: its newest checkpoint is older than the evaluation.

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import bjontegaard
 import matplotlib.pyplot as plt
+from ml_collections import ConfigDict
 
 import input_pipeline
 from configs import fashion_mnist
@@ -51,6 +52,13 @@ class Curve(NamedTuple):
     latent_activation: str
     options: Mapping[str, Any] = {}
 
+    def at(self, value: Any, config: ConfigDict) -> ConfigDict:
+        """A config of this quantizer, with these latents, and with the knob at a value."""
+        config.model.latent_dim = self.latent_dim
+        config.model.latent_activation = self.latent_activation
+        config.quantizer.update({**self.options, self.knob: value})
+        return config
+
 
 class Run(NamedTuple):
     """One run of a curve; `changes` to its config are (dotted field, value)."""
@@ -76,12 +84,9 @@ class Run(NamedTuple):
     def config(self) -> TrainConfig:
         """The run's config: recipe `long`, but shorter."""
         curve = CURVES[self.curve]
-        config = fashion_mnist.get_config(f"{curve.quantizer},long")
+        config = curve.at(self.value, fashion_mnist.get_config(f"{curve.quantizer},long"))
         config.seed, config.num_epochs = self.seed, self.epochs
         config.eval_every_steps = _STEPS_PER_EPOCH
-        config.model.latent_dim = curve.latent_dim
-        config.model.latent_activation = curve.latent_activation
-        config.quantizer.update({**curve.options, curve.knob: self.value})
         config.update_from_flattened_dict(dict(self.changes))
         return parse(config)
 

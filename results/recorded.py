@@ -31,7 +31,17 @@ def train(config: TrainConfig, workdir: pathlib.Path, data: Dataset) -> Record:
       DivergenceError: as `train_and_evaluate` does.
     """
     train_and_evaluate(config, workdir, data)
-    evaluation = evaluate(config, workdir, data)
+    return measure(config, workdir, data)
+
+
+def measure(
+    config: TrainConfig,
+    workdir: pathlib.Path,
+    data: Dataset,
+    checkpoint: pathlib.Path | None = None,
+) -> Record:
+    """As `train`, of a workdir that is trained, or of another checkpoint."""
+    evaluation = evaluate(config, workdir, data, checkpoint=checkpoint)
     del evaluation["checkpoint"]
     return {"config": to_dict(config), "evaluation": evaluation}
 

@@ -1,0 +1,383 @@
+"""Trains and measures models of real colour images, and writes results/photos.md.
+
+    python -m results.photos [--only photographs faces] [--write] [--workdirs=runs/photos]
+
+The images of a task are a folder in one of `--sources`, with sub-folders train, validation and
+test. A model is trained through the data set `image_folder` and evaluated. Then it compresses whole
+test photographs, one file each, beside JPEG and WebP files of the nearest size. One record is kept
+for each finished run; a run that was stopped is resumed. What is missing is named at the end.
+"""
+
+import argparse
+import io
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from etils import epath
+from jaxtyping import UInt8
+from PIL import Image
+
+import input_pipeline
+from configs import image_folder
+from llvq import codec, load_pretrained
+from llvq.config import TrainConfig, parse
+from llvq.data.image_files import SUFFIXES, find_files, read_image
+from llvq.errors import UserError, one_line_exit
+from llvq.evaluation.pictures import write_png
+from llvq.import_torch import import_checkpoint
+from llvq.models import VQVAE
+from llvq.runtime.console import markdown_table
+from results import recorded
+from results.compare import CURVES
+
+DIRECTORY = pathlib.Path(__file__).parent / "photos"
+
+Pixels = UInt8[np.ndarray, "height width channels"]
+Record = recorded.Record
+
+_SOURCES = ("../shared/data", "../shared/reference/checkpoints", "runs")
+_CROP = 256  # pixels, of the pictures
+
+
+class Task(NamedTuple):
+    """Images and a network for them.
+
+    Attributes:
+      title: of its section.
+      folder: of its images.
+      size: height and width of the images to train on.
+      fit: how they come to that size.
+      hidden_dims: of the network.
+      batch_size: in training.
+      num_epochs: likewise.
+      whole: whether its test images are compressed as they are, and not only at `size`.
+    """
+
+    title: str
+    folder: str
+    size: int
+    fit: str
+    hidden_dims: tuple[int, ...]
+    batch_size: int
+    num_epochs: int
+    whole: bool
+
+
+class Run(NamedTuple):
+    """A model: the quantizer of a curve of results.compare, with the value of its knob.
+
+    `weights` names a file of the authors' program that is imported instead of training.
+    """
+
+    task: str
+    curve: str
+    value: Any
+    seed: int = 2
+    weights: str = ""
+
+    @property
+    def name(self) -> str:
+        """The run's place in the directories of records and workdirs."""
+        if self.weights:
+            return f"{self.task}/authors_{self.curve}"
+        value = "x".join(map(str, self.value)) if isinstance(self.value, tuple) else self.value
+        return f"{self.task}/{self.curve}_{value}_seed_{self.seed}"
+
+    @property
+    def record(self) -> pathlib.Path:
+        """The file of the finished run's figures."""
+        return DIRECTORY / f"{self.name}.json"
+
+    def config(self) -> TrainConfig:
+        """The run's config, without the place of its images."""
+        task, curve = TASKS[self.task], CURVES[self.curve]
+        config = curve.at(self.value, image_folder.get_config(f"{curve.quantizer},long"))
+        config.dataset.fit = task.fit
+        config.model.image_shape = (task.size, task.size, 3)
+        config.model.hidden_dims = task.hidden_dims
+        config.batch_size, config.num_epochs, config.seed = (
+            task.batch_size,
+            task.num_epochs,
+            self.seed,
+        )
+        return parse(config)
+
+
+_FFHQ, _CELEBA = (16, 32), (64,)
+
+TASKS = {
+    "photographs": Task(
+        "Photographs of BSDS500, FFHQ's network", "bsds500", 64, "tiles", _FFHQ, 64, 20, True
+    ),
+    "photographs_celeba": Task(
+        "Photographs of BSDS500, CelebA's network", "bsds500", 64, "tiles", _CELEBA, 64, 20, True
+    ),
+    "faces": Task(
+        "Faces of CelebA at 80×80, FFHQ's network",
+        "celeba_half",
+        80,
+        "resize",
+        _FFHQ,
+        64,
+        20,
+        False,
+    ),
+    "full_size": Task(
+        "Photographs of Debian in 1024×1024 tiles, FFHQ's network",
+        "debian_photos",
+        1024,
+        "tiles",
+        _FFHQ,
+        8,
+        40,
+        True,
+    ),
+}
+
+RUNS = [
+    Run("photographs", "vq_restarts", 32),
+    Run("photographs", "sparse_lattice", 1.0),
+    Run("photographs", "fsq", (8, 5)),
+    Run("faces", "vq", 512, weights="ffhq1024/vq.ckpt"),
+    Run("faces", "sparse_lattice", 1.0, weights="ffhq1024/sparse_lattice.ckpt"),
+]
+
+
+def nearest_file(pixels: Pixels, format_name: str, num_bytes: int) -> bytes:
+    """The JPEG or WebP file, over all qualities, whose size is nearest."""
+    files: dict[int, bytes] = {}
+
+    def size(quality: int) -> int:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format_name, quality=quality)
+        files[quality] = buffer.getvalue()
+        return len(files[quality])
+
+    low, high = 0, 100  # bisection, since size hardly ever falls as quality rises
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if size(middle) < num_bytes else (low, middle)
+    return min(files.values(), key=lambda file: abs(len(file) - num_bytes))
+
+
+def quality(original: Pixels, reconstruction: Pixels) -> dict[str, float]:
+    """PSNR, SSIM and MS-SSIM of an image, by TensorFlow."""
+    pair = [tf.constant(image) for image in (original, reconstruction)]
+    return {
+        "psnr": float(tf.image.psnr(*pair, max_val=255)),
+        "ssim": float(tf.image.ssim(*pair, max_val=255)),
+        "ms_ssim": float(tf.image.ssim_multiscale(*pair, max_val=255)),
+    }
+
+
+def compress(model: VQVAE, pixels: Pixels) -> dict[str, tuple[int, Pixels]]:
+    """The bytes of a photograph's file and what it decodes to, by this program and by others."""
+    images = pixels[None]
+    stream = codec.encode(model, images)
+    with_contexts = codec.encode(model, images, with_contexts=True)
+    decoded = codec.decode(model, stream)[0]
+    files = {"llvq": (len(stream), decoded), "llvq with contexts": (len(with_contexts), decoded)}
+    for format_name in ("JPEG", "WebP"):
+        file = nearest_file(pixels, format_name, len(stream))
+        files[format_name] = len(file), np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
+    return files
+
+
+def measure(model: VQVAE, photographs: Sequence[Pixels]) -> dict[str, dict[str, float]]:
+    """Coded bits per pixel over all photographs and the means of their qualities, by format."""
+    num_pixels = sum(pixels.shape[0] * pixels.shape[1] for pixels in photographs)
+    totals: dict[str, dict[str, float]] = {}
+    for pixels in photographs:
+        for name, (num_bytes, decoded) in compress(model, pixels).items():
+            of_format = totals.setdefault(name, {})
+            shares = {"coded_bits_per_pixel": 8 * num_bytes / num_pixels}
+            for figure, value in quality(pixels, decoded).items():
+                shares[figure] = value / len(photographs)
+            for figure, share in shares.items():
+                of_format[figure] = of_format.get(figure, 0.0) + share
+    return totals
+
+
+def carry_out(
+    run: Run, images: pathlib.Path, weights: pathlib.Path | None, workdir: pathlib.Path
+) -> None:
+    """Trains and measures a model, or goes on with it, and keeps its record.
+
+    Args:
+      run: of RUNS.
+      images: the folder of its task.
+      weights: a file of the authors' program to import instead, or None.
+      workdir: of the model.
+    """
+    task, config = TASKS[run.task], run.config()
+    data = input_pipeline.load(
+        "image_folder",
+        manual_dir=str(images),
+        image_shape=config.model.image_shape,
+        fit=task.fit,
+        flip=config.dataset.flip,
+    )
+    if weights is None:
+        checkpoint, record = workdir, recorded.train(config, workdir, data)
+    else:
+        checkpoint = workdir / "imported"
+        if not checkpoint.exists():
+            import_checkpoint(weights, checkpoint, config.model.value_range)
+        record = recorded.measure(config, workdir, data, checkpoint)
+    if task.whole:
+        paths = sorted(find_files(epath.Path(images / "test"), SUFFIXES))
+        photographs = [read_image(path, 3) for path in paths]
+        model = load_pretrained(checkpoint)
+        record["photographs"] = measure(model, photographs)
+        if run == _first(run.task):
+            picture = DIRECTORY / f"{run.task}.png"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            write_png(picture, crops(model, photographs[0]))
+    recorded.keep(run.record, record)
+
+
+def _first(task: str) -> Run:
+    return next(run for run in RUNS if run.task == task)
+
+
+def crops(model: VQVAE, pixels: Pixels) -> Pixels:
+    """The centre of a photograph: the original, and what each format makes of it."""
+    decoded = compress(model, pixels)
+    shown = [pixels, *(decoded[name][1] for name in ("llvq", "JPEG", "WebP"))]
+    top, left = ((length - _CROP) // 2 for length in pixels.shape[:2])
+    return np.concatenate([image[top : top + _CROP, left : left + _CROP] for image in shown], 1)
+
+
+_HEADER = """# Models of photographs and faces
+
+`python -m results.photos` wrote this page; do not edit it by hand. Each model is trained through
+the data set `image_folder`, with the schedule of the recipe `long`, and the latents of
+[compare.md](compare.md). Coded bits are the size of files: over the test split at the training size
+as one stream of order 0, and over whole test photographs as one file each. JPEG and WebP (Pillow)
+have for each photograph the quality whose file has the nearest size. MS-SSIM is by TensorFlow.
+"""
+
+_COLUMNS = (
+    "",
+    "knob",
+    "seed",
+    "coded bits per vector",
+    "coded bits per pixel",
+    "test MSE",
+    "PSNR",
+    "SSIM",
+    "codes in use",
+)
+_WHOLE_COLUMNS = ("", "knob", "seed", "file", "coded bits per pixel", "PSNR", "SSIM", "MS-SSIM")
+
+
+def _name_cells(run: Run) -> list[str]:
+    curve = CURVES[run.curve]
+    seed = "the authors' weights for FFHQ" if run.weights else str(run.seed)
+    return [f"`{run.curve}`", f"{curve.knob} {run.value}", seed]
+
+
+def _cells(run: Run, record: Record) -> list[str]:
+    evaluation = record["evaluation"]
+    return [
+        *_name_cells(run),
+        f"{evaluation['coded_bits_per_vector']:.3f}",
+        f"{evaluation['coded_bits_per_pixel']:.3f}",
+        f"{evaluation['reconstruction_loss']:.5f}",
+        f"{evaluation['psnr']:.2f}",
+        f"{evaluation['ssim']:.3f}",
+        f"{evaluation['effective_codebook_size']:,}",
+    ]
+
+
+def _whole_cells(run: Run, record: Record) -> list[list[str]]:
+    return [
+        [
+            *(_name_cells(run) if i == 0 else [""] * 3),
+            name,
+            f"{figures['coded_bits_per_pixel']:.3f}",
+            f"{figures['psnr']:.2f}",
+            f"{figures['ssim']:.3f}",
+            f"{figures['ms_ssim']:.3f}",
+        ]
+        for i, (name, figures) in enumerate(record["photographs"].items())
+    ]
+
+
+def write(records: dict[Run, Record]) -> None:
+    """Writes the page."""
+    parts = [_HEADER]
+    for name, task in TASKS.items():
+        of_task = {run: record for run, record in records.items() if run.task == name}
+        if not of_task:
+            continue
+        parts.append(f"## {task.title}\n")
+        parts.append(
+            f"{task.num_epochs} epochs of {task.size}×{task.size} images (`{task.fit}`), "
+            f"{task.batch_size} at a time.\n"
+        )
+        parts.append(markdown_table(_COLUMNS, [_cells(*item) for item in of_task.items()]) + "\n")
+        if task.whole:
+            rows = [cells for item in of_task.items() for cells in _whole_cells(*item)]
+            parts.append("Whole test photographs:\n")
+            parts.append(markdown_table(_WHOLE_COLUMNS, rows) + "\n")
+            first = _first(name)
+            parts.append(f"The original, `{first.curve}`, JPEG and WebP, at 1:1:\n")
+            parts.append(f"![crops](photos/{name}.png)\n")
+    (DIRECTORY.parent / "photos.md").write_text("\n".join(parts))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="results.photos", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--workdirs", type=pathlib.Path, default=pathlib.Path("runs/photos"))
+    parser.add_argument(
+        "--sources",
+        nargs="+",
+        type=pathlib.Path,
+        default=[pathlib.Path(path) for path in _SOURCES],
+        help="the directories that hold the folders of images and the authors' weights",
+    )
+    parser.add_argument("--only", nargs="+", choices=list(TASKS), help="run only these tasks")
+    parser.add_argument("--write", action="store_true", help="only write the page again")
+    options = parser.parse_args(arguments)
+    with one_line_exit(parser.prog):
+        missing = [] if options.write else _carry_out_all(options)
+        records = {run: recorded.read(run.record, run.config()) for run in RUNS}
+        write({run: record for run, record in records.items() if record})
+        if missing:
+            raise UserError(
+                f"{', '.join(missing)} are missing in {', '.join(map(str, options.sources))}: "
+                "docs/data.md says where they come from; name their place with --sources"
+            )
+
+
+def _carry_out_all(options: argparse.Namespace) -> list[str]:
+    """Carries out what has no record. Returns the names of what it would need and is missing."""
+    missing: dict[str, None] = {}
+
+    def find(name: str) -> pathlib.Path | None:
+        for source in options.sources:
+            if (source / name).exists():
+                return source / name
+        missing[name] = None
+        return None
+
+    for run in RUNS:
+        if run.task not in (options.only or TASKS) or recorded.read(run.record, run.config()):
+            continue
+        images = find(TASKS[run.task].folder)
+        weights = find(run.weights) if run.weights else None
+        if images is not None and (weights is None) == (not run.weights):
+            print(run.name, flush=True)
+            carry_out(run, images, weights, options.workdirs / run.name)
+    return list(missing)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The comparison on colour images: its runs, and what it measures of photographs."""
+
+import io
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorflow_datasets", reason="the command reads images with it")
+pytest.importorskip("bjontegaard", reason="results.compare computes delta rates with it")
+
+from PIL import Image
+
+from llvq import checkpointing, codec, load_pretrained
+from llvq.training import train_state
+from results import photos
+from results.compare import CURVES
+from tests import tiny
+from tests.runs import create_model
+
+
+def test_every_run_has_a_name_and_a_possible_config():
+    assert len({run.name for run in photos.RUNS}) == len(photos.RUNS)
+    for run in photos.RUNS:
+        config, task = run.config(), photos.TASKS[run.task]
+        assert config.quantizer.options[CURVES[run.curve].knob] == run.value
+        assert config.model.image_shape == (task.size, task.size, 3)
+
+
+def smooth(height, width):
+    y, x = np.mgrid[:height, :width]
+    waves = [128 + 100 * np.sin(x / (9 + i) + y / 17) for i in range(3)]
+    noise = np.random.default_rng(0).normal(0, 8, (height, width, 3))
+    return np.clip(np.stack(waves, axis=-1) + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("format_name", ["JPEG", "WebP"])
+def test_the_nearest_file(format_name):
+    pixels = smooth(120, 90)
+    sizes = []
+    for quality in range(101):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format_name, quality=quality)
+        sizes.append(len(buffer.getvalue()))
+    for num_bytes in (0, 1500, 3000, 10**6):
+        best = min(abs(size - num_bytes) for size in sizes)
+        found = abs(len(photos.nearest_file(pixels, format_name, num_bytes)) - num_bytes)
+        assert found <= best + 0.02 * num_bytes  # WebP's sizes fall by some bytes here and there
+        assert Image.open(io.BytesIO(photos.nearest_file(pixels, format_name, num_bytes)))
+
+
+def test_what_is_measured(tmp_path):
+    config = tiny.config("fsq", **{"model.image_shape": (12, 12, 3)})
+    state = train_state.create_train_state(create_model(config))
+    checkpointing.save_for_inference(tmp_path / "model", state, config)
+    model = load_pretrained(tmp_path / "model")
+    photographs = [smooth(180, 200), smooth(200, 180)]
+    codec.fit(model, [image[None] for image in photographs])
+    found = photos.measure(model, photographs)
+    streams = [codec.encode(model, image[None]) for image in photographs]
+    bits = 8 * sum(map(len, streams)) / (2 * 180 * 200)
+    assert found["llvq"]["coded_bits_per_pixel"] == pytest.approx(bits)
+    psnr = 0.0
+    for image, stream in zip(photographs, streams, strict=True):
+        error = image.astype(np.float64) - codec.decode(model, stream)[0]
+        psnr += 10 * np.log10(255**2 / np.mean(error**2)) / 2
+    assert found["llvq"]["psnr"] == pytest.approx(psnr, abs=1e-3)  # TensorFlow's float32
+    assert found["llvq with contexts"]["psnr"] == found["llvq"]["psnr"]
+    for figures in found.values():
+        assert 0 < figures["ms_ssim"] <= 1
+        assert 0 < figures["ssim"] <= 1
+    assert photos.crops(model, smooth(300, 280)).shape == (256, 4 * 256, 3)
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(photos, "DIRECTORY", tmp_path / "photos")
+    with pytest.raises(SystemExit, match=r"bsds500, .* are missing in .*: docs/data\.md says"):
+        photos.main([f"--sources={tmp_path}", "--only", "photographs", "faces"])
+    assert (tmp_path / "photos.md").read_text().startswith("# Models of photographs")
