@@ -1,5 +1,6 @@
-"""PSNR and SSIM against TensorFlow's, and the closed form of PSNR."""
+"""SSIM against dm-pix and NumPy; PSNR against TensorFlow and its closed form."""
 
+import dm_pix
 import jax
 import numpy as np
 import pytest
@@ -11,17 +12,48 @@ from llvq.evaluation import metrics
 tf = pytest.importorskip("tensorflow", reason="TensorFlow is the oracle")
 
 
-def image_pairs(channels):
+def image_pairs(shape):
     rng = np.random.default_rng(0)
-    a = rng.uniform(size=(5, 28, 28, channels)).astype(np.float32)
+    a = rng.uniform(size=(5, *shape)).astype(np.float32)
     noise = rng.normal(size=a.shape) * np.array([0, 0.01, 0.1, 0.3, 1.0])[:, None, None, None]
     return a, np.clip(a + noise, 0, 1).astype(np.float32)
 
 
+def float64_ssim(a, b):
+    """Wang et al. 2004, window by window."""
+    weights = np.exp(-0.5 * ((np.arange(11) - 5) / 1.5) ** 2)
+    weights = np.outer(weights, weights) / np.sum(weights) ** 2
+
+    def mean(values):
+        windows = np.lib.stride_tricks.sliding_window_view(values, (11, 11), axis=(1, 2))
+        return np.einsum("...xy,xy", windows, weights)
+
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    mean_a, mean_b, c1, c2 = mean(a), mean(b), 0.01**2, 0.03**2
+    covariance = mean(a * b) - mean_a * mean_b
+    variances = mean(a * a) - mean_a**2 + mean(b * b) - mean_b**2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    return np.mean(luminance * (2 * covariance + c2) / (variances + c2), axis=(1, 2, 3))
+
+
+# Less than a tile of columns, one, several; and channels so many that a tile must be larger.
+@pytest.mark.parametrize(
+    "shape", [(11, 11, 3), (28, 28, 1), (20, 128, 1), (130, 90, 3), (12, 40, 8)]
+)
+def test_ssim(shape):
+    a, b = image_pairs(shape)
+    found = jax.jit(metrics.ssim)(a, b)
+    np.testing.assert_allclose(found, float64_ssim(a, b), atol=2e-6)
+    np.testing.assert_allclose(found, jax.vmap(dm_pix.ssim)(a, b), atol=1e-5)
+    # Where nothing but rounding distinguishes a variance from 0.
+    flat = np.full_like(a, 0.7)
+    noisy = (flat + 0.001 * a).astype(np.float32)
+    np.testing.assert_allclose(metrics.ssim(flat, noisy), float64_ssim(flat, noisy), atol=1e-5)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
-def test_against_tensorflow(channels):
-    a, b = image_pairs(channels)
-    np.testing.assert_allclose(jax.jit(metrics.ssim)(a, b), tf.image.ssim(a, b, 1.0), atol=1e-5)
+def test_psnr_against_tensorflow(channels):
+    a, b = image_pairs((28, 28, channels))
     psnr, expected = jax.jit(metrics.psnr)(a, b), tf.image.psnr(a, b, 1.0)
     np.testing.assert_allclose(psnr[1:], expected[1:], rtol=1e-5)  # the first pair is equal
     mean_squares = np.mean((a[1:].astype(np.float64) - b[1:]) ** 2, axis=(1, 2, 3))

@@ -3,12 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import dm_pix
-import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-Images = Float[Array, "batch height width channels"]
+from llvq.evaluation.ssim import Images, ssim
 
 # An exact reconstruction counts as one with this mean squared error, 100 dB, instead of making the
 # mean over a split infinite.
@@ -53,11 +51,6 @@ def mse(originals: Images, reconstructions: Images) -> Float[Array, "batch"]:
 def psnr(originals: Images, reconstructions: Images) -> Float[Array, "batch"]:
     """Peak signal-to-noise ratio of each image pair in [0, 1], in dB, at most 100."""
     return -10.0 * jnp.log10(jnp.maximum(mse(originals, reconstructions), _SMALLEST_MSE))
-
-
-def ssim(originals: Images, reconstructions: Images) -> Float[Array, "batch"]:
-    """Structural similarity of each image pair (Wang et al. 2004; Gaussian window 11, σ = 1.5)."""
-    return jax.vmap(dm_pix.ssim)(originals, reconstructions)
 
 
 def _mean(mean: float) -> float:
