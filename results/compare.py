@@ -105,10 +105,10 @@ CURVES = {
     "bsq": Curve("bsq", "num_bits", (3, 6, 10, 14), 0, "none"),
     "simvq": Curve("simvq", "codebook_size", (8, 64, 1024, 4096), 8, "none"),
     "residual_vq": Curve("residual_vq", "depth", (1, 2, 3, 4), 8, "none", _RESIDUAL),
-    "diagonal_lattice": Curve("diagonal_lattice", "rate_weight", _RATE_WEIGHTS, 8, "none"),
+    "diagonal_lattice": Curve("diagonal_lattice", "rate_weight", _RATE_WEIGHTS, 4, "none"),
     "e8_lattice": Curve("e8_lattice", "rate_weight", _RATE_WEIGHTS, 8, "none"),
     "learned_lattice": Curve("learned_lattice", "rate_weight", _RATE_WEIGHTS, 8, "none"),
-    "d4_lattice": Curve("d4_lattice", "rate_weight", _RATE_WEIGHTS[:2], 8, "none"),
+    "d4_lattice": Curve("d4_lattice", "rate_weight", _RATE_WEIGHTS[:2], 4, "none"),
     "leech_lattice": Curve("leech_lattice", "rate_weight", _RATE_WEIGHTS[:2], 24, "none"),
     # Evaluated at its first rate.
     "multirate_lattice": Curve(
