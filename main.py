@@ -123,6 +123,8 @@ def _keep_compiled_programs() -> None:
             directory = cache.expanduser() / "llvq"
             directory.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", os.fspath(directory))
+            # By default only what took a second: a model is made by many smaller programs.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _make_writer() -> Any:

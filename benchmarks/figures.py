@@ -104,20 +104,34 @@ def comparison_table(rows: Sequence[Row]) -> str:
     """
     ours = list(dict.fromkeys(name for row in rows for name in row["seconds"] if "llvq" in name))
     header = [*rows[0]["setting"], "program", "ms", f"{rows[0]['unit']}/s", "memory, MB"]
+    with_shares = any(row.get("ceilings") for row in rows)
+    header += ["of the memory's speed", "of the arithmetic's"] if with_shares else []
     header += [f"{name} is faster by" for name in ours]
     lines: list[list[str]] = []
     for row in rows:
         for name, seconds in row["seconds"].items():
             line = [*map(_cell, row["setting"].values()), name]
             if seconds is None:
-                lines.append([*line, "**does not fit**", *[""] * (2 + len(ours))])
+                line.append("**does not fit**")
+                lines.append(line + [""] * (len(header) - len(line)))
                 continue
             median, memory = statistics.median(seconds), row["memory_bytes"].get(name)
             line += [f"{1e3 * median:.3g}", f"{row['amount'] / median:,.4g}"]
             line.append("" if memory is None else f"{memory / 1e6:,.4g}")
+            line += _shares(row, name, median) if with_shares else []
             line += [_ratio(row["seconds"], name, our) for our in ours]
             lines.append(line)
     return markdown_table(header, lines)
+
+
+def _shares(row: Row, name: str, seconds: float) -> list[str]:
+    """What a contender reaches of the memory's speed, and of that of its arithmetic."""
+    work = dict(row.get("work", {}).get(name, {}))
+    shares = {
+        unit: f"{amount / seconds / row['ceilings'][unit]:.0%}" for unit, amount in work.items()
+    }
+    memory = shares.pop("memory", "")
+    return [memory, next(iter(shares.values()), "")]
 
 
 def _cell(value: Any) -> str:
@@ -153,10 +167,12 @@ def record(
     unit: str,
     options: argparse.Namespace,
     between: Callable[[], None] = lambda: None,
+    ceilings: Callable[[], Mapping[str, float]] = dict,
 ) -> None:
     """Runs a benchmark: measures all cases, prints them as a table, and keeps them as they come.
 
-    A case replaces the same case of the same program and machine that was kept before.
+    A case replaces the same case of the same program and machine that was kept before; with
+    `--resume` it is not measured again.
 
     Args:
       program: e.g. "train_step.py".
@@ -165,6 +181,7 @@ def record(
       unit: of what a step handles, e.g. "images".
       options: of `add_options`.
       between: is called before each case.
+      ceilings: measures what the device reaches; see `measure.ceilings`.
 
     Raises:
       UserError: if the output cannot be used, or memory is too small.
@@ -178,6 +195,9 @@ def record(
             "each other, and the ratios flatter llvq",
             file=sys.stderr,
         )
+    if options.resume:
+        cases = [case for case in cases if not is_kept({**where, "setting": case.setting}, kept)]
+    reached = dict(ceilings()) if cases else {}
     measured: list[Row] = []
     start = time.monotonic()
     for number, case in enumerate(cases):
@@ -188,7 +208,7 @@ def record(
         )
         between()
         try:
-            seconds, memory = measure.compare(case.contenders, options.repeats, options.min_seconds)
+            seconds, ran = measure.compare(case.contenders, options.repeats, options.min_seconds)
         except (MemoryError, RuntimeError) as error:
             if not measure.lacks_memory(error):
                 raise
@@ -197,12 +217,30 @@ def record(
                 "choose smaller sizes"
             ) from error
         row = {**where, "setting": case.setting, "unit": unit, "amount": case.amount}
-        row |= {"load": load, "seconds": seconds, "memory_bytes": memory}
+        row |= {"load": load, "seconds": seconds, "ceilings": reached}
+        row["memory_bytes"] = {name: contender.memory_bytes for name, contender in ran.items()}
+        row["work"] = {
+            name: {
+                unit: amount / contender.steps_per_call for unit, amount in contender.work.items()
+            }
+            for name, contender in ran.items()
+        }
         measured.append(row)
-        kept = [old for old in kept if _identity(old) != _identity(row)] + [row]
-        if options.output:
-            write_rows(options.output, kept, report(kept))
-    print(comparison_table(measured))
+        kept = keep(kept, row, options.output)
+    print(comparison_table(measured) if measured else "every case has been measured before")
+
+
+def keep(rows: Sequence[Row], row: Row, output: pathlib.Path | None) -> list[Row]:
+    """The rows, with a new one in place of the same case's; writes them, if there is a file."""
+    kept = [old for old in rows if _identity(old) != _identity(row)] + [row]
+    if output:
+        write_rows(output, kept, report(kept))
+    return kept
+
+
+def is_kept(row: Row, rows: Sequence[Row]) -> bool:
+    """Whether there is a row of the same case, by the same program on the same machine."""
+    return _identity(row) in map(_identity, rows)
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
@@ -216,6 +254,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--min-seconds", type=float, default=0.2, help="a run has as many calls as fill this time"
     )
     parser.add_argument("--output", type=pathlib.Path, help="a JSON file to keep the figures in")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what the file has of this machine"
+    )
 
 
 def check_options(options: argparse.Namespace, *names: str) -> None:

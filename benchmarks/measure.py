@@ -5,12 +5,14 @@ are neighbours, and a ratio is the median of the ratios of neighbours. So whatev
 machine for a while slows down all of them.
 """
 
+import functools
 import gc
 import json
 import math
 import os
 import pathlib
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +20,7 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
+from jax import numpy as jnp
 
 from llvq.runtime import sharding
 
@@ -30,11 +33,13 @@ class Contender(NamedTuple):
     run: see `Run`. Whatever compiles or tunes itself has already done so.
     memory_bytes: of a call, including parameters, optimizer and inputs; None if unknown.
     steps_per_call: how many steps a call takes.
+    work: what a call does, in the units of `ceilings`, as XLA counts it.
     """
 
     run: Run
     memory_bytes: int | None
     steps_per_call: int = 1
+    work: Mapping[str, float] = {}
 
 
 class Case(NamedTuple):
@@ -48,6 +53,9 @@ class Case(NamedTuple):
     amount: int
     contenders: dict[str, Callable[[], Contender]]
 
+
+# Vector instructions of x86, the widest first, by the kernel's names.
+_VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}
 
 # The threads of the library that ran before may go on spinning for some milliseconds.
 _PAUSE_SECONDS = 0.02
@@ -115,8 +123,8 @@ def interleave(
 
 def compare(
     contenders: Mapping[str, Callable[[], Contender]], repeats: int, min_seconds: float
-) -> tuple[dict[str, list[float] | None], dict[str, int | None]]:
-    """(seconds per step, bytes) of each contender; the seconds are None if memory is too small."""
+) -> tuple[dict[str, list[float] | None], dict[str, Contender]]:
+    """Seconds per step of each contender, None if memory is too small; and those that ran."""
     prepared: dict[str, Contender] = {}
     for name, prepare in contenders.items():
         try:
@@ -130,8 +138,7 @@ def compare(
         name: [seconds / prepared[name].steps_per_call for seconds in seconds_per_call]
         for name, seconds_per_call in interleave(runs, repeats, min_seconds).items()
     }
-    memory = {name: contender.memory_bytes for name, contender in prepared.items()}
-    return {name: times.get(name) for name in contenders}, memory
+    return {name: times.get(name) for name in contenders}, prepared
 
 
 def lacks_memory(error: BaseException) -> bool:
@@ -139,6 +146,38 @@ def lacks_memory(error: BaseException) -> bool:
     text = str(error).lower()
     signs = ("out of memory", "resource_exhausted", "allocate memory")
     return isinstance(error, MemoryError) or any(sign in text for sign in signs)
+
+
+def ceilings() -> dict[str, float]:
+    """What the first device reaches, per second.
+
+    Returns:
+      `memory`: bytes read and written by a copy. `float32`, `tf32` and `bfloat16`: floating-point
+      operations of a matrix product in this arithmetic (`tf32` where the device has it).
+    """
+    small = jax.default_backend() == "cpu"
+    values = jax.random.normal(jax.random.key(0), (2**24 if small else 2**28,))
+    side = 1024 if small else 8192
+    square = values[: side * side].reshape(side, side)
+    runs = {"memory": calls(functools.partial(jax.jit(lambda x: x + 1), values))}
+    for name, dtype, precision in (
+        ("float32", jnp.float32, "highest"),
+        ("tf32", jnp.float32, "default"),
+        ("bfloat16", jnp.bfloat16, "default"),
+    ):
+        product = jax.jit(functools.partial(jnp.matmul, precision=precision))
+        runs[name] = calls(functools.partial(product, *[square.astype(dtype)] * 2))
+    for run in runs.values():
+        run(1)
+    work = dict.fromkeys(runs, 2.0 * side**3) | {"memory": 2.0 * values.nbytes}
+    seconds = interleave(runs, repeats=5, min_seconds=0.05)
+    return {name: work[name] / statistics.median(times) for name, times in seconds.items()}
+
+
+def work(compiled: jax.stages.Compiled, arithmetic: str) -> dict[str, float]:
+    """What a call of a compiled program does, by XLA's count; see `ceilings`."""
+    cost: Any = compiled.cost_analysis()
+    return {"memory": cost["bytes accessed"], arithmetic: cost["flops"]}
 
 
 def compiled_memory(compiled: jax.stages.Compiled) -> int:
@@ -179,14 +218,17 @@ def torch_memory(run: Run, tensors: Iterable[Any]) -> int:
 
 
 def machine() -> str:
-    """The machine in words, e.g. "1 × NVIDIA H100 80GB HBM3" or "2 CPU cores (AMD EPYC 7B13)"."""
+    """The machine in words: "1 × NVIDIA H100 80GB HBM3", "2 CPU cores (AMD EPYC 7B13, AVX2)"."""
     words = sharding.describe(sharding.make_mesh(jax.devices()[:1]))
     if jax.default_backend() != "cpu":
         return words
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{words} ({names[0] if names else platform.machine()})"
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    widest = next((name for flag, name in _VECTORS.items() if flag in flags), "")
+    processor = names[0] if names else platform.machine()
+    return f"{words} ({', '.join(filter(None, (processor, widest)))})"
 
 
 def versions(*packages: str) -> str:

@@ -171,14 +171,15 @@ def prepare_torch(kind: str, quantizer: str, codebook_size: int, num_vectors: in
     return Contender(run, measure.torch_memory(run, tensors))
 
 
-def _case(quantizer: str, codebook_size: int, num_vectors: int) -> Case:
+def _case(quantizer: str, codebook_size: int, num_vectors: int, package: Sequence[str]) -> Case:
     from benchmarks import torch_model
 
     contenders: dict[str, Callable[[], Contender]] = {
         "llvq": functools.partial(prepare_llvq, quantizer, codebook_size, num_vectors)
     }
-    for kind, known in (("PyTorch", torch_model.QUANTIZERS), (PACKAGE, _COUNTERPARTS)):
-        if quantizer in known:
+    known = {"PyTorch": torch_model.QUANTIZERS, PACKAGE: _COUNTERPARTS}
+    for kind in ("PyTorch", *package):
+        if quantizer in known[kind]:
             contenders[kind] = functools.partial(
                 prepare_torch, kind, quantizer, codebook_size, num_vectors
             )
@@ -205,6 +206,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--vectors", type=int, nargs="+", default=[2048] if is_cpu else [2**17, 2**21]
     )
+    parser.add_argument("--without-package", action="store_true", help=f"leave out {PACKAGE}")
     figures.add_options(parser)
     return parser.parse_args(arguments)
 
@@ -215,9 +217,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     with one_line_exit("quantizer.py"):
         figures.require_torch()
-        if importlib.util.find_spec("vector_quantize_pytorch") is None:
+        package = () if options.without_package else (PACKAGE,)
+        if package and importlib.util.find_spec("vector_quantize_pytorch") is None:
             raise UserError(
-                "vector-quantize-pytorch is not installed: pip install vector-quantize-pytorch"
+                f"{PACKAGE} is not installed: pip install {PACKAGE}, or leave it out with "
+                "--without-package"
             )
         figures.check_options(options, "vectors")
         for size in options.codebook_sizes:
@@ -226,13 +230,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     f"--codebook-sizes: {size} must be a power of 2 from 4 to {2**24}, for LFQ"
                 )
         cases = [
-            _case(quantizer, codebook_size, num_vectors)
+            _case(quantizer, codebook_size, num_vectors, package)
             for quantizer, codebook_size, num_vectors in itertools.product(
                 options.quantizers, options.codebook_sizes, options.vectors
             )
         ]
-        packages = ("jax", "torch", "vector-quantize-pytorch")
-        figures.record("quantizer.py", packages, cases, "vectors", options, _empty_cache)
+        figures.record(
+            "quantizer.py", ("jax", "torch", *package), cases, "vectors", options, _empty_cache
+        )
 
 
 if __name__ == "__main__":

@@ -52,7 +52,6 @@ from jax.experimental import topologies
 from benchmarks import figures, measure
 from benchmarks.figures import Row
 from benchmarks.settings import DATASETS, get_config
-from benchmarks.train_step import STEPS
 from llvq.errors import UserError, first_line, one_line_exit
 from llvq.evaluation.steps import make_steps
 from llvq.quantizers import QUANTIZERS
@@ -61,6 +60,7 @@ from llvq.runtime.console import markdown_table
 from llvq.training import train_state
 from llvq.training.train_step import make_train_step
 
+STEPS = ("train", "evaluate")
 TOPOLOGIES = ("v5e:2x4", "v5e:4x8", "v5e:16x16")
 
 _LIMITS = ("memory", "arithmetic", "collective")

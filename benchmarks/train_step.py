@@ -9,15 +9,20 @@ the device. A training step scales them, runs the network and the quantizer forw
 and takes a step of Adam; llvq also returns the parts of the loss and the norm of the gradient. On a
 GPU, llvq is also timed with several steps per call, as many as the config says, on one batch that
 the GPU holds. An evaluation step is the forward pass, the mean squared error and the quantizer's
-loss; metrics without a counterpart in PyTorch (PSNR, SSIM, counting codes) are left out. PyTorch's
-model is in benchmarks/torch_model.py: channels-last, fused Adam, and cuDNN searches for its fastest
-algorithms. "network alone" is llvq's step (float32) without the quantizer; the difference is what
-quantizing costs. All contenders keep freed memory, as main.py does (llvq/runtime/host_memory.py).
+loss; metrics without a counterpart in PyTorch (PSNR, SSIM, counting codes) are left out. The steps
+"encode" and "decode" are the codec's passes, images on the host to codes on the host, and back.
+PyTorch's model is in benchmarks/torch_model.py: channels-last, fused Adam, and cuDNN searches for
+its fastest algorithms. "network alone" is llvq's step (float32) without the quantizer; the
+difference is what quantizing costs. All contenders keep freed memory, as main.py does
+(llvq/runtime/host_memory.py).
 
 On a CPU, PyTorch runs eagerly, and the default sizes are what a CPU can do: of images larger than
 32×32 it takes 8 per step, of at most 256×256. On a GPU, the sizes are the configs', and PyTorch
 also runs compiled (torch.compile), in bfloat16 (AMP), and both; llvq also runs in bfloat16. Float32
-convolutions on a GPU may use TF32 on both sides, which is the default of both.
+convolutions on a GPU may use TF32 on both sides, which is the default of both, but for the
+contenders "without TF32". The shares of the memory's and of the arithmetic's speed are the bytes
+and operations that XLA counts, over the time, over what a copy and a matrix product reach in the
+same process.
 
 Memory is what a step takes, including parameters, optimizer and images: XLA's plan for llvq, and
 the most that PyTorch's allocator held.
@@ -57,13 +62,15 @@ from llvq.training import train_state
 from llvq.training.train_state import TrainState
 from llvq.training.train_step import make_train_step
 
-STEPS = ("train", "evaluate")
+STEPS = ("train", "evaluate", "encode", "decode")
+_CODEC = ("encode", "decode")
 
 # Arguments of `prepare_torch`, by the contender's name.
-_EAGER = {"PyTorch": {"amp": False, "compiled": False}}
+_EAGER: dict[str, dict[str, bool]] = {"PyTorch": {}}
 _ON_GPU = {
-    "PyTorch compiled": {"amp": False, "compiled": True},
-    "PyTorch bfloat16": {"amp": True, "compiled": False},
+    "PyTorch without TF32": {"tf32": False},
+    "PyTorch compiled": {"compiled": True},
+    "PyTorch bfloat16": {"amp": True},
     "PyTorch bfloat16 compiled": {"amp": True, "compiled": True},
 }
 
@@ -109,12 +116,18 @@ class _Nothing(nnx.Module):
 
 
 def prepare_llvq(
-    config: TrainConfig, step: str, *, quantizes: bool = True, steps_per_call: int = 1
+    config: TrainConfig,
+    step: str,
+    *,
+    quantizes: bool = True,
+    steps_per_call: int = 1,
+    tf32: bool = True,
 ) -> Contender:
     """The step of a config on the first device, or that of the network alone.
 
     Only calls of training can take several steps.
     """
+    precision = jax.default_matmul_precision("default" if tf32 else "highest")
     mesh = sharding.make_mesh(jax.devices()[:1])
     model = train_state.create_model(config.architecture, config.seed)
     if not quantizes:
@@ -126,7 +139,8 @@ def prepare_llvq(
     images = sharding.to_devices(random_images(config), mesh)
     if step == "evaluate":
         evaluate_step: Any = make_evaluate_step(graphdef, mesh)
-        compiled = evaluate_step.lower(state, images).compile()
+        with precision:
+            compiled = evaluate_step.lower(state, images).compile()
         run = measure.calls(functools.partial(compiled, state, images))
     else:
         inputs: tuple[jax.Array, ...] = (images,)
@@ -136,7 +150,8 @@ def prepare_llvq(
             inputs += (jax.device_put(index, sharding.steps_sharded(mesh)),)
         schedule = optax.constant_schedule(config.learning_rate)
         train_step: Any = make_train_step(graphdef, schedule, mesh, several=several)[0]
-        compiled = train_step.lower(state, *inputs).compile()
+        with precision:
+            compiled = train_step.lower(state, *inputs).compile()
         states = [state]
 
         def take_step() -> Any:
@@ -145,16 +160,36 @@ def prepare_llvq(
 
         run = measure.calls(take_step)
     run(1)
-    return Contender(run, measure.compiled_memory(compiled), steps_per_call)
+    arithmetic = "tf32" if tf32 else "float32"
+    if config.compute_dtype == "bfloat16":
+        arithmetic = "bfloat16"
+    work = measure.work(compiled, arithmetic)
+    return Contender(run, measure.compiled_memory(compiled), steps_per_call, work)
 
 
-def prepare_torch(config: TrainConfig, step: str, *, amp: bool, compiled: bool) -> Contender:
+def prepare_codec(config: TrainConfig, step: str) -> Contender:
+    """The codec's passes over a batch; they choose themselves how many images go at a time."""
+    from llvq.codec.passes import Passes  # needs constriction
+
+    model = train_state.create_model(config.architecture, config.seed)
+    model.value_range = config.model.value_range
+    passes = Passes(model, jax.devices()[:1])
+    images = random_images(config)
+    codes = passes.codes(images)
+    convert = passes.codes if step == "encode" else passes.images
+    run = measure.calls(functools.partial(convert, images if step == "encode" else codes))
+    run(1)
+    return Contender(run, None)
+
+
+def prepare_torch(
+    config: TrainConfig, step: str, *, amp: bool = False, compiled: bool = False, tf32: bool = True
+) -> Contender:
     """The same in PyTorch, on the same kind of device."""
     import torch
 
     from benchmarks import torch_model
 
-    torch.backends.cudnn.benchmark = True
     torch.manual_seed(config.seed)
     model = torch_model.create(config.architecture)
     model.to(measure.torch_device(), memory_format=torch.channels_last).train(step == "train")
@@ -168,7 +203,12 @@ def prepare_torch(config: TrainConfig, step: str, *, amp: bool, compiled: bool) 
         take_step = torch_model.make_train_step(losses, optimizer)
     else:
         take_step = torch_model.make_evaluate_step(losses)
-    run = measure.torch_calls(functools.partial(take_step, images))
+
+    def take_step_so() -> None:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=tf32):
+            take_step(images)
+
+    run = measure.torch_calls(take_step_so)
     run(2)  # compiles, and cuDNN chooses its algorithms
     moments = [x for per_parameter in optimizer.state.values() for x in per_parameter.values()]
     tensors = (images, *model.parameters(), *model.buffers(), *moments)
@@ -195,10 +235,17 @@ def _case(dataset: str, quantizer: str, step: str, batch_size: int, image_size: 
     setting |= {"batch": config.batch_size, "image": f"{size}×{size}"}
     is_cpu = jax.default_backend() == "cpu"
     contenders: dict[str, Callable[[], Contender]] = {}
+    if step in _CODEC:
+        contenders["llvq"] = functools.partial(prepare_codec, config, step)
+        return Case(setting, config.batch_size, contenders)
     for dtype in ("float32",) if is_cpu else ("float32", "bfloat16"):
         ours = dataclasses.replace(config, compute_dtype=dtype)
         name = "llvq" if dtype == "float32" else f"llvq {dtype}"
         contenders[name] = functools.partial(prepare_llvq, ours, step)
+        if dtype == "float32" and not is_cpu:
+            contenders["llvq without TF32"] = functools.partial(
+                prepare_llvq, ours, step, tf32=False
+            )
         if config.steps_per_call > 1 and step == "train" and not is_cpu:
             contenders[f"{name}, {config.steps_per_call} steps per call"] = functools.partial(
                 prepare_llvq, ours, step, steps_per_call=config.steps_per_call
@@ -238,7 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         ]
         packages = ("jax", "flax", "torch")
-        figures.record("train_step.py", packages, cases, "images", options, _reset_torch)
+        figures.record(
+            "train_step.py", packages, cases, "images", options, _reset_torch, measure.ceilings
+        )
 
 
 if __name__ == "__main__":

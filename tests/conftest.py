@@ -1,16 +1,25 @@
-"""Every test sees eight virtual CPU devices, so that whatever is tested is tested sharded."""
+"""Every test sees eight virtual CPU devices, so that whatever is tested is tested sharded.
+
+With LLVQ_TEST_DEVICES=default, tests see the devices that JAX finds, such as a GPU, instead;
+benchmarks/on_accelerator.sh runs those that can do with one.
+"""
 
 import atexit
+import importlib.util
 import os
 import shutil
 import tempfile
 
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 "
-    # The tests compile for longer than they compute.
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
-os.environ["JAX_PLATFORMS"] = "cpu"
+_DEVICES = os.environ.get("LLVQ_TEST_DEVICES", "cpu")
+if _DEVICES == "cpu":
+    os.environ["XLA_FLAGS"] = (
+        "--xla_force_host_platform_device_count=8 "
+        # The tests compile for longer than they compute.
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
+    os.environ["JAX_PLATFORMS"] = "cpu"
+else:  # the oracles are more exact than TF32
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["NO_GCE_CHECK"] = "true"
 
@@ -25,6 +34,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+
+from benchmarks import settings as _  # noqa: F401  stands in for ml_collections on a bare machine
 
 # Fuzzing: a few examples by default, more with --hypothesis-profile=all, always the same ones; with
 # --hypothesis-profile=long many, others each time. There is no database, since what was found
@@ -44,14 +55,13 @@ settings.load_profile("default")
 @pytest.fixture(scope="session", autouse=True)
 def _eight_devices():
     """Whatever a test module does on import: what is tested sharded stays so."""
-    assert jax.device_count() == 8
+    assert _DEVICES != "cpu" or jax.device_count() == 8
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_images_at_a_time():
     """Codes are computed for as many images as fill a device; the tests have only some dozens."""
-    from llvq.codec import passes
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes, "_PIXELS_PER_DEVICE", 2**10)
+        if importlib.util.find_spec("constriction"):  # a machine with a GPU may lack it
+            patch.setattr("llvq.codec.passes._PIXELS_PER_DEVICE", 2**10)
         yield

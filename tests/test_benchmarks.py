@@ -208,7 +208,7 @@ import importlib.machinery, sys
 class PathFinder(importlib.machinery.PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        blocked = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections", "tensorboard")
+        blocked = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections", "constriction")
         return None if name.split(".")[0] in blocked else super().find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = PathFinder
@@ -258,11 +258,11 @@ def nothing(num_steps):
 @pytest.mark.parametrize("prepare", [too_large_for_torch, too_large_for_jax])
 def test_what_does_not_fit_is_said_and_the_others_run(prepare):
     contenders = {"llvq": lambda: Contender(nothing, 1), "PyTorch": prepare}
-    seconds, memory = measure.compare(contenders, 2, 0.0)
+    seconds, ran = measure.compare(contenders, 2, 0.0)
     assert seconds["PyTorch"] is None
     assert len(seconds["llvq"]) == 2
     row = {"setting": {"K": 64}, "unit": "vectors", "amount": 1}
-    row |= {"seconds": seconds, "memory_bytes": memory}
+    row |= {"seconds": seconds, "memory_bytes": dict.fromkeys(ran, 1)}
     table = figures.comparison_table([row])
     assert "| 64 | PyTorch | **does not fit** |" in table
     assert len({line.count("|") for line in table.splitlines()}) == 1
@@ -279,10 +279,31 @@ def test_a_ratio_is_the_median_of_the_pairs_ratios():
     assert theirs == "| 1,024 | PyTorch | 2e+03 | 4 |  | 2.00 (1.00 … 3.00) |"
 
 
+def test_shares_of_what_the_device_reaches():
+    row = {"setting": {"K": 1024}, "unit": "images", "amount": 8, "memory_bytes": {}}
+    row |= {"seconds": {"llvq": [0.5], "PyTorch": [1.0]}}
+    row["ceilings"] = {"memory": 1e9, "tf32": 1e12, "float32": 1e11}
+    row["work"] = {"llvq": {"memory": 2e8, "tf32": 1e11}, "PyTorch": {}}
+    header, _, ours, theirs = figures.comparison_table([row]).splitlines()
+    assert "| memory, MB | of the memory's speed | of the arithmetic's |" in header
+    assert "| 500 | 16 |  | 40% | 20% |" in ours
+    assert "| 1e+03 | 8 |  |  |  |" in theirs
+
+
+def test_ceilings_and_work_agree_with_a_product():
+    reached = measure.ceilings()
+    assert reached.keys() == {"memory", "float32", "tf32", "bfloat16"}
+    assert all(value > 1e7 for value in reached.values())
+    square = jnp.zeros((256, 256))
+    work = measure.work(jax.jit(jnp.matmul).lower(square, square).compile(), "float32")
+    assert work == {"memory": pytest.approx(3 * 4 * 256**2), "float32": pytest.approx(2 * 256**3)}
+
+
 def test_figures_are_kept_as_they_come_and_replaced_when_measured_again(
     tmp_path, monkeypatch, capsys
 ):
     options = argparse.Namespace(repeats=1, min_seconds=0.0, output=tmp_path / "benchmarks.json")
+    options.resume = False
 
     monkeypatch.setattr(figures.os, "getloadavg", lambda: (7.25, 1.0, 1.0))
 
@@ -311,6 +332,9 @@ def test_figures_are_kept_as_they_come_and_replaced_when_measured_again(
     with pytest.raises(RuntimeError, match="nothing to do"):
         record("a.py", 4, prepare=fail)
     assert len(kept()) == 4
+    options.resume = True
+    record("a.py", 1, prepare=fail)  # which is not measured again
+    options.resume = False
     options.output = tmp_path / "missing" / "benchmarks.json"
     with pytest.raises(UserError, match="there is no directory"):
         record("a.py", 1)
@@ -327,6 +351,8 @@ def test_the_steps_command_runs(tmp_path, capsys):
     for step, program in itertools.product(("train", "evaluate"), programs):
         row = f"| fashion_mnist | {step} | sparse_lattice | 2 | 12×12 | {program} |"
         assert row in table
+    for step in ("encode", "decode"):
+        assert f"| fashion_mnist | {step} | sparse_lattice | 2 | 12×12 | llvq |" in table
 
 
 @pytest.mark.slow
