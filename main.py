@@ -13,7 +13,7 @@ import contextlib
 import os
 import pathlib
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # TensorFlow: no log lines of its own, no search for a cloud's metadata server.
@@ -25,12 +25,14 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+import input_pipeline
 from llvq import checkpointing, errors
 from llvq import config as configuration
 from llvq.encode import encode
 from llvq.errors import UserError, first_line
 from llvq.evaluate import evaluate
 from llvq.runtime import console, distributed, host_memory, preemption
+from llvq.runtime.background import BackgroundWriter
 from llvq.train import train_and_evaluate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. …:vq.")
@@ -127,32 +129,29 @@ def _keep_compiled_programs() -> None:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _make_writer() -> Any:
-    """Writes the main scalars to the console and everything to TensorBoard."""
+class _Writer(BackgroundWriter):
+    """Writes the main scalars to the console, and everything to TensorBoard in the background."""
+
+    def __init__(self) -> None:
+        super().__init__(_make_tensorboard_writer)
+        self._console = console.ConsoleWriter()
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._console.write_scalars(step, scalars)
+        super().write_scalars(step, scalars)
+
+
+def _make_tensorboard_writer() -> Any:
     from clu import metric_writers
 
-    writers: list[Any] = [console.ConsoleWriter()]
-    if jax.process_index() == 0:
-        writers.append(metric_writers.SummaryWriter(_WORKDIR.value))
-    return metric_writers.AsyncMultiWriter(writers)
+    import input_pipeline.host_tensorflow  # noqa: F401  clu imports TensorFlow
+
+    return metric_writers.SummaryWriter(_WORKDIR.value)
 
 
-@contextlib.contextmanager
-def _naming_unwritable_metrics() -> Iterator[None]:
-    """Makes a UserError of a failure to write TensorBoard's files."""
-    from clu import asynclib
-
-    try:
-        yield
-    except asynclib.AsyncError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # the last one is TensorFlow's
-            cause = cause.__cause__
-        reason = first_line(cause).rpartition("}} ")[2]
-        raise UserError(
-            f"metrics cannot be written ({reason}): the same command resumes from the last "
-            "checkpoint"
-        ) from error
+def _make_writer() -> Any:
+    """The writer of the first process has TensorBoard's files; the others only log."""
+    return _Writer() if jax.process_index() == 0 else console.ConsoleWriter()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -180,26 +179,20 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _run() -> None:
-    # TensorFlow takes seconds to import, so it is imported once the flags are known to be good.
-    import tensorflow as tf
-
-    import input_pipeline
-
-    tf.config.set_visible_devices([], "GPU")  # the accelerators are JAX's
-    tf.config.set_visible_devices([], "TPU")
     config, workdir = configuration.parse(_CONFIG.value), _WORKDIR.value
     if _MODE.value != "train":  # nothing is made where there is no model
         checkpointing.find(_CHECKPOINT.value or workdir)
     checkpointing.require_writable(workdir)  # before data is looked for
     with distributed.first_process_first():
         data = input_pipeline.load(**vars(config.dataset), image_shape=config.model.image_shape)
-    with errors.naming_lack_of_memory(), _naming_unwritable_metrics():
+    with errors.naming_lack_of_memory():
         if _MODE.value == "train":
             train_and_evaluate(config, workdir, data, make_writer=_make_writer)
             return
         if _MODE.value == "encode":
-            make_writer = input_pipeline.tokens.TokenWriter
-            encode(config, workdir, data, make_writer, checkpoint=_CHECKPOINT.value or None)
+            from input_pipeline.tokens import TokenWriter  # imports TFDS
+
+            encode(config, workdir, data, TokenWriter, checkpoint=_CHECKPOINT.value or None)
             return
         results = evaluate(config, workdir, data, checkpoint=_CHECKPOINT.value or None)
     printed = {name: results[name] for name in _PRINTED_RESULTS}

@@ -32,7 +32,7 @@ from PIL import Image
 
 sys.path.insert(0, os.fspath(pathlib.Path(__file__).parents[1]))
 
-from llvq.data import order
+from llvq.data import ArrayDataset, order
 from llvq.runtime.console import markdown_table
 
 STEPS_PER_SECOND = (1, 5, 20)  # for which a table says how many cores feed them
@@ -142,7 +142,6 @@ def _pixels(kind: Kind) -> np.ndarray:
 def open_pipeline(kind: Kind, directory: pathlib.Path) -> Any:
     """The data set as main.py would open it; the first call prepares it."""
     from input_pipeline import celeba, ffhq1024
-    from input_pipeline.pipeline import Pipeline
 
     manual_dir = os.fspath(directory)
     data_dir = os.fspath(directory / "prepared")
@@ -152,7 +151,7 @@ def open_pipeline(kind: Kind, directory: pathlib.Path) -> Any:
     if kind.module == "ffhq1024":
         return ffhq1024.load(data_dir, manual_dir, num_images=num_images)
     pixels = _pixels(kind)
-    return Pipeline({"train": pixels, "validation": pixels[:1]}, kind.stored_shape)
+    return ArrayDataset(train=pixels, validation=pixels[:1])
 
 
 def _prepare(kind: Kind, directory: pathlib.Path) -> float:

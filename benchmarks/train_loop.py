@@ -44,7 +44,8 @@ from benchmarks.settings import get_config
 from benchmarks.train_step import default_sizes
 from llvq.data import Dataset, Images, IndexBatch
 from llvq.errors import UserError, one_line_exit
-from llvq.runtime import console, host_memory
+from llvq.runtime import host_memory
+from llvq.runtime.background import BackgroundWriter
 from llvq.runtime.console import markdown_table
 from llvq.train import train_and_evaluate
 
@@ -107,8 +108,7 @@ def record(kind: Kind, num_steps: int, directory: pathlib.Path, trace_dir: pathl
     workdir = directory / "workdir"
 
     def make_writer() -> Any:
-        writers = [console.ConsoleWriter(), metric_writers.SummaryWriter(os.fspath(workdir))]
-        return metric_writers.AsyncMultiWriter(writers)
+        return BackgroundWriter(lambda: metric_writers.SummaryWriter(os.fspath(workdir)))
 
     files = directory / "files"
     files.mkdir()

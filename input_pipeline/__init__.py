@@ -1,21 +1,17 @@
 """Data sets by name. Only this package knows TensorFlow and the data sets themselves."""
 
-from collections.abc import Callable
+import importlib
 from typing import Any
 
-from input_pipeline import celeba, fashion_mnist, ffhq1024, image_folder, tokens
 from llvq.data import Dataset
 from llvq.errors import UserError
 
-# Each takes data_dir and manual_dir.
-DATASETS: dict[str, Callable[[str, str], Dataset]] = {
-    "fashion_mnist": fashion_mnist.load,
-    "celeba": celeba.load,
-    "ffhq1024": ffhq1024.load,
-}
+# Each is a module of this package, imported when it is asked for. Its `load` takes data_dir and
+# manual_dir.
+DATASETS = ("fashion_mnist", "celeba", "ffhq1024")
 
-# Each takes data_dir, manual_dir, the images' shape, and the other fields of config.dataset.
-DATASETS_OF_ANY_SIZE: dict[str, Callable[..., Dataset]] = {"image_folder": image_folder.load}
+# Likewise; `load` also takes the images' shape, and the other fields of config.dataset.
+DATASETS_OF_ANY_SIZE = ("image_folder",)
 
 
 def load(
@@ -29,7 +25,7 @@ def load(
     """Opens a data set, and prepares it first if need be.
 
     Args:
-      name: a key of DATASETS or of DATASETS_OF_ANY_SIZE.
+      name: of DATASETS or of DATASETS_OF_ANY_SIZE.
       data_dir: directory of TFDS; its default if empty.
       manual_dir: directory of files fetched by hand; each data set says which.
       image_shape: (height, width, channels) that images are to have, where there is a choice.
@@ -39,15 +35,16 @@ def load(
       UserError: if there is no such data set, its data is missing or wrong, or it has no such
         option.
     """
+    known = *DATASETS, *DATASETS_OF_ANY_SIZE
+    if name not in known:
+        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(known)}")
+    module: Any = importlib.import_module(f"input_pipeline.{name}")
     if name in DATASETS_OF_ANY_SIZE:
-        return DATASETS_OF_ANY_SIZE[name](data_dir, manual_dir, image_shape, **options)
-    if name not in DATASETS:
-        known = ", ".join([*DATASETS, *DATASETS_OF_ANY_SIZE])
-        raise UserError(f"unknown data set {name!r}: choose one of {known}")
+        return module.load(data_dir, manual_dir, image_shape, **options)
     for option, value in options.items():
         if value:
             raise UserError(f"config.dataset.{option}={value!r}: {name} has no such option")
-    return DATASETS[name](data_dir, manual_dir)
+    return module.load(data_dir, manual_dir)
 
 
-__all__ = ["DATASETS", "DATASETS_OF_ANY_SIZE", "load", "tokens"]
+__all__ = ["DATASETS", "DATASETS_OF_ANY_SIZE", "load"]

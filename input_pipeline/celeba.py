@@ -9,13 +9,13 @@ import itertools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 from tensorflow_datasets.core import hashing
 
 from input_pipeline import image_files, prepare, shards, tfds_builders
+from input_pipeline.host_tensorflow import tf
 from input_pipeline.pipeline import Pipeline
 from input_pipeline.records import RecordSource
 from llvq.errors import UserError
@@ -58,7 +58,7 @@ def load(
     Raises:
       UserError: if the data cannot be found or downloaded, or is not CelebA.
     """
-    sources = _open(tfds_builders.root(data_dir), manual_dir, num_images)
+    sources = _open(image_files.data_directory(data_dir), manual_dir, num_images)
     return Pipeline(sources, IMAGE_SHAPE, _decode)
 
 

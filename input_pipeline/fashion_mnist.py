@@ -10,15 +10,12 @@ import zlib
 from collections.abc import Mapping
 
 import numpy as np
-import tensorflow as tf
-import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from input_pipeline import image_files, tfds_builders
-from input_pipeline.pipeline import Pipeline
-from llvq.data import Images
-from llvq.errors import UserError, first_line
+from input_pipeline import image_files
+from llvq.data import ArrayDataset, Images
+from llvq.errors import UserError
 
 IMAGE_SHAPE = (28, 28, 1)
 NUM_TRAIN = 55_000
@@ -49,7 +46,7 @@ _REMEDY = (
 
 def load(
     data_dir: str = "", manual_dir: str = "", *, num_images: Mapping[str, int] = NUM_IMAGES
-) -> Pipeline:
+) -> ArrayDataset:
     """Reads FashionMNIST from TFDS's directory, local IDX files, or TFDS's download.
 
     Args:
@@ -62,23 +59,24 @@ def load(
     Raises:
       UserError: if the data cannot be found or downloaded, or is not FashionMNIST.
     """
-    root = tfds_builders.root(data_dir)
-    builder = tfds_builders.find("fashion_mnist", root)
-    if not manual_dir and builder.is_prepared():
-        images = _read_tfds(builder, num_images)
-    elif (idx_dir := _find_idx_files(manual_dir, root)) is not None:
+    root = image_files.data_directory(data_dir)
+    images = None
+    if not manual_dir and (root / "fashion_mnist").exists():
+        from input_pipeline import fashion_mnist_tfds  # imports TFDS and TensorFlow
+
+        images = fashion_mnist_tfds.read(root, num_images)
+    if images is None and (idx_dir := _find_idx_files(manual_dir, root)) is not None:
         logging.info("Reading FashionMNIST from %s", idx_dir)
         images = {split: _read_idx(idx_dir, split) for split in _FILES}
-    else:
-        url = f"{builder.URL}{_FILES['train'][0]}.gz"
-        builder = tfds_builders.download("fashion_mnist", root, url, _REMEDY)
-        images = _read_tfds(builder, num_images)
-    splits = {
-        "train": images["train"][:NUM_TRAIN],
-        "validation": images["train"][NUM_TRAIN:],
-        "test": images["test"],
-    }
-    return Pipeline(splits, IMAGE_SHAPE)
+    if images is None:
+        from input_pipeline import fashion_mnist_tfds
+
+        images = fashion_mnist_tfds.download(root, num_images, f"{_FILES['train'][0]}.gz", _REMEDY)
+    return ArrayDataset(
+        train=images["train"][:NUM_TRAIN],
+        validation=images["train"][NUM_TRAIN:],
+        test=images["test"],
+    )
 
 
 def _find_idx_files(manual_dir: str, root: epath.Path) -> epath.Path | None:
@@ -120,39 +118,3 @@ def _read_idx(directory: epath.Path, split: str) -> Images:
     if hashlib.sha256(content).hexdigest() != digest:
         raise UserError(f"{path} is not FashionMNIST's {name}: its content differs; {remedy}")
     return np.frombuffer(content, np.uint8, offset=_HEADER_BYTES).reshape(-1, *IMAGE_SHAPE)
-
-
-def _read_tfds(
-    builder: tfds.core.DatasetBuilder, num_images: Mapping[str, int]
-) -> dict[str, Images]:
-    """Reads the images that TFDS prepared, and undoes its shuffling."""
-    images = {}
-    for split in _FILES:
-        try:
-            shuffled = _read_tfds_split(builder, split)
-        except Exception as error:
-            raise UserError(
-                f"{builder.data_path} cannot be read ({first_line(error)}): delete it to have it "
-                "prepared anew"
-            ) from error
-        if len(shuffled) != num_images[split]:
-            raise UserError(
-                f"{builder.data_path} has {len(shuffled)} images in split {split!r}, not "
-                f"{num_images[split]}: delete it to have it prepared anew"
-            )
-        hasher = tfds.core.hashing.Hasher(split)  # TFDS writes examples in the order of their hash
-        order = sorted(range(len(shuffled)), key=hasher.hash_key)
-        images[split] = np.empty_like(shuffled)
-        images[split][order] = shuffled
-    return images
-
-
-def _read_tfds_split(builder: tfds.core.DatasetBuilder, split: str) -> Images:
-    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        dataset = builder.as_dataset(split=split, batch_size=-1, shuffle_files=False)
-        return dataset["image"].numpy()
-    source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-    encoded = [example["image"] for example in source.__getitems__(range(len(source)))]
-    dataset = tf.data.Dataset.from_tensor_slices(encoded)
-    dataset = dataset.map(tf.io.decode_png, num_parallel_calls=tf.data.AUTOTUNE)
-    return dataset.batch(len(encoded)).get_single_element().numpy()

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import huggingface_hub
-import tensorflow as tf
 from absl import logging
 from etils import epath
 
-from input_pipeline import image_files, prepare, shards, tfds_builders
+from input_pipeline import image_files, prepare, shards
+from input_pipeline.host_tensorflow import tf
 from input_pipeline.pipeline import Pipeline
 from llvq.errors import UserError, first_line
 
@@ -69,7 +69,7 @@ def load(
     Raises:
       UserError: if the data cannot be found or downloaded, or is not FFHQ-1024.
     """
-    root = tfds_builders.root(data_dir)
+    root = image_files.data_directory(data_dir)
     directory = root / "ffhq1024" / shards.VERSION
     if not prepare.is_prepared(directory):
         indices = _indices(num_images)

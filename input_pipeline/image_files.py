@@ -1,5 +1,6 @@
-"""Images that people fetched by hand: in a folder, or in a zip of that folder."""
+"""Where data is, and images that people fetched by hand: in a folder, or in its zip."""
 
+import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -72,6 +73,12 @@ class ImageFiles:
         if self._zip is None:
             return (self._path / name).stat().length
         return self._members[name].file_size
+
+
+def data_directory(data_dir: str) -> epath.Path:
+    """The directory of TFDS; its default if `data_dir` is empty."""
+    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    return epath.Path(data_dir or default).expanduser()
 
 
 def manual_directory(name: str, root: epath.Path, manual_dir: str) -> epath.Path:

@@ -15,14 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
 from absl import logging
 from etils import epath
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from input_pipeline import prepare, shards, tfds_builders
+from input_pipeline import image_files, prepare, shards
+from input_pipeline.host_tensorflow import tf
 from input_pipeline.pipeline import Pipeline
 from llvq.data.files import replacing
 from llvq.data.image_files import SUFFIXES, find_files, read_image
@@ -92,7 +92,7 @@ def load(
     folder = epath.Path(manual_dir).expanduser().resolve()
     way = Way(image_shape, fit or "resize", convert)
     name = _name(folder, way)
-    directory = tfds_builders.root(data_dir) / name / shards.VERSION
+    directory = image_files.data_directory(data_dir) / name / shards.VERSION
     recorded = _read_sources(directory)
     if folder.is_dir():
         sources = _list(folder)

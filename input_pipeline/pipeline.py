@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
-import tensorflow as tf
 from jaxtyping import Int
 
 from input_pipeline import records
+from input_pipeline.host_tensorflow import tf
 from input_pipeline.records import RecordSource
 from llvq.data import Images, IndexBatch
 from llvq.errors import UserError
@@ -18,9 +18,6 @@ from llvq.errors import UserError
 # one image per core besides.
 _READS_AT_ONCE = 4
 _READS_AHEAD = 2
-# Images in memory are gathered for many batches at once, because every element of a tf.data
-# pipeline costs some 0.5 ms, as much as gathering 500 images of 28×28.
-_BYTES_PER_GATHER = 8 << 20
 
 
 def _message(error: Exception) -> str:
@@ -38,15 +35,14 @@ class Pipeline:
 
     def __init__(
         self,
-        sources: Mapping[str, RecordSource | Images],
+        sources: Mapping[str, RecordSource],
         image_shape: tuple[int, int, int],
-        decode: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
+        decode: Callable[[tf.Tensor], tf.Tensor],
         *,
         flip: bool = True,
     ) -> None:
         """Args:
-        sources: for each split its encoded images, or all of its images in memory. Images in
-          memory are never mirrored.
+        sources: for each split its encoded images.
         image_shape: the shape of every decoded image, (height, width, channels).
         decode: turns an encoded image (a string tensor) into its pixels (uint8), in TensorFlow.
         flip: whether images are mirrored where index batches say so.
@@ -74,48 +70,30 @@ class Pipeline:
         first = next(iterator, None)
         if first is None:
             return
-        batch_size = len(first.index)
-        batches_per_read = 1
-        if isinstance(source, np.ndarray):
-            batches_per_read = max(1, _BYTES_PER_GATHER // (batch_size * source[0].nbytes))
-        remaining = itertools.chain([first], iterator)
-        under_way: collections.deque[list[IndexBatch]] = collections.deque()
+        under_way: collections.deque[IndexBatch] = collections.deque()
 
         def reads() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            while batches := list(itertools.islice(remaining, batches_per_read)):
-                under_way.append(batches)
-                yield (
-                    np.concatenate([batch.index for batch in batches]),
-                    np.concatenate([batch.flip for batch in batches]),
-                )
+            for batch in itertools.chain([first], iterator):
+                under_way.append(batch)
+                yield batch.index, batch.flip
 
         dataset = tf.data.Dataset.from_generator(
             reads,
             output_signature=(tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.bool)),
         )
-        if isinstance(source, np.ndarray):
-            dataset = _gather(dataset, source)
-        else:
-            dataset = self._read_and_decode(dataset, source, batch_size)
+        dataset = self._read_and_decode(dataset, source, len(first.index))
         arrays = dataset.prefetch(_READS_AHEAD).as_numpy_iterator()
         while True:
             try:
                 images = next(arrays, None)
             except tf.errors.OpError as error:
-                if isinstance(source, np.ndarray):
-                    raise
-                raise self._explain(split, source, under_way[0][0].index, error) from error
+                raise self._explain(split, source, under_way[0].index, error) from error
             if images is None:
                 return
-            batches = under_way.popleft()
-            yield from zip(
-                batches, images.reshape(len(batches), -1, *self.image_shape), strict=True
-            )
+            yield under_way.popleft(), images
 
     def resident(self, split: str) -> Images | None:
-        """All images of a split if they are in memory, else None."""
-        source = self._sources[split]
-        return source if isinstance(source, np.ndarray) else None
+        """None: no split is in memory."""
 
     def _read_and_decode(
         self, dataset: tf.data.Dataset, source: RecordSource, batch_size: int
@@ -153,9 +131,3 @@ class Pipeline:
                     f"{_message(cause)}; {source.remedy}"
                 )
         return UserError(f"images of split {split!r} cannot be read: {_message(error)}")
-
-
-def _gather(dataset: tf.data.Dataset, images: Images) -> tf.data.Dataset:
-    """From batches of (index, flip) to batches of images in memory."""
-    tensor = tf.constant(images)
-    return dataset.map(lambda index, _: tf.gather(tensor, index))

@@ -18,13 +18,13 @@ from concurrent import futures
 from typing import TypeVar
 
 import numpy as np
-import tensorflow as tf
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 from tqdm import tqdm
 
 from input_pipeline import shards
+from input_pipeline.host_tensorflow import tf
 from input_pipeline.records import RecordSource
 from llvq.data.files import replacing
 from llvq.errors import UserError

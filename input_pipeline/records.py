@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from concurrent import futures
 
 import numpy as np
-import tensorflow as tf
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 from jaxtyping import Int
 
+from input_pipeline.host_tensorflow import tf
 from llvq.errors import UserError
 
 _SHARDS_AT_ONCE = 32  # opened at once to count records, because remote file systems are slow

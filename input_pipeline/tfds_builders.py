@@ -12,11 +12,6 @@ from llvq.errors import UserError, first_line
 _SECONDS = 8.0  # for a web address to answer
 
 
-def root(data_dir: str) -> epath.Path:
-    """The directory of TFDS; its default if `data_dir` is empty."""
-    return epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-
-
 def find(name: str, data_dir: epath.Path) -> tfds.core.DatasetBuilder:
     """TFDS's builder of a data set, which may be prepared in `data_dir` or not.
 

@@ -40,6 +40,7 @@ from absl import logging
 
 from llvq import checkpointing, evaluate, train
 from llvq.errors import UserError
+from llvq.runtime.background import BackgroundWriter
 from tests import tiny
 
 TIMEOUT = 300.0  # seconds for a single run: some 5 on a quiet machine
@@ -531,7 +532,7 @@ def removed(directory: Path, options) -> Iterator[tuple[str, str]]:
             from clu import metric_writers
         except ImportError as error:
             raise SkipError(f"TensorBoard's files are written by {error.name}") from error
-        return metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(str(workdir))])
+        return BackgroundWriter(lambda: metric_writers.SummaryWriter(str(workdir)))
 
     ended = run(
         lambda: train_to(

@@ -13,9 +13,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 import input_pipeline
-from input_pipeline import fashion_mnist, pipeline, tfds_builders
-from input_pipeline.pipeline import Pipeline
-from llvq.data import order
+from input_pipeline import fashion_mnist, tfds_builders
 from llvq.errors import UserError
 from tests import image_data, real_data
 from tests.real_data import needs_files
@@ -132,39 +130,3 @@ def test_without_the_web_both_ways_out_are_named_in_time(host, tmp_path, monkeyp
 def test_unknown_data_set():
     with pytest.raises(UserError, match=r"unknown data set 'mnist': choose one of fashion_mnist"):
         input_pipeline.load("mnist")
-
-
-def make_arrays():
-    images = np.random.default_rng(0).integers(0, 256, (70, 5, 4, 3)).astype(np.uint8)
-    return images, Pipeline({"train": images}, (5, 4, 3))
-
-
-def test_batches_are_the_images_asked_for():
-    images, data = make_arrays()
-    assert data.num_images == {"train": 70}
-    assert data.image_shape == (5, 4, 3)
-    batches = data.batches("train", order.training_batches(70, 16, seed=0))
-    asked = order.training_batches(70, 16, seed=0)
-    for _, expected, (batch, actual) in zip(range(12), asked, batches, strict=False):
-        np.testing.assert_array_equal(batch.index, expected.index)
-        assert actual.dtype == np.uint8
-        np.testing.assert_array_equal(actual, images[expected.index])
-
-
-@pytest.mark.parametrize("batch_size", [1, 16, 1000, 2000])
-def test_evaluation_drops_nothing(batch_size, monkeypatch):
-    """Several batches are gathered at once, up to 1,024 images; the last gather has fewer."""
-    monkeypatch.setattr(pipeline, "_BYTES_PER_GATHER", 1024 * 2 * 3)
-    images = np.random.default_rng(0).integers(0, 256, (2500, 2, 3, 1)).astype(np.uint8)
-    data = Pipeline({"train": images}, (2, 3, 1))
-    np.testing.assert_array_equal(image_data.read_images(data, "train", batch_size), images)
-
-
-def test_no_batches():
-    _, data = make_arrays()
-    assert list(data.batches("train", [])) == []
-
-
-def test_all_images_of_a_split_are_at_hand():
-    images, data = make_arrays()
-    assert data.resident("train") is images

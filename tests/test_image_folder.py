@@ -15,6 +15,7 @@ import tensorflow as tf
 from PIL import Image
 
 import input_pipeline
+from input_pipeline import image_folder
 from llvq.data import IndexBatch
 from llvq.data.image_files import read_image
 from llvq.errors import UserError
@@ -178,7 +179,7 @@ def test_all_unusable_files_are_named(folder, tmp_path, caplog):
 
 
 def test_preparing_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(input_pipeline.image_folder, "_IMAGES_PER_SHARD", 2)
+    monkeypatch.setattr(image_folder, "_IMAGES_PER_SHARD", 2)
     expected = {split: read_images(load(tmp_path), split) for split in ("train", "test")}
     (directory,) = (tmp_path / "data").glob("*/1.0.0")
     (directory / "dataset_info.json").unlink()
@@ -221,7 +222,7 @@ def test_a_file_that_changes_meanwhile_is_noticed(folder, tmp_path, monkeypatch)
             write(folder / "train/b.png", pixels(64, 64, 3))
         return array
 
-    monkeypatch.setattr(input_pipeline.image_folder, "read_image", read_and_change)
+    monkeypatch.setattr(image_folder, "read_image", read_and_change)
     with pytest.raises(UserError, match=r"b\.png has changed while the folder was prepared"):
         load(tmp_path)
     with pytest.raises(UserError, match=r"1 changed\): delete .*data"):

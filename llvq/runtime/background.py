@@ -1,0 +1,76 @@
+"""A metric writer that nobody waits for."""
+
+import collections
+from collections.abc import Callable
+from concurrent import futures
+from typing import Any
+
+from llvq.errors import UserError, first_line
+
+
+class BackgroundWriter:
+    """Makes a metric writer (see clu) and writes to it, in a thread of its own and in order.
+
+    What goes wrong there is raised by a later call, or by `flush` or `close`: a UserError where
+    something cannot be written.
+    """
+
+    def __init__(self, make_writer: Callable[[], Any]) -> None:
+        """Args:
+        make_writer: makes the writer. It may take seconds.
+        """
+        self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="metrics")
+        self._writer = self._thread.submit(make_writer)
+        self._calls: collections.deque[futures.Future[None]] = collections.deque()
+
+    def write_scalars(self, *arguments: Any, **options: Any) -> None:
+        self._submit("write_scalars", *arguments, **options)
+
+    def write_images(self, *arguments: Any, **options: Any) -> None:
+        self._submit("write_images", *arguments, **options)
+
+    def write_histograms(self, *arguments: Any, **options: Any) -> None:
+        self._submit("write_histograms", *arguments, **options)
+
+    def write_texts(self, *arguments: Any, **options: Any) -> None:
+        self._submit("write_texts", *arguments, **options)
+
+    def write_hparams(self, *arguments: Any, **options: Any) -> None:
+        self._submit("write_hparams", *arguments, **options)
+
+    def flush(self) -> None:
+        """Waits until everything is written."""
+        self._submit("flush")
+        self._raise_errors(wait=True)
+
+    def close(self) -> None:
+        """Likewise; nothing can be written afterwards."""
+        self._submit("close")
+        self._thread.shutdown()
+        self._raise_errors(wait=True)
+
+    def _submit(self, name: str, *arguments: Any, **options: Any) -> None:
+        def call() -> None:
+            getattr(self._writer.result(), name)(*arguments, **options)
+
+        self._raise_errors(wait=False)
+        self._calls.append(self._thread.submit(call))
+
+    def _raise_errors(self, *, wait: bool) -> None:
+        while self._calls and (wait or self._calls[0].done()):
+            try:
+                self._calls.popleft().result()
+            except Exception as error:
+                self._calls.clear()
+                is_ours = not isinstance(error, OSError)
+                if is_ours and not type(error).__module__.startswith("tensorflow"):
+                    raise
+                raise UserError(
+                    f"metrics cannot be written ({_reason(error)}): the same command resumes from "
+                    "the last checkpoint"
+                ) from error
+
+
+def _reason(error: Exception) -> str:
+    """An error's message, without the names of TensorFlow's operations."""
+    return first_line(error).rpartition("}} ")[2]

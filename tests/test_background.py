@@ -1,0 +1,72 @@
+"""A metric writer in a thread of its own: order, errors, and that nobody waits for it."""
+
+import threading
+import time
+
+import pytest
+
+from llvq.errors import UserError
+from llvq.runtime.background import BackgroundWriter
+from tests.runs import Recorder
+
+
+class Steps(Recorder):
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def write_scalars(self, step, scalars):
+        self.steps.append(step)
+
+    def flush(self):
+        self.steps.append("flush")
+
+
+class Failing(Steps):
+    def write_scalars(self, step, scalars):
+        raise OSError("{{function_node write}} disk is full\nand more")
+
+
+def test_writes_in_order_without_waiting():
+    recorder, may_begin = Steps(), threading.Event()
+
+    def make():
+        may_begin.wait(30)
+        return recorder
+
+    writer = BackgroundWriter(make)
+    for step in range(100):
+        writer.write_scalars(step, {"train/loss": float(step)})
+    assert not recorder.steps
+    may_begin.set()
+    writer.flush()
+    assert recorder.steps == [*range(100), "flush"]
+    writer.close()
+
+
+@pytest.mark.parametrize("ending", ["flush", "close", "a later call"])
+def test_an_error_is_one_line(ending):
+    writer = BackgroundWriter(Failing)
+    writer.write_scalars(1, {"train/loss": 0.0})
+    with pytest.raises(UserError, match=r"^metrics cannot be written \(disk is full\): the same"):
+        if ending == "a later call":
+            for _ in range(1000):
+                writer.write_images(2, {})
+                time.sleep(0.01)
+        getattr(writer, ending)()
+
+
+def test_a_writer_that_cannot_be_made_is_an_error():
+    def make():
+        raise OSError("no such place")
+
+    writer = BackgroundWriter(make)
+    writer.write_texts(0, {})
+    with pytest.raises(UserError, match="no such place"):
+        writer.close()
+
+
+def test_a_mistake_of_the_program_keeps_its_traceback():
+    writer = BackgroundWriter(Recorder)
+    with pytest.raises(AttributeError, match="flush"):
+        writer.flush()
