@@ -59,7 +59,6 @@ def start(dataset: str, workdir: str, started: float) -> dict[str, float]:
     times = [started]
 
     if _is_whole(dataset):
-        import input_pipeline  # noqa: F401
         import main
     import jax
 
