@@ -44,16 +44,20 @@ def test_writes_in_order_without_waiting():
     writer.close()
 
 
-@pytest.mark.parametrize("ending", ["flush", "close", "a later call"])
+def call_until_it_fails(writer):
+    for _ in range(1000):
+        writer.write_images(2, {})
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "ending", [BackgroundWriter.flush, BackgroundWriter.close, call_until_it_fails]
+)
 def test_an_error_is_one_line(ending):
     writer = BackgroundWriter(Failing)
     writer.write_scalars(1, {"train/loss": 0.0})
     with pytest.raises(UserError, match=r"^metrics cannot be written \(disk is full\): the same"):
-        if ending == "a later call":
-            for _ in range(1000):
-                writer.write_images(2, {})
-                time.sleep(0.01)
-        getattr(writer, ending)()
+        ending(writer)
 
 
 def test_a_writer_that_cannot_be_made_is_an_error():
