@@ -63,7 +63,7 @@ from llvq.training.train_state import TrainState
 from llvq.training.train_step import make_train_step
 
 STEPS = ("train", "evaluate", "encode", "decode")
-_CODEC = ("encode", "decode")
+CODEC = ("encode", "decode")
 
 # Arguments of `prepare_torch`, by the contender's name.
 _EAGER: dict[str, dict[str, bool]] = {"PyTorch": {}}
@@ -235,7 +235,7 @@ def _case(dataset: str, quantizer: str, step: str, batch_size: int, image_size: 
     setting |= {"batch": config.batch_size, "image": f"{size}×{size}"}
     is_cpu = jax.default_backend() == "cpu"
     contenders: dict[str, Callable[[], Contender]] = {}
-    if step in _CODEC:
+    if step in CODEC:
         contenders["llvq"] = functools.partial(prepare_codec, config, step)
         return Case(setting, config.batch_size, contenders)
     for dtype in ("float32",) if is_cpu else ("float32", "bfloat16"):

@@ -24,10 +24,12 @@ torch = pytest.importorskip("torch", reason="the benchmarks compare with PyTorch
 from benchmarks import codec as codec_benchmark
 from benchmarks import (
     figures,
+    growth,
     measure,
     nearest_point,
     quantizer,
     settings,
+    start,
     sweep,
     torch_model,
     train_loop,
@@ -473,6 +475,48 @@ def test_the_sweep_runs_and_is_reported(tmp_path, monkeypatch, capsys):
     assert re.search(r"^\| 16 \| [\d.,]+ \| 1,024 \| [\d.,]+ \| 64 \|$", text, re.M)
     assert re.search(r"^\| 12 \| [\d.,]+ \| [\d.,]+ \|$", text, re.M)
     assert (tmp_path / "sweep.png").stat().st_size > 5_000
+
+
+def test_growth_ends_where_something_breaks(tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def run_apart(step, batch_size, size, seconds):
+        measured.append((step, batch_size, size))
+        if size * batch_size > 512:
+            return {"ended": "not enough memory"}
+        row = {"seconds": [0.5], "memory_bytes": None, "peak_bytes": 3 * 10**9}
+        return row | {"bytes_accessed": 4e9}
+
+    monkeypatch.setattr(growth, "run_apart", run_apart)
+    output = tmp_path / "growth.json"
+    arguments = ["--steps=encode", "--batch-sizes", "1", "2", "--sizes", "1024", "256", "512"]
+    for _ in range(2):  # nothing is measured twice
+        growth.main([*arguments, f"--output={output}"])
+    assert measured == [("encode", 1, n) for n in (256, 512, 1024)] + [
+        ("encode", 2, n) for n in (256, 512)
+    ]
+    page = output.with_suffix(".md").read_text()
+    assert "| encode | 2 | 256×256 | 4 | 0.262 |  | 3,000 | 2 |" in page
+    assert "| encode | 2 | 512×512 | **not enough memory** |" in capsys.readouterr().out
+    assert "| encode | 1 | 1024×1024 | **not enough memory** |" in page
+    assert output.with_suffix(".png").stat().st_size > 5_000
+
+
+@pytest.mark.slow
+def test_growth_measures_in_a_process_of_its_own():
+    row = growth.run_apart("evaluate", 2, 28, 60)
+    assert len(row["seconds"]) == 3
+    assert row["peak_bytes"] > row["memory_bytes"] > 0
+    ended = growth.run_apart("evaluate", 2, 30, 60)["ended"]
+    assert "must be a multiple of 4" in ended
+    assert growth.run_apart("evaluate", 2, 28, 0) == {"ended": "took more than 0 s"}
+
+
+@pytest.mark.slow
+def test_the_phases_of_a_start(tmp_path):
+    phases = start.measure_once("celeba", str(tmp_path))  # on random images
+    assert tuple(phases) == start.PHASES
+    assert all(0 <= seconds < 120 for seconds in phases.values())
 
 
 @pytest.mark.parametrize(

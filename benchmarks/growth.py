@@ -1,0 +1,190 @@
+r"""Speed and memory against the size of the images, and what breaks first.
+
+    python benchmarks/growth.py [--steps train encode] [--sizes 64 1024] [--batch-sizes 1 8] \
+        [--seconds=300] [--output=results/growth.json]
+
+Runs FFHQ's network with `sparse_lattice` on random images of each size, one size and batch per
+process: whole steps of training and evaluation (see train_step.py), and the codec's passes from
+images to codes and back. Images of a step that does not fit into the machine's free memory, or
+takes too long, are not made larger; the table has the message that the process ended with. Memory
+is XLA's plan for a step, and the most that the process held; bytes are what the step reads and
+writes, as XLA counts them. --output keeps each figure as soon as it is known, with a table and a
+plot beside it; a second call goes on.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, os.fspath(ROOT))
+
+import jax
+
+from benchmarks import figures, measure
+from benchmarks.figures import Row
+from benchmarks.settings import get_config
+from benchmarks.train_step import CODEC, STEPS, prepare_codec, prepare_llvq
+from llvq.errors import naming_lack_of_memory, one_line_exit
+from llvq.runtime import host_memory
+from llvq.runtime.console import markdown_table
+
+PROGRAM = "growth.py"
+_REPEATS = 3
+_SETTING = ("step", "batch", "size")
+
+
+def run_once(step: str, batch_size: int, size: int) -> Row:
+    """The figures of a step, measured in this process."""
+    config = get_config("ffhq1024", "sparse_lattice", batch_size=batch_size, image_size=size)
+    prepare = prepare_codec if step in CODEC else prepare_llvq
+    contender = prepare(config, step)
+    seconds = measure.interleave({step: contender.run}, _REPEATS)[step]
+    return {
+        "seconds": seconds,
+        "memory_bytes": contender.memory_bytes,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "bytes_accessed": contender.work.get("memory"),
+    }
+
+
+def run_apart(step: str, batch_size: int, size: int, seconds: int) -> Row:
+    """The figures of a step in a process of its own, or what it ended with."""
+    command = [sys.executable, __file__, f"--steps={step}", f"--sizes={size}", "--here"]
+    try:
+        result = subprocess.run(
+            [*command, f"--batch-sizes={batch_size}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return {"ended": f"took more than {seconds} s"}
+    if result.returncode == 0:
+        row: Row = json.loads(result.stdout.splitlines()[-1])
+        return row
+    lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+    return {"ended": lines[-1].removeprefix(f"{PROGRAM}: ")}
+
+
+def _limit_memory() -> None:
+    """Allows this process no more than the memory that is free, so that it ends with a message."""
+    meminfo = pathlib.Path("/proc/meminfo")
+    if jax.default_backend() == "cpu" and meminfo.exists():
+        (line,) = (x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable"))
+        limit = int(line.split()[1]) * 1024
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """All rows in Markdown."""
+    header = ["step", "images per step", "image", "images/s", "megapixels/s", "memory, MB"]
+    header += ["process, MB", "GB accessed per image"]
+    lines = []
+    for row in rows:
+        batch_size, size = row["batch"], row["size"]
+        line = [row["step"], str(batch_size), f"{size}×{size}"]
+        if "ended" in row:
+            lines.append([*line, f"**{row['ended']}**", *[""] * 4])
+            continue
+        rate = batch_size / statistics.median(row["seconds"])
+        line += [f"{rate:,.4g}", f"{rate * size**2 / 1e6:.3g}"]
+        for name in ("memory_bytes", "peak_bytes"):
+            line.append("" if row[name] is None else f"{row[name] / 1e6:,.4g}")
+        accessed = row["bytes_accessed"]
+        lines.append([*line, "" if accessed is None else f"{accessed / batch_size / 1e9:.3g}"])
+    return markdown_table(header, lines)
+
+
+_HEADER = """# Growth with the size of the images
+
+benchmarks/growth.py wrote this page and says what is measured; do not edit it by hand.
+"""
+
+
+def _report(rows: Sequence[Row]) -> str:
+    sections = [_HEADER]
+    for where, part in figures.by_source(rows):
+        sections.append(f"\n{where['machine']}; {where['versions']}\n\n{table(part)}\n")
+    return "".join([*sections, "\n![megapixels per second, and memory](growth.png)\n"])
+
+
+def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
+    """Speed and memory against size, a line for each step and batch."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    lines: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        if "ended" not in row:
+            lines.setdefault((row["step"], row["batch"]), []).append(row)
+    for (step, batch_size), part in lines.items():
+        sizes = [row["size"] for row in part]
+        style: dict[str, Any] = {"marker": "o", "label": f"{step}, {batch_size} at a time"}
+        speeds = [
+            batch_size * row["size"] ** 2 / 1e6 / statistics.median(row["seconds"]) for row in part
+        ]
+        axes[0].plot(sizes, speeds, **style)
+        axes[1].plot(sizes, [row["peak_bytes"] / 1e9 for row in part], **style)
+    for ax, title in zip(axes, ("megapixels per second", "memory of the process, GB"), strict=True):
+        ax.set(title=title, xlabel="height and width", xscale="log", yscale="log")
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    title, *_ = (__doc__ or "").splitlines()
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=title)
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    sizes = [28, 64, 128, 256, 512, 1024, 2048]
+    parser.add_argument("--sizes", type=int, nargs="+", default=sizes)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--seconds", type=int, default=300, help="the most that a process may take")
+    parser.add_argument("--output", type=pathlib.Path, help="a JSON file to keep the figures in")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    options = _parse(arguments)
+    if options.here:
+        host_memory.keep_freed_memory()  # as main.py does
+        _limit_memory()
+        with one_line_exit(PROGRAM), naming_lack_of_memory():
+            cases = options.steps[0], options.batch_sizes[0], options.sizes[0]
+            print(json.dumps(run_once(*cases)))
+        return
+    with one_line_exit(PROGRAM):
+        rows = figures.read_rows(options.output, _report) if options.output else []
+        where = figures.source(PROGRAM, "jax", "flax")
+        for step, batch_size in itertools.product(options.steps, options.batch_sizes):
+            for size in sorted(options.sizes):
+                setting = dict(zip(_SETTING, (step, batch_size, size), strict=True))
+                same = (where["machine"], *setting.values())
+                kept = {(row["machine"], *(row[name] for name in _SETTING)): row for row in rows}
+                if same not in kept:
+                    print(*setting.values(), file=sys.stderr, flush=True)
+                    kept[same] = {**where, **setting}
+                    kept[same] |= run_apart(step, batch_size, size, options.seconds)
+                    rows.append(kept[same])
+                    if options.output:
+                        figures.write_rows(options.output, rows, _report(rows))
+                        plot(rows, options.output.with_suffix(".png"))
+                if "ended" in kept[same]:
+                    break
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
