@@ -4,7 +4,8 @@
         --config.dataset.manual_dir=/my/photos --workdir=runs/photos
 
 A third word in the argument is the size of the square images that the network sees, 64 by default:
-`configs/image_folder.py:sparse_lattice,long,256`. docs/data.md has the fields.
+`configs/image_folder.py:sparse_lattice,long,256`. docs/data.md has the fields, and the memory that
+each size needs.
 """
 
 from ml_collections import ConfigDict
