@@ -108,6 +108,7 @@ def encode(
     job = {
         "dataset": config.dataset.name,
         "num_images": dict(data.num_images),
+        "fit": config.dataset.fit,
         "quantizer": config.quantizer.name,
         "step": int(found.state.step),
         "parameters": code_model.parameters,

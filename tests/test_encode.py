@@ -226,6 +226,7 @@ def test_the_manifest_is_true(encoded):
     assert manifest == {
         "dataset": "tiny",
         "num_images": {"train": 70, "validation": 21, "test": 19},
+        "fit": "",
         "quantizer": {CODEBOOK: "vq", LATTICE: "dense_lattice"}[encoded.name],
         "step": 0,
         "image_shape": [12, 12, 1],
