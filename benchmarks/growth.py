@@ -4,12 +4,11 @@ r"""Speed and memory against the size of the images, and what breaks first.
         [--seconds=300] [--output=results/growth.json]
 
 Runs FFHQ's network with `sparse_lattice` on random images of each size, one size and batch per
-process: whole steps of training and evaluation (see train_step.py), and the codec's passes from
-images to codes and back. Images of a step that does not fit into the machine's free memory, or
-takes too long, are not made larger; the table has the message that the process ended with. Memory
-is XLA's plan for a step, and the most that the process held; bytes are what the step reads and
-writes, as XLA counts them. --output keeps each figure as soon as it is known, with a table and a
-plot beside it; a second call goes on.
+process: the steps of train_step.py, from training to the codec's passes. Where a step does not fit
+into the machine's free memory, or takes too long, larger images are not tried, and the table has
+the message that the process ended with. Memory is XLA's plan for a step, and the most that the
+process held; bytes are what the step reads and writes, as XLA counts them. --output keeps each
+figure as soon as it is known, with a table and a plot beside it; a second call goes on.
 """
 
 import argparse
@@ -32,7 +31,7 @@ import jax
 from benchmarks import figures, measure
 from benchmarks.figures import Row
 from benchmarks.settings import get_config
-from benchmarks.train_step import CODEC, STEPS, prepare_codec, prepare_llvq
+from benchmarks.train_step import STEPS, prepare
 from llvq.errors import naming_lack_of_memory, one_line_exit
 from llvq.runtime import host_memory
 from llvq.runtime.console import markdown_table
@@ -45,7 +44,6 @@ _SETTING = ("step", "batch", "size")
 def run_once(step: str, batch_size: int, size: int) -> Row:
     """The figures of a step, measured in this process."""
     config = get_config("ffhq1024", "sparse_lattice", batch_size=batch_size, image_size=size)
-    prepare = prepare_codec if step in CODEC else prepare_llvq
     contender = prepare(config, step)
     seconds = measure.interleave({step: contender.run}, _REPEATS)[step]
     return {

@@ -9,8 +9,10 @@ the device. A training step scales them, runs the network and the quantizer forw
 and takes a step of Adam; llvq also returns the parts of the loss and the norm of the gradient. On a
 GPU, llvq is also timed with several steps per call, as many as the config says, on one batch that
 the GPU holds. An evaluation step is the forward pass, the mean squared error and the quantizer's
-loss; metrics without a counterpart in PyTorch (PSNR, SSIM, counting codes) are left out. The steps
-"encode" and "decode" are the codec's passes, images on the host to codes on the host, and back.
+loss; metrics without a counterpart in PyTorch (PSNR, SSIM, counting codes) are left out. The step
+"metrics" is PSNR and SSIM of a batch in [0, 1]. The steps "encode" and "decode" are the codec's
+passes, images on the host to codes on the host, and back. PyTorch has none of these three.
+
 PyTorch's model is in benchmarks/torch_model.py: channels-last, fused Adam, and cuDNN searches for
 its fastest algorithms. "network alone" is llvq's step (float32) without the quantizer; the
 difference is what quantizing costs. All contenders keep freed memory, as main.py does
@@ -55,6 +57,7 @@ from benchmarks.measure import Case, Contender
 from benchmarks.settings import DATASETS, get_config
 from llvq.config import TrainConfig
 from llvq.errors import one_line_exit
+from llvq.evaluation import metrics
 from llvq.models import VQVAE
 from llvq.quantizers import QUANTIZERS
 from llvq.runtime import host_memory, sharding
@@ -62,8 +65,8 @@ from llvq.training import train_state
 from llvq.training.train_state import TrainState
 from llvq.training.train_step import make_train_step
 
-STEPS = ("train", "evaluate", "encode", "decode")
-CODEC = ("encode", "decode")
+STEPS = ("train", "evaluate", "metrics", "encode", "decode")
+_IN_PYTORCH = ("train", "evaluate")
 
 # Arguments of `prepare_torch`, by the contender's name.
 _EAGER: dict[str, dict[str, bool]] = {"PyTorch": {}}
@@ -155,8 +158,8 @@ def prepare_llvq(
         states = [state]
 
         def take_step() -> Any:
-            states[0], metrics = compiled(states[0], *inputs)
-            return metrics
+            states[0], results = compiled(states[0], *inputs)
+            return results
 
         run = measure.calls(take_step)
     run(1)
@@ -165,6 +168,20 @@ def prepare_llvq(
         arithmetic = "bfloat16"
     work = measure.work(compiled, arithmetic)
     return Contender(run, measure.compiled_memory(compiled), steps_per_call, work)
+
+
+def prepare_metrics(config: TrainConfig) -> Contender:
+    """PSNR and SSIM of random images and others."""
+
+    @functools.partial(jax.jit, compiler_options=sharding.compiler_options(sharding.make_mesh()))
+    def measure_images(originals: jax.Array, others: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return metrics.psnr(originals, others), metrics.ssim(originals, others)
+
+    originals = jnp.asarray(random_images(config), jnp.float32) / 255.0
+    compiled = measure_images.lower(originals, originals).compile()
+    run = measure.calls(functools.partial(compiled, originals, 1.0 - originals))
+    run(1)
+    return Contender(run, measure.compiled_memory(compiled), work=measure.work(compiled, "float32"))
 
 
 def prepare_codec(config: TrainConfig, step: str) -> Contender:
@@ -180,6 +197,13 @@ def prepare_codec(config: TrainConfig, step: str) -> Contender:
     run = measure.calls(functools.partial(convert, images if step == "encode" else codes))
     run(1)
     return Contender(run, None)
+
+
+def prepare(config: TrainConfig, step: str) -> Contender:
+    """Any step, in llvq."""
+    if step in _IN_PYTORCH:
+        return prepare_llvq(config, step)
+    return prepare_metrics(config) if step == "metrics" else prepare_codec(config, step)
 
 
 def prepare_torch(
@@ -235,8 +259,8 @@ def _case(dataset: str, quantizer: str, step: str, batch_size: int, image_size: 
     setting |= {"batch": config.batch_size, "image": f"{size}×{size}"}
     is_cpu = jax.default_backend() == "cpu"
     contenders: dict[str, Callable[[], Contender]] = {}
-    if step in CODEC:
-        contenders["llvq"] = functools.partial(prepare_codec, config, step)
+    if step not in _IN_PYTORCH:
+        contenders["llvq"] = functools.partial(prepare, config, step)
         return Case(setting, config.batch_size, contenders)
     for dtype in ("float32",) if is_cpu else ("float32", "bfloat16"):
         ours = dataclasses.replace(config, compute_dtype=dtype)

@@ -353,7 +353,7 @@ def test_the_steps_command_runs(tmp_path, capsys):
     for step, program in itertools.product(("train", "evaluate"), programs):
         row = f"| fashion_mnist | {step} | sparse_lattice | 2 | 12×12 | {program} |"
         assert row in table
-    for step in ("encode", "decode"):
+    for step in ("metrics", "encode", "decode"):
         assert f"| fashion_mnist | {step} | sparse_lattice | 2 | 12×12 | llvq |" in table
 
 
