@@ -10,6 +10,7 @@ for each finished run; a run that was stopped is resumed. What is missing is nam
 
 import argparse
 import io
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ class Task(NamedTuple):
 
     Attributes:
       title: of its section.
-      folder: of its images.
+      folders: of its images, with sub-folders train, validation and test.
       size: height and width of the images to train on.
       fit: how they come to that size.
       hidden_dims: of the network.
@@ -57,13 +58,13 @@ class Task(NamedTuple):
     """
 
     title: str
-    folder: str
-    size: int
-    fit: str
-    hidden_dims: tuple[int, ...]
-    batch_size: int
-    num_epochs: int
-    whole: bool
+    folders: tuple[str, ...]
+    size: int = 64
+    fit: str = "tiles"
+    hidden_dims: tuple[int, ...] = (16, 32)
+    batch_size: int = 64
+    num_epochs: int = 20
+    whole: bool = True
 
 
 class Run(NamedTuple):
@@ -98,42 +99,34 @@ class Run(NamedTuple):
         config.dataset.fit = task.fit
         config.model.image_shape = (task.size, task.size, 3)
         config.model.hidden_dims = task.hidden_dims
-        config.batch_size, config.num_epochs, config.seed = (
-            task.batch_size,
-            task.num_epochs,
-            self.seed,
-        )
+        config.batch_size, config.num_epochs = task.batch_size, task.num_epochs
+        config.seed = self.seed
         return parse(config)
 
 
-_FFHQ, _CELEBA = (16, 32), (64,)
-
 TASKS = {
-    "photographs": Task(
-        "Photographs of BSDS500, FFHQ's network", "bsds500", 64, "tiles", _FFHQ, 64, 20, True
-    ),
+    "photographs": Task("Photographs of BSDS500, FFHQ's network", ("bsds500",)),
     "photographs_celeba": Task(
-        "Photographs of BSDS500, CelebA's network", "bsds500", 64, "tiles", _CELEBA, 64, 20, True
+        "Photographs of BSDS500, CelebA's network", ("bsds500",), hidden_dims=(64,)
     ),
     "faces": Task(
         "Faces of CelebA at 80×80, FFHQ's network",
-        "celeba_half",
-        80,
-        "resize",
-        _FFHQ,
-        64,
-        20,
-        False,
+        ("celeba_half",),
+        size=80,
+        fit="resize",
+        whole=False,
     ),
     "full_size": Task(
-        "Photographs of Debian in 1024×1024 tiles, FFHQ's network",
-        "debian_photos",
-        1024,
-        "tiles",
-        _FFHQ,
-        8,
-        40,
-        True,
+        "Photographs of Debian in tiles of 1024×1024, FFHQ's network",
+        ("debian_photos",),
+        size=1024,
+        batch_size=8,
+        num_epochs=40,
+    ),
+    "shipped": Task(
+        "The models that ship: photographs of BSDS500 and of Debian, FFHQ's network",
+        ("bsds500", "debian_photos"),
+        num_epochs=5,
     ),
 }
 
@@ -201,18 +194,34 @@ def measure(model: VQVAE, photographs: Sequence[Pixels]) -> dict[str, dict[str, 
     return totals
 
 
+def _joined(folders: Sequence[pathlib.Path], directory: pathlib.Path) -> pathlib.Path:
+    """A folder with the images of several, split by split."""
+    if len(folders) == 1:
+        return folders[0]
+    for folder, split in itertools.product(folders, ("train", "validation", "test")):
+        link = directory / split / folder.name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to((folder / split).resolve(), target_is_directory=True)
+    return directory
+
+
 def carry_out(
-    run: Run, images: pathlib.Path, weights: pathlib.Path | None, workdir: pathlib.Path
+    run: Run,
+    folders: Sequence[pathlib.Path],
+    weights: pathlib.Path | None,
+    workdir: pathlib.Path,
 ) -> None:
     """Trains and measures a model, or goes on with it, and keeps its record.
 
     Args:
       run: of RUNS.
-      images: the folder of its task.
+      folders: of its task.
       weights: a file of the authors' program to import instead, or None.
       workdir: of the model.
     """
     task, config = TASKS[run.task], run.config()
+    images = _joined(folders, workdir.parent / "images")
     data = input_pipeline.load(
         "image_folder",
         manual_dir=str(images),
@@ -371,11 +380,11 @@ def _carry_out_all(options: argparse.Namespace) -> list[str]:
     for run in RUNS:
         if run.task not in (options.only or TASKS) or recorded.read(run.record, run.config()):
             continue
-        images = find(TASKS[run.task].folder)
+        folders = [find(name) for name in TASKS[run.task].folders]
         weights = find(run.weights) if run.weights else None
-        if images is not None and (weights is None) == (not run.weights):
+        if None not in folders and (weights is None) == (not run.weights):
             print(run.name, flush=True)
-            carry_out(run, images, weights, options.workdirs / run.name)
+            carry_out(run, list(filter(None, folders)), weights, options.workdirs / run.name)
     return list(missing)
 
 
