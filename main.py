@@ -125,7 +125,7 @@ def _keep_compiled_programs() -> None:
             directory = cache.expanduser() / "llvq"
             directory.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", os.fspath(directory))
-            # By default only what took a second: a model is made by many smaller programs.
+            # By default JAX keeps only programs that took a second; many smaller ones make a model.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

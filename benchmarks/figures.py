@@ -186,7 +186,7 @@ def record(
     Raises:
       UserError: if the output cannot be used, or memory is too small.
     """
-    kept = read_rows(options.output, report) if options.output else []
+    rows = read_rows(options.output, report) if options.output else []
     where = source(program, *packages)
     load = os.getloadavg()[0]
     if load > _QUIET and jax.default_backend() == "cpu":
@@ -196,7 +196,7 @@ def record(
             file=sys.stderr,
         )
     if options.resume:
-        cases = [case for case in cases if not is_kept({**where, "setting": case.setting}, kept)]
+        cases = [case for case in cases if kept({**where, "setting": case.setting}, rows) is None]
     reached = dict(ceilings()) if cases else {}
     measured: list[Row] = []
     start = time.monotonic()
@@ -219,28 +219,28 @@ def record(
         row = {**where, "setting": case.setting, "unit": unit, "amount": case.amount}
         row |= {"load": load, "seconds": seconds, "ceilings": reached}
         row["memory_bytes"] = {name: contender.memory_bytes for name, contender in ran.items()}
-        row["work"] = {
-            name: {
-                unit: amount / contender.steps_per_call for unit, amount in contender.work.items()
-            }
-            for name, contender in ran.items()
-        }
+        row["work"] = {name: dict(contender.work) for name, contender in ran.items()}
         measured.append(row)
-        kept = keep(kept, row, options.output)
+        rows = keep(rows, row, options.output)
     print(comparison_table(measured) if measured else "every case has been measured before")
 
 
 def keep(rows: Sequence[Row], row: Row, output: pathlib.Path | None) -> list[Row]:
-    """The rows, with a new one in place of the same case's; writes them, if there is a file."""
-    kept = [old for old in rows if _identity(old) != _identity(row)] + [row]
+    """As `replaced`; also writes the rows, if there is a file."""
+    rows = replaced(rows, row)
     if output:
-        write_rows(output, kept, report(kept))
-    return kept
+        write_rows(output, rows, report(rows))
+    return rows
 
 
-def is_kept(row: Row, rows: Sequence[Row]) -> bool:
-    """Whether there is a row of the same case, by the same program on the same machine."""
-    return _identity(row) in map(_identity, rows)
+def replaced(rows: Sequence[Row], row: Row) -> list[Row]:
+    """The rows, with a new one in place of that of the same case, program and machine."""
+    return [*(old for old in rows if _identity(old) != _identity(row)), row]
+
+
+def kept(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The row of the same case, program and machine; None if there is none."""
+    return next((old for old in rows if _identity(old) == _identity(row)), None)
 
 
 def _identity(row: Row) -> tuple[Any, ...]:

@@ -4,11 +4,12 @@ r"""Speed and memory against the size of the images, and what breaks first.
         [--seconds=300] [--output=results/growth.json]
 
 Runs FFHQ's network with `sparse_lattice` on random images of each size, one size and batch per
-process: the steps of train_step.py, from training to the codec's passes. Where a step does not fit
-into the machine's free memory, or takes too long, larger images are not tried, and the table has
-the message that the process ended with. Memory is XLA's plan for a step, and the most that the
-process held; bytes are what the step reads and writes, as XLA counts them. --output keeps each
-figure as soon as it is known, with a table and a plot beside it; a second call goes on.
+process: the steps of train_step.py, from training to the codec's passes. On a CPU a process may
+address as much memory as is free. Where a step needs more, or takes too long, larger images are not
+tried, and the table has the message that the process ended with. Memory is XLA's plan for a step,
+and the most that the process held; bytes are what the step reads and writes, as XLA counts them.
+--output keeps each figure as soon as it is known, with a table and a plot beside it; a second call
+goes on.
 """
 
 import argparse
@@ -27,18 +28,19 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, os.fspath(ROOT))
 
 import jax
+import numpy as np
 
 from benchmarks import figures, measure
 from benchmarks.figures import Row
 from benchmarks.settings import get_config
 from benchmarks.train_step import STEPS, prepare
-from llvq.errors import naming_lack_of_memory, one_line_exit
+from llvq.errors import UserError, naming_lack_of_memory, one_line_exit
 from llvq.runtime import host_memory
 from llvq.runtime.console import markdown_table
 
 PROGRAM = "growth.py"
 _REPEATS = 3
-_SETTING = ("step", "batch", "size")
+_TOOK_LONG = "took more than"
 
 
 def run_once(step: str, batch_size: int, size: int) -> Row:
@@ -66,7 +68,7 @@ def run_apart(step: str, batch_size: int, size: int, seconds: int) -> Row:
             timeout=seconds,
         )
     except subprocess.TimeoutExpired:
-        return {"ended": f"took more than {seconds} s"}
+        return {"ended": f"{_TOOK_LONG} {seconds} s"}
     if result.returncode == 0:
         row: Row = json.loads(result.stdout.splitlines()[-1])
         return row
@@ -75,7 +77,7 @@ def run_apart(step: str, batch_size: int, size: int, seconds: int) -> Row:
 
 
 def _limit_memory() -> None:
-    """Allows this process no more than the memory that is free, so that it ends with a message."""
+    """Lets this process address only as much memory as is free, so that it ends with a message."""
     meminfo = pathlib.Path("/proc/meminfo")
     if jax.default_backend() == "cpu" and meminfo.exists():
         (line,) = (x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable"))
@@ -89,8 +91,8 @@ def table(rows: Sequence[Row]) -> str:
     header += ["process, MB", "GB accessed per image"]
     lines = []
     for row in rows:
-        batch_size, size = row["batch"], row["size"]
-        line = [row["step"], str(batch_size), f"{size}×{size}"]
+        step, batch_size, size = row["setting"].values()
+        line = [step, str(batch_size), f"{size}×{size}"]
         if "ended" in row:
             lines.append([*line, f"**{row['ended']}**", *[""] * 4])
             continue
@@ -109,27 +111,29 @@ benchmarks/growth.py wrote this page and says what is measured; do not edit it b
 """
 
 
-def _report(rows: Sequence[Row]) -> str:
+def _report(rows: Sequence[Row], picture: str = "growth.png") -> str:
     sections = [_HEADER]
     for where, part in figures.by_source(rows):
         sections.append(f"\n{where['machine']}; {where['versions']}\n\n{table(part)}\n")
-    return "".join([*sections, "\n![megapixels per second, and memory](growth.png)\n"])
+    return "".join([*sections, f"\n![megapixels per second, and memory]({picture})\n"])
 
 
 def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
-    """Speed and memory against size, a line for each step and batch."""
+    """Speed and memory against size on one machine, a line for each step and batch."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     lines: dict[tuple[str, int], list[Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["setting"]["size"]):
+        step, batch_size, _ = row["setting"].values()
         if "ended" not in row:
-            lines.setdefault((row["step"], row["batch"]), []).append(row)
+            lines.setdefault((step, batch_size), []).append(row)
     for (step, batch_size), part in lines.items():
-        sizes = [row["size"] for row in part]
+        sizes = [row["setting"]["size"] for row in part]
         style: dict[str, Any] = {"marker": "o", "label": f"{step}, {batch_size} at a time"}
         speeds = [
-            batch_size * row["size"] ** 2 / 1e6 / statistics.median(row["seconds"]) for row in part
+            batch_size * size**2 / 1e6 / statistics.median(row["seconds"])
+            for size, row in zip(sizes, part, strict=True)
         ]
         axes[0].plot(sizes, speeds, **style)
         axes[1].plot(sizes, [row["peak_bytes"] / 1e9 for row in part], **style)
@@ -164,24 +168,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps(run_once(*cases)))
         return
     with one_line_exit(PROGRAM):
+        for name in ("sizes", "batch_sizes", "seconds"):
+            if min(np.ravel(getattr(options, name))) < 1:
+                raise UserError(f"--{name.replace('_', '-')}: must be at least 1")
         rows = figures.read_rows(options.output, _report) if options.output else []
         where = figures.source(PROGRAM, "jax", "flax")
         for step, batch_size in itertools.product(options.steps, options.batch_sizes):
             for size in sorted(options.sizes):
-                setting = dict(zip(_SETTING, (step, batch_size, size), strict=True))
-                same = (where["machine"], *setting.values())
-                kept = {(row["machine"], *(row[name] for name in _SETTING)): row for row in rows}
-                if same not in kept:
+                setting = {"step": step, "batch": batch_size, "size": size}
+                row = figures.kept({**where, "setting": setting}, rows)
+                if row is None or row.get("ended", "").startswith(_TOOK_LONG):
                     print(*setting.values(), file=sys.stderr, flush=True)
-                    kept[same] = {**where, **setting}
-                    kept[same] |= run_apart(step, batch_size, size, options.seconds)
-                    rows.append(kept[same])
-                    if options.output:
-                        figures.write_rows(options.output, rows, _report(rows))
-                        plot(rows, options.output.with_suffix(".png"))
-                if "ended" in kept[same]:
+                    row = {**where, "setting": setting}
+                    row |= run_apart(step, batch_size, size, options.seconds)
+                    rows = _keep(rows, row, options.output)
+                if "ended" in row:
                     break
         print(table(rows))
+
+
+def _keep(rows: list[Row], row: Row, output: pathlib.Path | None) -> list[Row]:
+    rows = figures.replaced(rows, row)
+    if output:
+        picture = output.with_suffix(".png")
+        figures.write_rows(output, rows, _report(rows, picture.name))
+        plot([other for other in rows if other["machine"] == row["machine"]], picture)
+    return rows
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Contender(NamedTuple):
     run: see `Run`. Whatever compiles or tunes itself has already done so.
     memory_bytes: of a call, including parameters, optimizer and inputs; None if unknown.
     steps_per_call: how many steps a call takes.
-    work: what a call does, in the units of `ceilings`, as XLA counts it.
+    work: what a step does, in the units of `ceilings`, as XLA counts it.
     """
 
     run: Run
@@ -155,9 +155,9 @@ def ceilings() -> dict[str, float]:
       `memory`: bytes read and written by a copy. `float32`, `tf32` and `bfloat16`: floating-point
       operations of a matrix product in this arithmetic (`tf32` where the device has it).
     """
-    small = jax.default_backend() == "cpu"
-    values = jax.random.normal(jax.random.key(0), (2**24 if small else 2**28,))
-    side = 1024 if small else 8192
+    is_cpu = jax.default_backend() == "cpu"
+    values = jax.random.normal(jax.random.key(0), (2**24 if is_cpu else 2**28,))
+    side = 1024 if is_cpu else 8192
     square = values[: side * side].reshape(side, side)
     runs = {"memory": calls(functools.partial(jax.jit(lambda x: x + 1), values))}
     for name, dtype, precision in (
@@ -175,7 +175,7 @@ def ceilings() -> dict[str, float]:
 
 
 def work(compiled: jax.stages.Compiled, arithmetic: str) -> dict[str, float]:
-    """What a call of a compiled program does, by XLA's count; see `ceilings`."""
+    """What a step of a compiled program does; XLA counts the body of a loop over steps once."""
     cost: Any = compiled.cost_analysis()
     return {"memory": cost["bytes accessed"], arithmetic: cost["flops"]}
 

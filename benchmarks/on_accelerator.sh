@@ -3,8 +3,8 @@
 #
 #     benchmarks/on_accelerator.sh [--small] [DIRECTORY]
 #
-# Needs jax for the accelerator, flax, optax, orbax-checkpoint, jaxtyping, PyTorch, pytest and
-# hypothesis, and no TensorFlow, data set or web. Where constriction is missing, the codec is left
+# Needs jax for the accelerator, flax, optax, orbax-checkpoint, jaxtyping, PyTorch, pytest,
+# pytest-xdist and hypothesis, and no TensorFlow, data set or web. Where constriction is missing, the codec is left
 # out. Writes accelerator.json, accelerator.md and accelerator_tests.txt into DIRECTORY (by default
 # results). Each part has a time of its own; a second call goes on with what is not done.
 # --small: sizes that a CPU can do, to try the script itself.
@@ -20,7 +20,7 @@ directory=${1:-results}
 output=$directory/accelerator.json
 tests=$directory/accelerator_tests.txt
 python=${PYTHON:-python3}
-export PYTHONUNBUFFERED=1 LLVQ_TEST_DEVICES=default
+export PYTHONUNBUFFERED=1 LLVQ_TEST_DEVICES=default XLA_PYTHON_CLIENT_PREALLOCATE=false
 failed=''
 
 # part SECONDS COMMAND…: a command that is stopped after so many seconds.
@@ -40,12 +40,13 @@ part() {
 # steps and of one, convolutions in every form.
 method="test_golden test_packing test_feeding test_model test_convolution test_codebooks
 test_scalar_quantizers test_rate_lattices test_nearest_point"
-if ! grep -qs '^[0-9]* passed' "$tests"; then
+if [ ! -f "$tests" ]; then
     [ "$small" ] && method="test_golden test_nearest_point"
     # shellcheck disable=SC2046
     part 110 "$python" -m pytest -q -p no:cacheprovider -n 4 --tb=short \
-        $(printf 'tests/%s.py ' $method) >"$tests" 2>&1
-    tail -n 3 "$tests"
+        $(printf 'tests/%s.py ' $method) >"$tests.part" 2>&1
+    tail -n 3 "$tests.part"
+    [ $status -eq 0 ] && mv "$tests.part" "$tests"
 fi
 
 compare="$python benchmarks/train_step.py --resume --output=$output $steps $sizes"

@@ -7,9 +7,9 @@ Starts `python main.py` anew each time and stops it after its first step, withou
 program in the cache, and with all of them. Where main.py lacks a package (on a bare machine with a
 GPU, say), and for data sets that are not at hand, `llvq.train` trains on random images instead.
 
-The phases are: imports; data, until it can be read; model, until the state is on the devices;
-compilation, of the first step alone, or getting it from the cache; and the step itself, with
-reading its images.
+The phases are: imports; data, until it can be read; model, until the first call of the step, with
+the state, the directory of checkpoints and the first batch; compilation of that step, or getting it
+from the cache; and the step itself.
 """
 
 import argparse
@@ -26,6 +26,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
+
+# This process holds the accelerator too, to name it.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, os.fspath(ROOT))
@@ -125,6 +128,7 @@ def measure_once(dataset: str, cache: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as workdir:
         child = [sys.executable, __file__, f"--child={dataset}", f"--workdir={workdir}"]
         environment = {**os.environ, "XDG_CACHE_HOME": cache}
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         command = [*child, f"--started={time.time()}"]
         result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if result.returncode:
@@ -152,18 +156,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     with one_line_exit("start.py"):
         figures.check_options(options)
-        kept = figures.read_rows(options.output, figures.report) if options.output else []
+        rows = figures.read_rows(options.output, figures.report) if options.output else []
         where = figures.source("start.py", "jax", "flax")
         for dataset, programs in itertools.product(options.datasets, _PROGRAMS):
             setting = {"data set": dataset, "programs": programs}
             row = {**where, "setting": setting, "unit": "runs", "amount": 1, "memory_bytes": {}}
-            if options.resume and figures.is_kept(row, kept):
+            if options.resume and figures.kept(row, rows):
                 continue
             row["load"] = os.getloadavg()[0]
             runs = _runs(dataset, programs, options.repeats)
             row["seconds"] = {phase: [run[phase] for run in runs] for phase in PHASES}
             row["seconds"]["all"] = [sum(run.values()) for run in runs]
-            kept = figures.keep(kept, row, options.output)
+            rows = figures.keep(rows, row, options.output)
             print(figures.comparison_table([row]))
 
 

@@ -25,7 +25,7 @@ def load(
     """Opens a data set, and prepares it first if need be.
 
     Args:
-      name: of DATASETS or of DATASETS_OF_ANY_SIZE.
+      name: one of DATASETS or DATASETS_OF_ANY_SIZE.
       data_dir: directory of TFDS; its default if empty.
       manual_dir: directory of files fetched by hand; each data set says which.
       image_shape: (height, width, channels) that images are to have, where there is a choice.

@@ -1,4 +1,4 @@
-# Sourced: a function that fetches a package of Debian's mirror, without root.
+# This file is sourced. Its function fetches a package from Debian's mirror, without root.
 
 # Unpacks a package into the working directory.
 download_debian_package() {

@@ -124,7 +124,7 @@ def load(
             directory,
             name,
             num_images,
-            _Reader(folder, by_split, way).read,
+            _Reader(folder, directory, by_split, way).read,
             tf.io.decode_png,
             image_shape=image_shape,
             images_per_shard=_IMAGES_PER_SHARD,
@@ -273,10 +273,12 @@ class _Reader:
     def __init__(
         self,
         folder: epath.Path,
+        directory: epath.Path,
         by_split: Mapping[str, Sequence[Source]],
         way: Way,
     ) -> None:
         self._folder = folder
+        self._directory = directory
         self._by_split = by_split
         self._ends = {
             split: list(itertools.accumulate(source.num_images for source in part))
@@ -300,7 +302,10 @@ class _Reader:
         path = self._folder / source.name
         pixels = read_image(path, channels, convert=self._way.convert)
         if _fingerprint(path) != source.fingerprint:
-            raise UserError(f"{path} has changed while the folder was prepared: start again")
+            raise UserError(
+                f"{path} has changed while the folder was prepared: delete {self._directory} to "
+                "have it prepared again"
+            )
         return [
             (f"{source.name}{place}", tf.io.encode_png(image).numpy())
             for place, image in cut(pixels, height, width, self._way.fit)

@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
+from input_pipeline import host_tensorflow as _  # noqa: F401  TFDS imports TensorFlow
 from llvq.data.files import replacing
 
 VERSION = "1.0.0"  # of the prepared data; raise it whenever the files' content changes

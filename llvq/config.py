@@ -47,7 +47,7 @@ class DatasetConfig:
     """The data set, for input_pipeline.
 
     Attributes:
-      name: of the data set, a key of input_pipeline.DATASETS.
+      name: of the data set; input_pipeline/__init__.py lists them.
       data_dir: the directory of TFDS; its default, ~/tensorflow_datasets, if empty.
       manual_dir: the directory of files that were fetched by hand; see docs/data.md.
       fit: how images of any size come to model.image_shape: "resize" scales them and crops the

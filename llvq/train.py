@@ -32,7 +32,7 @@ from llvq.config import (
 )
 from llvq.data import Dataset
 from llvq.data.order import steps_per_epoch, training_batches
-from llvq.errors import DivergenceError
+from llvq.errors import DivergenceError, UserError
 from llvq.evaluation.evaluator import Evaluator
 from llvq.fields import flatten
 from llvq.runtime import console, preemption, sharding
@@ -287,7 +287,7 @@ def run(
         verb = "Resuming" if first_step else "Starting"
         logging.info("%s at step %d of %d: %s", verb, first_step, task.num_steps, task.describe())
         with (
-            contextlib.closing(make_writer()) as writer,
+            _closing(make_writer()) as writer,
             console.Progress(task.num_steps, "training", first_step) as report,
         ):
             hparams = flatten(to_dict(config))
@@ -295,6 +295,17 @@ def run(
             texts = {"config": to_markdown(saved_config), "machine": sharding.describe(mesh)}
             writer.write_texts(first_step, texts)
             return _loop(task, config, saved_config, checkpoints, writer, report, is_time_to_stop)
+
+
+@contextlib.contextmanager
+def _closing(writer: Any) -> Iterator[Any]:
+    try:
+        yield writer
+    except BaseException:
+        with contextlib.suppress(UserError):  # what has ended the training matters more
+            writer.close()
+        raise
+    writer.close()
 
 
 def _hparam(value: Any) -> int | float | str:

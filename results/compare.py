@@ -162,22 +162,24 @@ def psnr(record: Mapping[str, Any]) -> float:
 
 
 def curve_of(name: str, records: Mapping[Run, Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """(rate, PSNR) of a curve's first runs, by ascending rate."""
+    """(rate, PSNR) of a curve's first runs, by ascending rate, where more bits give more PSNR."""
     runs = [run for run in FIRST if run.curve == name and run in records]
-    return sorted((rate(records[run]), psnr(records[run])) for run in runs)
+    curve: list[tuple[float, float]] = []
+    for point in sorted((rate(records[run]), psnr(records[run])) for run in runs):
+        if not curve or point[1] > curve[-1][1]:
+            curve.append(point)
+    return curve
 
 
 def bd_rate(name: str, records: Mapping[Run, Mapping[str, Any]]) -> float | None:
     """How many percent more bits a curve takes than the best VQ at equal PSNR, on average.
 
     Bjøntegaard's delta rate, with piecewise cubic interpolation, over the PSNR that both curves
-    reach. None if a curve is not finished or not monotonic, or if they do not overlap.
+    reach. None if a curve is not finished, or if they do not overlap.
     """
+    if any(run not in records for run in FIRST if run.curve in (name, BASELINE)):
+        return None
     ours, theirs = curve_of(name, records), curve_of(BASELINE, records)
-    for curve, points in ((name, ours), (BASELINE, theirs)):
-        qualities = [quality for _, quality in points]
-        if len(points) < len(CURVES[curve].values) or qualities != sorted(set(qualities)):
-            return None
     if max(ours[0][1], theirs[0][1]) >= min(ours[-1][1], theirs[-1][1]):
         return None
     anchor, tested = (list(zip(*points, strict=True)) for points in (theirs, ours))
@@ -311,8 +313,9 @@ codebook initialised from the first batch.
 
 _BD_RATE = f"""## Bits against the best VQ
 
-Bjøntegaard's delta rate against `{BASELINE}` at equal PSNR. It is empty where a curve is not
-finished, falls somewhere, or shares no PSNR with it.
+Bjøntegaard's delta rate against `{BASELINE}` at equal PSNR, without the points that take more bits
+than another one of their curve for no more PSNR. It is empty where a curve is not finished, or
+shares no PSNR with it.
 """
 
 

@@ -9,6 +9,7 @@ for each finished run; a run that was stopped is resumed. What is missing is nam
 """
 
 import argparse
+import bisect
 import io
 import itertools
 import pathlib
@@ -16,17 +17,17 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow as tf
 from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
 import input_pipeline
 from configs import image_folder
+from input_pipeline.host_tensorflow import tf
 from llvq import codec, load_pretrained
 from llvq.config import TrainConfig, parse
 from llvq.data.image_files import SUFFIXES, find_files, read_image
-from llvq.errors import UserError, one_line_exit
+from llvq.errors import DivergenceError, UserError, one_line_exit
 from llvq.evaluation.pictures import write_png
 from llvq.import_torch import import_checkpoint
 from llvq.models import VQVAE
@@ -149,10 +150,7 @@ def nearest_file(pixels: Pixels, format_name: str, num_bytes: int) -> bytes:
         files[quality] = buffer.getvalue()
         return len(files[quality])
 
-    low, high = 0, 100  # bisection, since size hardly ever falls as quality rises
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if size(middle) < num_bytes else (low, middle)
+    bisect.bisect_left(range(101), num_bytes, key=size)  # size hardly ever falls as quality rises
     return min(files.values(), key=lambda file: abs(len(file) - num_bytes))
 
 
@@ -201,8 +199,8 @@ def _joined(folders: Sequence[pathlib.Path], directory: pathlib.Path) -> pathlib
     for folder, split in itertools.product(folders, ("train", "validation", "test")):
         link = directory / split / folder.name
         link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.exists():
-            link.symlink_to((folder / split).resolve(), target_is_directory=True)
+        link.unlink(missing_ok=True)  # of an earlier run, whose folder may have moved
+        link.symlink_to((folder / split).resolve(), target_is_directory=True)
     return directory
 
 
@@ -361,8 +359,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write({run: record for run, record in records.items() if record})
         if missing:
             raise UserError(
-                f"{', '.join(missing)} are missing in {', '.join(map(str, options.sources))}: "
-                "docs/data.md says where they come from; name their place with --sources"
+                f"not found in {', '.join(map(str, options.sources))}: {', '.join(missing)}; "
+                "docs/data.md says where they come from, --sources names other directories"
             )
 
 
@@ -384,7 +382,10 @@ def _carry_out_all(options: argparse.Namespace) -> list[str]:
         weights = find(run.weights) if run.weights else None
         if None not in folders and (weights is None) == (not run.weights):
             print(run.name, flush=True)
-            carry_out(run, list(filter(None, folders)), weights, options.workdirs / run.name)
+            try:
+                carry_out(run, list(filter(None, folders)), weights, options.workdirs / run.name)
+            except DivergenceError as error:
+                print(f"{run.name}: {error}", flush=True)
     return list(missing)
 
 

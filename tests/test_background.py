@@ -5,8 +5,10 @@ import time
 
 import pytest
 
-from llvq.errors import UserError
+from llvq.errors import DivergenceError, UserError
 from llvq.runtime.background import BackgroundWriter
+from llvq.train import train_and_evaluate
+from tests import tiny
 from tests.runs import Recorder
 
 
@@ -18,8 +20,8 @@ class Steps(Recorder):
     def write_scalars(self, step, scalars):
         self.steps.append(step)
 
-    def flush(self):
-        self.steps.append("flush")
+    def close(self):
+        self.steps.append("close")
 
 
 class Failing(Steps):
@@ -39,9 +41,8 @@ def test_writes_in_order_without_waiting():
         writer.write_scalars(step, {"train/loss": float(step)})
     assert not recorder.steps
     may_begin.set()
-    writer.flush()
-    assert recorder.steps == [*range(100), "flush"]
     writer.close()
+    assert recorder.steps == [*range(100), "close"]
 
 
 def call_until_it_fails(writer):
@@ -50,9 +51,7 @@ def call_until_it_fails(writer):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(
-    "ending", [BackgroundWriter.flush, BackgroundWriter.close, call_until_it_fails]
-)
+@pytest.mark.parametrize("ending", [BackgroundWriter.close, call_until_it_fails])
 def test_an_error_is_one_line(ending):
     writer = BackgroundWriter(Failing)
     writer.write_scalars(1, {"train/loss": 0.0})
@@ -71,6 +70,21 @@ def test_a_writer_that_cannot_be_made_is_an_error():
 
 
 def test_a_mistake_of_the_program_keeps_its_traceback():
-    writer = BackgroundWriter(Recorder)
-    with pytest.raises(AttributeError, match="flush"):
-        writer.flush()
+    writer = BackgroundWriter(lambda: object())
+    writer.write_texts(0, {})
+    with pytest.raises(AttributeError, match="write_texts"):
+        writer.close()
+
+
+def test_what_ends_the_training_goes_before(tmp_path):
+    """The loss becomes infinite, and the writer cannot be closed either."""
+
+    class Unclosable(Recorder):
+        def close(self):
+            raise OSError("disk is full")
+
+    config = tiny.config("sparse_lattice", learning_rate=1e30, log_every_steps=1)
+    with pytest.raises(DivergenceError):
+        train_and_evaluate(
+            config, tmp_path, tiny.dataset(), make_writer=lambda: BackgroundWriter(Unclosable)
+        )

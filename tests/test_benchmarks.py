@@ -514,9 +514,12 @@ def test_growth_measures_in_a_process_of_its_own():
 
 @pytest.mark.slow
 def test_the_phases_of_a_start(tmp_path):
+    begin = time.monotonic()
     phases = start.measure_once("celeba", str(tmp_path))  # on random images
     assert tuple(phases) == start.PHASES
-    assert all(0 <= seconds < 120 for seconds in phases.values())
+    assert all(seconds >= 0 for seconds in phases.values())
+    assert phases["compilation"] > phases["data"]  # nothing was in the cache
+    assert 0 < sum(phases.values()) < time.monotonic() - begin
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_other_mistakes_are_one_line(checkpoints, tmp_path):
             a,
             output,
         ): "no trained model 'fashion_mnist/none'",
-        ("encode", model, a, tmp_path / "sub/a.jpg", output): "2 files would become",
+        ("encode", model, a, tmp_path / "sub/a.jpg", output): "a.jpg would become",
         ("encode", model, a, f"--output={a}"): "is no directory",
         ("encode", model, tmp_path / "empty", output): "empty has no files of .png, .jpg",
         ("encode", model, tmp_path / "colours.png", output): "the model's images are greyscale",

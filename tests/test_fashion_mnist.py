@@ -2,7 +2,10 @@
 
 import gzip
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +16,12 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 import input_pipeline
-from input_pipeline import fashion_mnist, tfds_builders
+from input_pipeline import fashion_mnist, image_files, tfds_builders
 from llvq.errors import UserError
 from tests import image_data, real_data
 from tests.real_data import needs_files
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +108,31 @@ def test_a_missing_test_file_is_named(idx_dir, tmp_path):
 def test_an_empty_manual_dir_is_named(tmp_path):
     with pytest.raises(UserError, match=rf"manual_dir={tmp_path}: found no train-images"):
         input_pipeline.load("fashion_mnist", manual_dir=str(tmp_path))
+
+
+PROGRAM = """
+import sys
+import main, input_pipeline
+data = input_pipeline.load("fashion_mnist", manual_dir=sys.argv[1])
+assert data.num_images["train"] == 55_000
+print(*({"tensorflow", "tensorflow_datasets", "clu"} & sys.modules.keys()))
+"""
+
+
+@needs_files
+def test_tensorflow_stays_out_of_the_way_to_the_first_step(idx_dir):
+    command = [sys.executable, "-c", PROGRAM, str(idx_dir)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""
+
+
+def test_the_directory_of_tfds_is_tfdss_own(monkeypatch, tmp_path):
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    default = tfds.core.constants.get_default_data_dir
+    assert str(image_files.data_directory("")) == str(epath.Path(default()).expanduser())
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    assert str(image_files.data_directory("")) == str(default()) == str(tmp_path)
+    assert str(image_files.data_directory("/elsewhere")) == "/elsewhere"
 
 
 def never_found(*_, **__):

@@ -223,7 +223,9 @@ def test_a_file_that_changes_meanwhile_is_noticed(folder, tmp_path, monkeypatch)
         return array
 
     monkeypatch.setattr(image_folder, "read_image", read_and_change)
-    with pytest.raises(UserError, match=r"b\.png has changed while the folder was prepared"):
+    with pytest.raises(
+        UserError, match=r"b\.png has changed while the folder was prepared: delete .*data"
+    ):
         load(tmp_path)
     with pytest.raises(UserError, match=r"1 changed\): delete .*data"):
         load(tmp_path)
@@ -272,7 +274,7 @@ def test_mistakes_are_named(tmp_path):
         load(tmp_path, tmp_path / "one")
     (tmp_path / "one/link.png").unlink()
     (tmp_path / "one/circle").symlink_to(tmp_path / "one")
-    with pytest.raises(UserError, match=r"one/circle leads back to .*one: remove this link"):
+    with pytest.raises(UserError, match=r"one/circle is .*one again: remove the link"):
         load(tmp_path, tmp_path / "one")
     (tmp_path / "one/circle").unlink()
     for split in ("train", "validation"):

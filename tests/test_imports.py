@@ -77,6 +77,12 @@ def test_the_input_pipeline_knows_data_sets_and_errors_only():
         assert rooms_of(imported(path)) <= {"data", "errors"}, path
 
 
+def test_one_module_imports_tensorflow_and_hides_the_accelerators_from_it():
+    files = [ROOT / "main.py", *(ROOT / "input_pipeline").glob("*.py"), *ROOT.glob("results/*.py")]
+    importing = {path.name for path in files if "tensorflow" in imported(path)}
+    assert importing == {"host_tensorflow.py"}
+
+
 def test_quantizers_and_networks_need_jax_flax_and_jaxtyping_alone():
     """In a new process: nothing else is imported than what these import themselves."""
     program = """

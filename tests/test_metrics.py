@@ -9,8 +9,6 @@ from flax import nnx
 from llvq import VQVAE, LatticeQuantizer
 from llvq.evaluation import metrics
 
-tf = pytest.importorskip("tensorflow", reason="TensorFlow is the oracle")
-
 
 def image_pairs(shape):
     rng = np.random.default_rng(0)
@@ -53,6 +51,7 @@ def test_ssim(shape):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_psnr_against_tensorflow(channels):
+    tf = pytest.importorskip("tensorflow", reason="TensorFlow is the oracle")
     a, b = image_pairs((28, 28, channels))
     psnr, expected = jax.jit(metrics.psnr)(a, b), tf.image.psnr(a, b, 1.0)
     np.testing.assert_allclose(psnr[1:], expected[1:], rtol=1e-5)  # the first pair is equal

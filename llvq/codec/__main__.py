@@ -10,7 +10,6 @@ not evaluated on its data set a code model estimated from some images.
 """
 
 import argparse
-import collections
 import functools
 import logging
 import os
@@ -77,9 +76,10 @@ def _convert(
     """Converts files, as many at a time as there are cores."""
     files = [file for file, _ in found]
     targets = [(output / name).with_suffix(suffix) for _, name in found]
-    target, count = collections.Counter(targets).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"{count} files would become {target}: give them different --output")
+    by_target = dict(zip(targets, files, strict=True))
+    for file, target in zip(files, targets, strict=True):
+        if by_target[target] != file:
+            raise UserError(f"{file} and {by_target[target]} would become {target}: rename one")
     for directory in {target.parent for target in targets}:
         try:
             directory.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ def find_files(folder: epath.Path, suffixes: Collection[str]) -> Iterator[epath.
     Hidden files and folders are left out. Suffixes are compared in lower case.
 
     Raises:
-      UserError: if a link leads back to a folder that it is in.
+      UserError: if a folder cannot be read, or if a link leads back to a folder that it is in.
     """
     yield from _find_files(folder, suffixes, ())
 
@@ -32,8 +32,12 @@ def _find_files(
 ) -> Iterator[epath.Path]:
     parents = (*parents, os.path.realpath(folder))
     if parents[-1] in parents[:-1]:
-        raise UserError(f"{folder} leads back to {parents[-1]}: remove this link")
-    for path in folder.iterdir():
+        raise UserError(f"{folder} is {parents[-1]} again: remove the link that leads there")
+    try:
+        paths = list(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror})") from error
+    for path in paths:
         if path.name.startswith("."):
             continue
         if path.is_dir():

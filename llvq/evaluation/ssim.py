@@ -5,7 +5,7 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-_WINDOW = 11  # pixels; the smallest images are as large
+_WINDOW = 11  # pixels; config.py refuses smaller images
 _SIGMA = 1.5  # pixels
 _C1, _C2 = 0.01**2, 0.03**2
 _TILE = 128  # the width of a TPU's matrix unit
@@ -19,11 +19,11 @@ def ssim(originals: Images, reconstructions: Images) -> Float[Array, "batch"]:
     Source: Wang et al., "Image quality assessment" (2004): a Gaussian window of 11 pixels with
     σ = 1.5, where it lies within the image.
 
-    The images are seen as [height, width · channels], so that a TPU's vectors are full, and the
-    window as products with band matrices.
+    Images are reshaped to [height, width · channels] to fill a TPU's vectors, and the window is
+    applied as products with band matrices.
     """
     batch, height, _, channels = originals.shape
-    # Squares of values around 0 lose less to rounding, where a variance is small.
+    # Values are centred at 0, because small variances then lose less to rounding.
     a, b = (images.reshape(batch, height, -1) - 0.5 for images in (originals, reconstructions))
     a, b, squares, products = (
         _blur(_blur(values, 1, 1), 2, channels) for values in (a, b, a * a + b * b, a * b)

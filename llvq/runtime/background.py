@@ -1,4 +1,4 @@
-"""A metric writer that nobody waits for."""
+"""A metric writer that works in the background."""
 
 import collections
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from llvq.errors import UserError, first_line
 class BackgroundWriter:
     """Makes a metric writer (see clu) and writes to it, in a thread of its own and in order.
 
-    What goes wrong there is raised by a later call, or by `flush` or `close`: a UserError where
-    something cannot be written.
+    What goes wrong there is raised by a later call, or by `close`: a UserError where something
+    cannot be written.
     """
 
     def __init__(self, make_writer: Callable[[], Any]) -> None:
@@ -39,14 +39,14 @@ class BackgroundWriter:
         self._submit("write_hparams", *arguments, **options)
 
     def flush(self) -> None:
-        """Waits until everything is written."""
         self._submit("flush")
-        self._raise_errors(wait=True)
 
     def close(self) -> None:
-        """Likewise; nothing can be written afterwards."""
-        self._submit("close")
-        self._thread.shutdown()
+        """Waits until everything is written; nothing can be written afterwards."""
+        try:
+            self._submit("close")
+        finally:
+            self._thread.shutdown()
         self._raise_errors(wait=True)
 
     def _submit(self, name: str, *arguments: Any, **options: Any) -> None:
@@ -62,8 +62,8 @@ class BackgroundWriter:
                 self._calls.popleft().result()
             except Exception as error:
                 self._calls.clear()
-                is_ours = not isinstance(error, OSError)
-                if is_ours and not type(error).__module__.startswith("tensorflow"):
+                is_tensorflows = type(error).__module__.startswith("tensorflow")
+                if not (is_tensorflows or isinstance(error, OSError)):
                     raise
                 raise UserError(
                     f"metrics cannot be written ({_reason(error)}): the same command resumes from "

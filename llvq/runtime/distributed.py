@@ -161,7 +161,7 @@ class _Relay(threading.Thread):
 
     def set_last_words(self, message: str) -> None:
         """Sets what the relay prints when another process is lost."""
-        os.write(2, relay.MARK + f"{_program()}: {message}\n".encode())
+        os.write(2, relay.MARK + f"{_program()}: {message}\n".encode(errors="backslashreplace"))
 
     def say_last_words(self) -> None:
         """Prints them now, unless they have been printed."""
