@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
+from tensorflow_datasets.core import hashing
 
 from input_pipeline import tfds_builders
 from input_pipeline.host_tensorflow import tf
@@ -59,7 +60,7 @@ def _read(builder: tfds.core.DatasetBuilder, num_images: Mapping[str, int]) -> d
                 f"{builder.data_path} has {len(shuffled)} images in split {split!r}, not "
                 f"{num_images[split]}: delete it to have it prepared anew"
             )
-        hasher = tfds.core.hashing.Hasher(split)  # TFDS writes examples in the order of their hash
+        hasher = hashing.Hasher(split)  # TFDS writes examples in the order of their hash
         order = sorted(range(len(shuffled)), key=hasher.hash_key)
         images[split] = np.empty_like(shuffled)
         images[split][order] = shuffled

@@ -123,11 +123,13 @@ def _manual(directory):
 @target
 def load_fashion_mnist(directory, files):
     """IDX files of a directory, or what TFDS prepared there; `files` tells what is official."""
+    import tensorflow_datasets as tfds
+
     from input_pipeline import fashion_mnist
 
     fashion_mnist._FILES = files
     fashion_mnist._DEBIAN_DIR = epath.Path("/nowhere")
-    fashion_mnist.tfds.image_classification.FashionMNIST.URL = NOWHERE
+    tfds.image_classification.FashionMNIST.URL = NOWHERE
     num_images = {split: (num_bytes - 16) // 28**2 for split, (_, num_bytes, _) in files.items()}
     return _digests(
         fashion_mnist.load(f"{directory}/data", _manual(directory), num_images=num_images)

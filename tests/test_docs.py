@@ -24,7 +24,12 @@ MAX_README_LINES = 150
 SHORTER = {"num_train_steps=200": "num_train_steps=2"}
 
 # Paths that the pages use as examples.
-EXAMPLES = {"llvq/quantizers/uniform.py", "checkpoints/STEP", "checkpoints/STEP/code_model.npz"}
+EXAMPLES = {
+    "llvq/quantizers/uniform.py",
+    "input_pipeline/NAME.py",
+    "checkpoints/STEP",
+    "checkpoints/STEP/code_model.npz",
+}
 
 
 def name(path):

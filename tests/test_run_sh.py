@@ -39,7 +39,7 @@ fi
 
 @pytest.fixture
 def checkout(tmp_path):
-    for name in ("run.sh", "configs", *REQUIREMENTS):
+    for name in ("run.sh", "configs", "input_pipeline", *REQUIREMENTS):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         (tmp_path / name).parent.mkdir(exist_ok=True)
         copy(ROOT / name, tmp_path / name)
