@@ -133,10 +133,10 @@ TASKS = {
 
 RUNS = [
     Run("photographs", "vq_restarts", 32),
-    Run("photographs", "sparse_lattice", 1.0),
+    Run("photographs", "sparse_lattice", 512),
     Run("photographs", "fsq", (8, 5)),
     Run("faces", "vq", 512, weights="ffhq1024/vq.ckpt"),
-    Run("faces", "sparse_lattice", 1.0, weights="ffhq1024/sparse_lattice.ckpt"),
+    Run("faces", "sparse_lattice", 512, weights="ffhq1024/sparse_lattice.ckpt"),
 ]
 
 
