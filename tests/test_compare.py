@@ -48,6 +48,13 @@ def test_delta_rates_and_what_follows(tmp_path, monkeypatch):
     records = compare.read(compare.FIRST)
     assert compare.bd_rate("fsq", records) == pytest.approx(-10.0)
     assert compare.bd_rate("bsq", records) == pytest.approx(10.0)
+    # A point that takes more bits for less does not count.
+    worst = max(
+        (run for run in records if run.curve == "fsq"), key=lambda r: compare.rate(records[r])
+    )
+    falling = records[worst]["evaluation"] | {"psnr": 21.0}
+    found = compare.bd_rate("fsq", {**records, worst: {"evaluation": falling}})
+    assert found == pytest.approx(-10.0, abs=0.5)  # three points are interpolated otherwise
     further = compare.further(records)
     of_seeds = {run.curve for run in further if run.epochs == 3}
     assert of_seeds >= {"fsq", "sparse_lattice", "e8_lattice"}
