@@ -99,8 +99,8 @@ _RATE_WEIGHTS = (2e-3, 7e-4, 2.5e-4, 1e-4)
 CURVES = {
     "vq": Curve("vq", "codebook_size", (8, 64, 512, 4096), 64, "leaky_relu"),
     "vq_restarts": Curve("vq", "codebook_size", (8, 64, 1024, 16384), 4, "none", _STRONG),
-    # γ from 0.001 to 1 moves the rate by a bit (see TRIALS); the first basis, which the desired
-    # codebook size sets, moves it by many.
+    # γ from 0.001 to 1 moves the rate by a bit (see TRIALS), so that the first basis is varied,
+    # which the desired codebook size sets.
     "sparse_lattice": Curve(
         "sparse_lattice", "codebook_size", (8, 512, 2**16, 2**24), 64, "leaky_relu"
     ),
