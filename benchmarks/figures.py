@@ -25,7 +25,7 @@ Row = dict[str, Any]
 # threads than free cores, PyTorch was seen to take 90 times as long as with one thread.
 _QUIET = 0.5
 
-_HEADER = """# llvq and PyTorch side by side
+_HEADER = """# Benchmarks
 
 The programs named below wrote this page and say what they measure; do not edit it by hand. Times
 are medians of runs in turns; "faster by" is the median of the ratios of neighbouring runs, with its

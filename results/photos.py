@@ -9,39 +9,30 @@ for each finished run; a run that was stopped is resumed. What is missing is nam
 """
 
 import argparse
-import bisect
-import io
 import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from etils import epath
-from jaxtyping import UInt8
-from PIL import Image
 
 import input_pipeline
 from configs import image_folder
-from input_pipeline.host_tensorflow import tf
-from llvq import codec, load_pretrained
+from llvq import load_pretrained
 from llvq.config import TrainConfig, parse
 from llvq.data.image_files import SUFFIXES, find_files, read_image
 from llvq.errors import DivergenceError, UserError, one_line_exit
 from llvq.evaluation.pictures import write_png
 from llvq.import_torch import import_checkpoint
-from llvq.models import VQVAE
 from llvq.runtime.console import markdown_table
-from results import recorded
+from results import other_codecs, recorded
 from results.compare import CURVES
 
 DIRECTORY = pathlib.Path(__file__).parent / "photos"
 
-Pixels = UInt8[np.ndarray, "height width channels"]
 Record = recorded.Record
 
 _SOURCES = ("../shared/data", "../shared/reference/checkpoints", "runs")
-_CROP = 256  # pixels, of the pictures
 
 
 class Task(NamedTuple):
@@ -131,65 +122,17 @@ TASKS = {
     ),
 }
 
+_AT_5_BITS = (("vq_restarts", 32), ("sparse_lattice", 512), ("fsq", (8, 5)))
+
 RUNS = [
-    Run("photographs", "vq_restarts", 32),
-    Run("photographs", "sparse_lattice", 512),
-    Run("photographs", "fsq", (8, 5)),
+    *(Run("photographs", *model) for model in _AT_5_BITS),
+    *(Run("photographs_celeba", *model) for model in _AT_5_BITS[:2]),
+    *(Run("faces", *model) for model in _AT_5_BITS),
     Run("faces", "vq", 512, weights="ffhq1024/vq.ckpt"),
     Run("faces", "sparse_lattice", 512, weights="ffhq1024/sparse_lattice.ckpt"),
+    Run("full_size", "sparse_lattice", 512),
+    Run("shipped", "sparse_lattice", 512),
 ]
-
-
-def nearest_file(pixels: Pixels, format_name: str, num_bytes: int) -> bytes:
-    """The JPEG or WebP file, over all qualities, whose size is nearest."""
-    files: dict[int, bytes] = {}
-
-    def size(quality: int) -> int:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format_name, quality=quality)
-        files[quality] = buffer.getvalue()
-        return len(files[quality])
-
-    bisect.bisect_left(range(101), num_bytes, key=size)  # size hardly ever falls as quality rises
-    return min(files.values(), key=lambda file: abs(len(file) - num_bytes))
-
-
-def quality(original: Pixels, reconstruction: Pixels) -> dict[str, float]:
-    """PSNR, SSIM and MS-SSIM of an image, by TensorFlow."""
-    pair = [tf.constant(image) for image in (original, reconstruction)]
-    return {
-        "psnr": float(tf.image.psnr(*pair, max_val=255)),
-        "ssim": float(tf.image.ssim(*pair, max_val=255)),
-        "ms_ssim": float(tf.image.ssim_multiscale(*pair, max_val=255)),
-    }
-
-
-def compress(model: VQVAE, pixels: Pixels) -> dict[str, tuple[int, Pixels]]:
-    """The bytes of a photograph's file and what it decodes to, by this program and by others."""
-    images = pixels[None]
-    stream = codec.encode(model, images)
-    with_contexts = codec.encode(model, images, with_contexts=True)
-    decoded = codec.decode(model, stream)[0]
-    files = {"llvq": (len(stream), decoded), "llvq with contexts": (len(with_contexts), decoded)}
-    for format_name in ("JPEG", "WebP"):
-        file = nearest_file(pixels, format_name, len(stream))
-        files[format_name] = len(file), np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
-    return files
-
-
-def measure(model: VQVAE, photographs: Sequence[Pixels]) -> dict[str, dict[str, float]]:
-    """Coded bits per pixel over all photographs and the means of their qualities, by format."""
-    num_pixels = sum(pixels.shape[0] * pixels.shape[1] for pixels in photographs)
-    totals: dict[str, dict[str, float]] = {}
-    for pixels in photographs:
-        for name, (num_bytes, decoded) in compress(model, pixels).items():
-            of_format = totals.setdefault(name, {})
-            shares = {"coded_bits_per_pixel": 8 * num_bytes / num_pixels}
-            for figure, value in quality(pixels, decoded).items():
-                shares[figure] = value / len(photographs)
-            for figure, share in shares.items():
-                of_format[figure] = of_format.get(figure, 0.0) + share
-    return totals
 
 
 def _joined(folders: Sequence[pathlib.Path], directory: pathlib.Path) -> pathlib.Path:
@@ -238,24 +181,16 @@ def carry_out(
         paths = sorted(find_files(epath.Path(images / "test"), SUFFIXES))
         photographs = [read_image(path, 3) for path in paths]
         model = load_pretrained(checkpoint)
-        record["photographs"] = measure(model, photographs)
+        record["photographs"] = other_codecs.measure(model, photographs)
         if run == _first(run.task):
             picture = DIRECTORY / f"{run.task}.png"
             picture.parent.mkdir(parents=True, exist_ok=True)
-            write_png(picture, crops(model, photographs[0]))
+            write_png(picture, other_codecs.crops(model, photographs[0]))
     recorded.keep(run.record, record)
 
 
 def _first(task: str) -> Run:
     return next(run for run in RUNS if run.task == task)
-
-
-def crops(model: VQVAE, pixels: Pixels) -> Pixels:
-    """The centre of a photograph: the original, and what each format makes of it."""
-    decoded = compress(model, pixels)
-    shown = [pixels, *(decoded[name][1] for name in ("llvq", "JPEG", "WebP"))]
-    top, left = ((length - _CROP) // 2 for length in pixels.shape[:2])
-    return np.concatenate([image[top : top + _CROP, left : left + _CROP] for image in shown], 1)
 
 
 _HEADER = """# Models of photographs and faces

@@ -12,7 +12,7 @@ from PIL import Image
 
 from llvq import checkpointing, codec, load_pretrained
 from llvq.training import train_state
-from results import photos
+from results import other_codecs, photos
 from results.compare import CURVES
 from tests import tiny
 from tests.runs import create_model
@@ -45,9 +45,9 @@ def test_the_nearest_file(format_name):
     slack = 0.02 if format_name == "WebP" else 0.0
     for num_bytes in (0, 1500, 3000, sizes[100], 10**6):
         best = min(abs(size - num_bytes) for size in sizes)
-        found = abs(len(photos.nearest_file(pixels, format_name, num_bytes)) - num_bytes)
+        found = abs(len(other_codecs.nearest_file(pixels, format_name, num_bytes)) - num_bytes)
         assert found <= best + slack * min(num_bytes, sizes[100])
-        assert Image.open(io.BytesIO(photos.nearest_file(pixels, format_name, num_bytes)))
+        assert Image.open(io.BytesIO(other_codecs.nearest_file(pixels, format_name, num_bytes)))
 
 
 def test_what_is_measured(tmp_path):
@@ -57,7 +57,7 @@ def test_what_is_measured(tmp_path):
     model = load_pretrained(tmp_path / "model")
     photographs = [smooth(180, 200), smooth(200, 180)]
     codec.fit(model, [image[None] for image in photographs])
-    found = photos.measure(model, photographs)
+    found = other_codecs.measure(model, photographs)
     streams = [codec.encode(model, image[None]) for image in photographs]
     bits = 8 * sum(map(len, streams)) / (2 * 180 * 200)
     assert found["llvq"]["coded_bits_per_pixel"] == pytest.approx(bits)
@@ -70,7 +70,7 @@ def test_what_is_measured(tmp_path):
     for figures in found.values():
         assert 0 < figures["ms_ssim"] <= 1
         assert 0 < figures["ssim"] <= 1
-    assert photos.crops(model, smooth(300, 280)).shape == (256, 4 * 256, 3)
+    assert other_codecs.crops(model, smooth(300, 280)).shape == (256, 4 * 256, 3)
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):

@@ -24,7 +24,10 @@ def find_files(folder: epath.Path, suffixes: Collection[str]) -> Iterator[epath.
     Raises:
       UserError: if a folder cannot be read, or if a link leads back to a folder that it is in.
     """
-    yield from _find_files(folder, suffixes, ())
+    try:
+        yield from _find_files(folder, suffixes, ())
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} cannot be read ({error.strerror})") from error
 
 
 def _find_files(
@@ -33,11 +36,7 @@ def _find_files(
     parents = (*parents, os.path.realpath(folder))
     if parents[-1] in parents[:-1]:
         raise UserError(f"{folder} is {parents[-1]} again: remove the link that leads there")
-    try:
-        paths = list(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read ({error.strerror})") from error
-    for path in paths:
+    for path in folder.iterdir():
         if path.name.startswith("."):
             continue
         if path.is_dir():

@@ -38,9 +38,6 @@ class BackgroundWriter:
     def write_hparams(self, *arguments: Any, **options: Any) -> None:
         self._submit("write_hparams", *arguments, **options)
 
-    def flush(self) -> None:
-        self._submit("flush")
-
     def close(self) -> None:
         """Waits until everything is written; nothing can be written afterwards."""
         try:

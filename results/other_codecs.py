@@ -1,0 +1,77 @@
+"""A model's files of photographs beside JPEG and WebP files of the nearest size."""
+
+import bisect
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from input_pipeline.host_tensorflow import tf
+from llvq import codec
+from llvq.models import VQVAE
+
+Pixels = UInt8[np.ndarray, "height width channels"]
+
+_CROP = 256  # pixels
+
+
+def nearest_file(pixels: Pixels, format_name: str, num_bytes: int) -> bytes:
+    """The JPEG or WebP file, over all qualities, whose size is nearest."""
+    files: dict[int, bytes] = {}
+
+    def size(quality: int) -> int:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format_name, quality=quality)
+        files[quality] = buffer.getvalue()
+        return len(files[quality])
+
+    bisect.bisect_left(range(101), num_bytes, key=size)  # size hardly ever falls as quality rises
+    return min(files.values(), key=lambda file: abs(len(file) - num_bytes))
+
+
+def quality(original: Pixels, reconstruction: Pixels) -> dict[str, float]:
+    """PSNR, SSIM and MS-SSIM of an image, by TensorFlow."""
+    pair = [tf.constant(image) for image in (original, reconstruction)]
+    return {
+        "psnr": float(tf.image.psnr(*pair, max_val=255)),
+        "ssim": float(tf.image.ssim(*pair, max_val=255)),
+        "ms_ssim": float(tf.image.ssim_multiscale(*pair, max_val=255)),
+    }
+
+
+def compress(model: VQVAE, pixels: Pixels) -> dict[str, tuple[int, Pixels]]:
+    """The bytes of a photograph's file and what it decodes to, by this program and by others."""
+    images = pixels[None]
+    stream = codec.encode(model, images)
+    with_contexts = codec.encode(model, images, with_contexts=True)
+    decoded = codec.decode(model, stream)[0]
+    files = {"llvq": (len(stream), decoded), "llvq with contexts": (len(with_contexts), decoded)}
+    for format_name in ("JPEG", "WebP"):
+        file = nearest_file(pixels, format_name, len(stream))
+        files[format_name] = len(file), np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
+    return files
+
+
+def measure(model: VQVAE, photographs: Sequence[Pixels]) -> dict[str, dict[str, float]]:
+    """Coded bits per pixel over all photographs and the means of their qualities, by format."""
+    num_pixels = sum(pixels.shape[0] * pixels.shape[1] for pixels in photographs)
+    totals: dict[str, dict[str, float]] = {}
+    for pixels in photographs:
+        for name, (num_bytes, decoded) in compress(model, pixels).items():
+            of_format = totals.setdefault(name, {})
+            shares = {"coded_bits_per_pixel": 8 * num_bytes / num_pixels}
+            for figure, value in quality(pixels, decoded).items():
+                shares[figure] = value / len(photographs)
+            for figure, share in shares.items():
+                of_format[figure] = of_format.get(figure, 0.0) + share
+    return totals
+
+
+def crops(model: VQVAE, pixels: Pixels) -> Pixels:
+    """The centre of a photograph: the original, and what each format makes of it."""
+    decoded = compress(model, pixels)
+    shown = [pixels, *(decoded[name][1] for name in ("llvq", "JPEG", "WebP"))]
+    top, left = ((length - _CROP) // 2 for length in pixels.shape[:2])
+    return np.concatenate([image[top : top + _CROP, left : left + _CROP] for image in shown], 1)
