@@ -6,6 +6,7 @@ writes τ for 2/τ.
 """
 
 import math
+from typing import Any
 
 import jax
 from jax import lax
@@ -39,14 +40,44 @@ class BinaryQuantizer(Quantizer):
         return (4.0 * self.scale / temperature) * latents
 
 
+@jax.custom_jvp
+def _probabilities(
+    logits: Float[Array, "..."],
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Of a bit to be 1 and to be 0, both with all their digits, from one exponential."""
+    odds = jnp.exp(-jnp.abs(logits))  # of the less likely value
+    likely = 1 / (1 + odds)
+    unlikely = odds * likely
+    is_one = logits > 0
+    return jnp.where(is_one, likely, unlikely), jnp.where(is_one, unlikely, likely)
+
+
+@_probabilities.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    one, zero = _probabilities(*primals)
+    change = one * zero * tangents[0]
+    return (one, zero), (change, -change)
+
+
+@jax.custom_jvp
+def _entropies(logits: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Of single bits, in nats."""
+    unlikely = jnp.minimum(*_probabilities(logits))
+    return jnp.abs(logits) * unlikely - jnp.log1p(-unlikely)
+
+
+@_entropies.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (logits,) = primals
+    one, zero = _probabilities(logits)
+    return _entropies(logits), -logits * one * zero * tangents[0]
+
+
 def mean_entropy(
     logits: Float[Array, "... num_bits"], where: Bool[Array, "..."] | None
 ) -> Float[Array, ""]:
     """E[H(p(c|z))] in nats, the mean over the latents of the entropy of their bits."""
-    # The absolute value avoids cancellation where a bit is nearly certain.
-    certainty = jnp.abs(logits)
-    entropies = jax.nn.softplus(-certainty) + certainty * jax.nn.sigmoid(-certainty)
-    return mean(jnp.sum(entropies, axis=-1, keepdims=True), where)
+    return mean(jnp.sum(_entropies(logits), axis=-1, keepdims=True), where)
 
 
 def entropy_of_mean(
@@ -70,7 +101,7 @@ def entropy_of_mean(
         axes = tuple(range(logits.ndim - 1))
         means = [
             jnp.sum(weights * values, axis=axes) / total
-            for values in (jax.nn.sigmoid(logits), jax.nn.sigmoid(-logits), jnp.tanh(logits / 2))
+            for values in (*_probabilities(logits), jnp.tanh(logits / 2))
         ]
         probabilities, excess = jnp.stack(means[:2]), jnp.stack([means[2], -means[2]])
         # Near 1/2 the logarithm of 2p keeps its digits only as log1p(2p − 1).
@@ -94,7 +125,6 @@ def _joint(logits: Float[Array, "... bits"]) -> Float[Array, "... codes"]:
     """The probabilities of all combinations of some bits."""
     joint = jnp.ones((*logits.shape[:-1], 1), logits.dtype)
     for bit in range(logits.shape[-1]):
-        one = jax.nn.sigmoid(logits[..., bit : bit + 1])
-        zero = jax.nn.sigmoid(-logits[..., bit : bit + 1])
+        one, zero = _probabilities(logits[..., bit : bit + 1])
         joint = jnp.concatenate([joint * zero, joint * one], axis=-1)
     return joint
