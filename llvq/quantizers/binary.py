@@ -77,7 +77,7 @@ def mean_entropy(
     logits: Float[Array, "... num_bits"], where: Bool[Array, "..."] | None
 ) -> Float[Array, ""]:
     """E[H(p(c|z))] in nats, the mean over the latents of the entropy of their bits."""
-    return mean(jnp.sum(_entropies(logits), axis=-1, keepdims=True), where)
+    return logits.shape[-1] * mean(_entropies(logits), where)
 
 
 def entropy_of_mean(
