@@ -2,7 +2,7 @@
 
 import bisect
 import io
-from collections.abc import Sequence
+from collections.abc import Collection
 
 import numpy as np
 from jaxtyping import UInt8
@@ -14,7 +14,7 @@ from llvq.models import VQVAE
 
 Pixels = UInt8[np.ndarray, "height width channels"]
 
-_CROP = 256  # pixels
+_CROP = 240, 320  # rows and columns
 
 
 def nearest_file(pixels: Pixels, format_name: str, num_bytes: int) -> bytes:
@@ -54,7 +54,7 @@ def compress(model: VQVAE, pixels: Pixels) -> dict[str, tuple[int, Pixels]]:
     return files
 
 
-def measure(model: VQVAE, photographs: Sequence[Pixels]) -> dict[str, dict[str, float]]:
+def measure(model: VQVAE, photographs: Collection[Pixels]) -> dict[str, dict[str, float]]:
     """Coded bits per pixel over all photographs and the means of their qualities, by format."""
     num_pixels = sum(pixels.shape[0] * pixels.shape[1] for pixels in photographs)
     totals: dict[str, dict[str, float]] = {}
@@ -69,9 +69,17 @@ def measure(model: VQVAE, photographs: Sequence[Pixels]) -> dict[str, dict[str, 
     return totals
 
 
-def crops(model: VQVAE, pixels: Pixels) -> Pixels:
-    """The centre of a photograph: the original, and what each format makes of it."""
-    decoded = compress(model, pixels)
-    shown = [pixels, *(decoded[name][1] for name in ("llvq", "JPEG", "WebP"))]
-    top, left = ((length - _CROP) // 2 for length in pixels.shape[:2])
-    return np.concatenate([image[top : top + _CROP, left : left + _CROP] for image in shown], 1)
+def compared(model: VQVAE, pixels: Pixels) -> tuple[Pixels, dict[str, int]]:
+    """A picture of a photograph's centre, and bytes by name.
+
+    The picture has the original and `model`'s version above those of JPEG and WebP. The bytes are
+    those of the original's pixels and of the whole photograph's files.
+    """
+    files = {"pixels": (pixels.nbytes, pixels), **compress(model, pixels)}
+    del files["llvq with contexts"]  # it decodes to the same
+    top, left = (length // 2 - crop // 2 for length, crop in zip(pixels.shape, _CROP, strict=False))
+    (a, b, c, d) = (
+        image[top : top + _CROP[0], left : left + _CROP[1]] for _, image in files.values()
+    )
+    picture = np.concatenate([np.concatenate([a, b], 1), np.concatenate([c, d], 1)])
+    return picture, {name: num_bytes for name, (num_bytes, _) in files.items()}

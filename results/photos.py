@@ -47,6 +47,7 @@ class Task(NamedTuple):
       batch_size: in training.
       num_epochs: likewise.
       whole: whether its test images are compressed as they are, and not only at `size`.
+      shown: the name of the test image in the task's picture; "" is the first one.
     """
 
     title: str
@@ -57,6 +58,7 @@ class Task(NamedTuple):
     batch_size: int = 64
     num_epochs: int = 20
     whole: bool = True
+    shown: str = ""
 
 
 class Run(NamedTuple):
@@ -119,6 +121,7 @@ TASKS = {
         "The models that ship: photographs of BSDS500 and of Debian, FFHQ's network",
         ("bsds500", "debian_photos"),
         num_epochs=5,
+        shown="life.jpg",
     ),
 }
 
@@ -183,10 +186,16 @@ def carry_out(
         model = load_pretrained(checkpoint)
         record["photographs"] = other_codecs.measure(model, photographs)
         if run == _first(run.task):
-            picture = DIRECTORY / f"{run.task}.png"
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            write_png(picture, other_codecs.crops(model, photographs[0]))
+            names = [path.name for path in paths]
+            index = names.index(task.shown) if task.shown else 0
+            picture, num_bytes = other_codecs.compared(model, photographs[index])
+            record["shown"] = {"name": names[index], "bytes": num_bytes}
+            write_png(_picture(run.task), picture)
     recorded.keep(run.record, record)
+
+
+def _picture(task: str) -> pathlib.Path:
+    return DIRECTORY / f"{task}.png"
 
 
 def _first(task: str) -> Run:
@@ -249,6 +258,15 @@ def _whole_cells(run: Run, record: Record) -> list[list[str]]:
     ]
 
 
+def _shown(task: str, shown: Record) -> str:
+    sizes = [f"{name} {num_bytes:,}" for name, num_bytes in shown["bytes"].items()]
+    return (
+        f"The centre of `{shown['name']}` at 1:1: the original beside `{_first(task).curve}`, "
+        f"above JPEG and WebP. Bytes of the whole photograph: {', '.join(sizes)}.\n\n"
+        f"![{shown['name']}]({DIRECTORY.name}/{_picture(task).name})\n"
+    )
+
+
 def write(records: dict[Run, Record]) -> None:
     """Writes the page."""
     parts = [_HEADER]
@@ -266,9 +284,8 @@ def write(records: dict[Run, Record]) -> None:
             rows = [cells for item in of_task.items() for cells in _whole_cells(*item)]
             parts.append("Whole test photographs:\n")
             parts.append(markdown_table(_WHOLE_COLUMNS, rows) + "\n")
-            first = _first(name)
-            parts.append(f"The original, `{first.curve}`, JPEG and WebP, at 1:1:\n")
-            parts.append(f"![crops](photos/{name}.png)\n")
+            if _first(name) in of_task:
+                parts.append(_shown(name, of_task[_first(name)]["shown"]))
     (DIRECTORY.parent / "photos.md").write_text("\n".join(parts))
 
 

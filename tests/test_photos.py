@@ -70,7 +70,18 @@ def test_what_is_measured(tmp_path):
     for figures in found.values():
         assert 0 < figures["ms_ssim"] <= 1
         assert 0 < figures["ssim"] <= 1
-    assert other_codecs.crops(model, smooth(300, 280)).shape == (256, 4 * 256, 3)
+
+    photograph = smooth(300, 400)
+    picture, num_bytes = other_codecs.compared(model, photograph)
+    stream = codec.encode(model, photograph[None])
+    np.testing.assert_array_equal(picture[:240, :320], photograph[30:270, 40:360])
+    np.testing.assert_array_equal(
+        picture[:240, 320:], codec.decode(model, stream)[0, 30:270, 40:360]
+    )
+    assert picture.shape == (480, 640, 3)
+    assert list(num_bytes) == ["pixels", "llvq", "JPEG", "WebP"]
+    assert num_bytes["pixels"] == 300 * 400 * 3
+    assert num_bytes["llvq"] == len(stream)
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
