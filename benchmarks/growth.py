@@ -119,28 +119,33 @@ def _report(rows: Sequence[Row], picture: str = "growth.png") -> str:
 
 
 def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
-    """Speed and memory against size on one machine, a line for each step and batch."""
+    """Speed and memory against size on one machine, a column per batch and a line per step."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    lines: dict[tuple[str, int], list[Row]] = {}
+    lines: dict[int, dict[str, list[Row]]] = {}
     for row in sorted(rows, key=lambda row: row["setting"]["size"]):
         step, batch_size, _ = row["setting"].values()
         if "ended" not in row:
-            lines.setdefault((step, batch_size), []).append(row)
-    for (step, batch_size), part in lines.items():
-        sizes = [row["setting"]["size"] for row in part]
-        style: dict[str, Any] = {"marker": "o", "label": f"{step}, {batch_size} at a time"}
-        speeds = [
-            batch_size * size**2 / 1e6 / statistics.median(row["seconds"])
-            for size, row in zip(sizes, part, strict=True)
-        ]
-        axes[0].plot(sizes, speeds, **style)
-        axes[1].plot(sizes, [row["peak_bytes"] / 1e9 for row in part], **style)
-    for ax, title in zip(axes, ("megapixels per second", "memory of the process, GB"), strict=True):
-        ax.set(title=title, xlabel="height and width", xscale="log", yscale="log")
-    axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+            lines.setdefault(batch_size, {}).setdefault(step, []).append(row)
+    grid: dict[str, Any] = {"sharex": True, "sharey": "row", "squeeze": False}
+    figure, axes = plt.subplots(
+        2, max(len(lines), 1), figsize=(11, 7), layout="constrained", **grid
+    )
+    for column, (batch_size, of_batch) in enumerate(sorted(lines.items())):
+        speed, memory = axes[:, column]
+        for step in STEPS:
+            part = of_batch.get(step, [])
+            sizes = [row["setting"]["size"] for row in part]
+            megapixels = [batch_size * size**2 / 1e6 for size in sizes]
+            seconds = [statistics.median(row["seconds"]) for row in part]
+            speed.plot(sizes, np.divide(megapixels, seconds), marker="o", label=step)
+            memory.plot(sizes, [row["peak_bytes"] / 1e9 for row in part], marker="o")
+        speed.set(title=f"batch {batch_size}", xscale="log", yscale="log")
+        memory.set(xlabel="height and width", yscale="log")
+    axes[0, 0].set_ylabel("megapixels per second")
+    axes[1, 0].set_ylabel("memory of the process, GB")
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=80, metadata={"Software": None})
     plt.close(figure)
 
 
