@@ -125,12 +125,18 @@ TASKS = {
     ),
 }
 
-_AT_5_BITS = (("vq_restarts", 32), ("sparse_lattice", 512), ("fsq", (8, 5)))
+_AT_5_BITS = (("vq_restarts", 32), ("sparse_lattice", 512), ("fsq", (8, 5)), ("e8_lattice", 2.5e-4))
+_AT_12_BITS = (
+    ("vq_restarts", 4096),
+    ("sparse_lattice", 2**16),
+    ("fsq", (8, 8, 8, 6, 5)),
+    ("e8_lattice", 5e-5),
+)
 
 RUNS = [
-    *(Run("photographs", *model) for model in _AT_5_BITS),
+    *(Run("photographs", *model) for model in (*_AT_5_BITS, *_AT_12_BITS)),
     *(Run("photographs_celeba", *model) for model in _AT_5_BITS[:2]),
-    *(Run("faces", *model) for model in _AT_5_BITS),
+    *(Run("faces", *model) for model in _AT_5_BITS[:3]),
     Run("faces", "vq", 512, weights="ffhq1024/vq.ckpt"),
     Run("faces", "sparse_lattice", 512, weights="ffhq1024/sparse_lattice.ckpt"),
     Run("full_size", "sparse_lattice", 512),

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import jax
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 
@@ -231,3 +233,14 @@ def test_every_config_field_is_described():
     section = text.split("## Config fields")[1].split("\n## ")[0]
     described = set(re.findall(r"^\| `([\w.]+)` \|", section, re.MULTILINE))
     assert described == fields
+
+
+@pytest.mark.slow  # compiles a model of photographs: half a minute
+def test_the_tour_runs_and_shows_what_it_shows():
+    book = nbformat.read(ROOT / "docs/tour.ipynb", as_version=4)
+    shown = [cell.get("outputs", []) for cell in book.cells]
+    place = {"metadata": {"path": str(ROOT / "docs")}}
+    nbclient.NotebookClient(book, timeout=300, resources=place).execute()
+    for before, cell in zip(shown, book.cells, strict=True):
+        after = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
+        assert [output.output_type for output in after] == [o.output_type for o in before]
