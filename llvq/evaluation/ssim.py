@@ -42,17 +42,18 @@ def _blur(
     reach = (_WINDOW - 1) * stride
     total = values.shape[axis] - reach
     length = min(total, max(_TILE, 2 * reach) - reach)  # means per tile
-    band = np.zeros((length, length + reach))
+    band = np.zeros((length, length + reach), values.dtype)
     distances = (np.arange(_WINDOW) - _WINDOW // 2) / _SIGMA
     weights = np.exp(-0.5 * distances**2)
     for offset, weight in enumerate(weights / weights.sum()):
-        band += weight * np.eye(length, length + reach, offset * stride)
+        band += weight * np.eye(length, length + reach, offset * stride, values.dtype)
     tiles = []
     for start in range(0, total, length):
         first = min(start, total - length)  # the last tile begins earlier, to be as long
         tile = lax.slice_in_dim(values, first, first + length + reach, axis=axis)
-        means = jnp.moveaxis(
-            jnp.tensordot(band.astype(values.dtype), tile, (1, axis), precision="highest"), 0, axis
-        )
+        if axis == 1:
+            means = jnp.moveaxis(jnp.tensordot(band, tile, (1, 1), precision="highest"), 0, 1)
+        else:
+            means = jnp.tensordot(tile, band, (2, 1), precision="highest")
         tiles.append(lax.slice_in_dim(means, start - first, length, axis=axis))
     return jnp.concatenate(tiles, axis=axis)
