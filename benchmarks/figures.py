@@ -28,8 +28,8 @@ _QUIET = 0.5
 _HEADER = """# Benchmarks
 
 The programs named below wrote this page and say what they measure; do not edit it by hand. Times
-are medians of runs in turns; "faster by" is the median of the ratios of neighbouring runs, with its
-quartiles in brackets.
+are medians of runs in turns; a ratio of speeds is the median of those of neighbouring runs, with
+its quartiles in brackets.
 """
 _SOURCE = ("program", "machine", "versions", "command")
 
@@ -106,7 +106,7 @@ def comparison_table(rows: Sequence[Row]) -> str:
     header = [*rows[0]["setting"], "program", "ms", f"{rows[0]['unit']}/s", "memory, MB"]
     with_shares = any(row.get("ceilings") for row in rows)
     header += ["of the memory's speed", "of the arithmetic's"] if with_shares else []
-    header += [f"{name} is faster by" for name in ours]
+    header += [f"{name}'s speed / this one's" for name in ours]
     lines: list[list[str]] = []
     for row in rows:
         for name, seconds in row["seconds"].items():
@@ -116,12 +116,18 @@ def comparison_table(rows: Sequence[Row]) -> str:
                 lines.append(line + [""] * (len(header) - len(line)))
                 continue
             median, memory = statistics.median(seconds), row["memory_bytes"].get(name)
-            line += [f"{1e3 * median:.3g}", f"{row['amount'] / median:,.4g}"]
-            line.append("" if memory is None else f"{memory / 1e6:,.4g}")
+            line += [number(1e3 * median, 3), number(row["amount"] / median)]
+            line.append("" if memory is None else number(memory / 1e6))
             line += _shares(row, name, median) if with_shares else []
             line += [_ratio(row["seconds"], name, our) for our in ours]
             lines.append(line)
     return markdown_table(header, lines)
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A number with so many digits, and commas instead of an exponent."""
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:g}"
 
 
 def _shares(row: Row, name: str, seconds: float) -> list[str]:

@@ -94,20 +94,26 @@ def table(rows: Sequence[Row]) -> str:
         step, batch_size, size = row["setting"].values()
         line = [step, str(batch_size), f"{size}×{size}"]
         if "ended" in row:
-            lines.append([*line, f"**{row['ended']}**", *[""] * 4])
+            lines.append([*line, f"**{row['ended'].removeprefix('  what():  ')}**", *[""] * 4])
             continue
         rate = batch_size / statistics.median(row["seconds"])
-        line += [f"{rate:,.4g}", f"{rate * size**2 / 1e6:.3g}"]
+        line += [figures.number(rate), figures.number(rate * size**2 / 1e6, 3)]
         for name in ("memory_bytes", "peak_bytes"):
-            line.append("" if row[name] is None else f"{row[name] / 1e6:,.4g}")
+            line.append("" if row[name] is None else figures.number(row[name] / 1e6))
         accessed = row["bytes_accessed"]
-        lines.append([*line, "" if accessed is None else f"{accessed / batch_size / 1e9:.3g}"])
+        lines.append(
+            [*line, "" if accessed is None else figures.number(accessed / batch_size / 1e9, 3)]
+        )
     return markdown_table(header, lines)
 
 
 _HEADER = """# Growth with the size of the images
 
-benchmarks/growth.py wrote this page and says what is measured; do not edit it by hand.
+    python benchmarks/growth.py --output=results/growth.json
+
+This program wrote the page; do not edit it by hand. It runs FFHQ's network with `sparse_lattice`.
+"metrics" is PSNR and SSIM; "encode" and "decode" are the codec's passes. "memory" is XLA's plan for
+a step, "process" the most that the whole process held.
 """
 
 

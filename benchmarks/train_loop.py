@@ -60,7 +60,7 @@ _TIMES = {
     "gap": "gap, ms",
     "gap_after_log": "after a log, ms",
     "gap_after_checkpoint": "after a checkpoint, ms",
-    "slower_steps_after_checkpoint": "steps after it longer by, ms",
+    "slower_steps_after_checkpoint": "extra time of the steps after a checkpoint, ms",
 }
 
 

@@ -77,7 +77,7 @@ def load(
       image_shape: (height, width, channels) of every image; 1 or 3 channels.
       fit: how an image comes to that size. "resize", or empty: scaled until it just covers it, and
         cropped to the centre. "tiles": cut into as many as fit in, from the upper left corner.
-      flip: whether training mirrors every second image.
+      flip: whether training mirrors each image with probability ½.
       convert: whether to convert what has transparency, or more than 8 bits; see `read_image`.
       skip_damaged: whether to leave out files that cannot be used, instead of ending with a list.
 

@@ -53,7 +53,7 @@ class DatasetConfig:
       fit: how images of any size come to model.image_shape: "resize" scales them and crops the
         centre, "tiles" cuts them up. This field and the next three are for data sets of such images
         only; others refuse them.
-      flip: whether training mirrors every second image.
+      flip: whether training mirrors each image with probability ½.
       convert: whether images with transparency or 16 bits are converted; if not, they are refused.
       skip_damaged: whether files that cannot be used are left out; if not, they are an error.
     """
@@ -175,7 +175,7 @@ ConfigLike = TrainConfig | Mapping[str, Any]
 
 def _paper(quantizer: str) -> dict[str, Any]:
     # The authors ran 5 epochs with a learning rate of exactly 0 from the second on. Only what is
-    # learnt without gradients notices those.
+    # learned without gradients notices those.
     if quantizer_class(quantizer).learns_without_gradients:
         return {"num_epochs": 5, "schedule": "first_epoch"}
     return {"num_epochs": 1, "schedule": "constant"}

@@ -220,9 +220,9 @@ def further(records: Mapping[Run, Mapping[str, Any]]) -> list[Run]:
 
 
 _COLUMNS = (
-    "",
-    "latents",
-    "knob",
+    "quantizer",
+    "latent_dim, activation",
+    "setting",
     "seed",
     "epochs",
     "coded bits per vector",
@@ -261,7 +261,7 @@ def _cells(run: Run, record: Mapping[str, Any]) -> list[str]:
 
 
 _LATTICE_COLUMNS = (
-    "",
+    "quantizer",
     "λ",
     "seed",
     "epochs",
@@ -316,8 +316,8 @@ _HEADER = """# Quantizers at equal coded bits
 
 `python -m results.compare` wrote this page; do not edit it by hand. Each run trains FashionMNIST's
 network for three epochs with the schedule of the recipe `long`. Coded bits are the size of the test
-split's codes as one file, under a model of order 0 of the training split's codes; "with contexts"
-lets a code's neighbours predict it. `vq_restarts` is `vq` with dead codes restarted and the
+split's codes as one file, each coded by how often it occurs in the training split (order 0); "with
+contexts", its neighbours predict it. `vq_restarts` is `vq` with dead codes restarted and the
 codebook initialised from the first batch.
 """
 
@@ -325,7 +325,7 @@ _BD_RATE = f"""## Bits against the best VQ
 
 Bjøntegaard's delta rate against `{BASELINE}` at equal PSNR, without the points that take more bits
 than another one of their curve for no more PSNR. It is empty where a curve is not finished, or
-shares no PSNR with it.
+where the two curves share no range of PSNR.
 """
 
 
@@ -362,7 +362,9 @@ def write(records: Mapping[Run, Mapping[str, Any]]) -> None:
         "![MSE and PSNR against coded bits per pixel](compare.png)\n",
         table(FIRST) + "\n",
         _BD_RATE,
-        markdown_table(("", "BD-rate"), [(f"`{name}`", difference(name)) for name in CURVES]),
+        markdown_table(
+            ("quantizer", "BD-rate"), [(f"`{name}`", difference(name)) for name in CURVES]
+        ),
         "\n## More seeds, and ten epochs\n",
         table(further(records)),
         "\n## Lattices with a rate in the loss\n",

@@ -218,8 +218,8 @@ have for each photograph the quality whose file has the nearest size. MS-SSIM is
 """
 
 _COLUMNS = (
-    "",
-    "knob",
+    "quantizer",
+    "setting",
     "seed",
     "coded bits per vector",
     "coded bits per pixel",
@@ -228,7 +228,16 @@ _COLUMNS = (
     "SSIM",
     "codes in use",
 )
-_WHOLE_COLUMNS = ("", "knob", "seed", "file", "coded bits per pixel", "PSNR", "SSIM", "MS-SSIM")
+_WHOLE_COLUMNS = (
+    "quantizer",
+    "setting",
+    "seed",
+    "file",
+    "coded bits per pixel",
+    "PSNR",
+    "SSIM",
+    "MS-SSIM",
+)
 
 
 def _name_cells(run: Run) -> list[str]:

@@ -23,18 +23,18 @@ Group = tuple[str, str]  # data set and recipe
 
 _HEADER = """# Results
 
-`python -m results.collect` wrote this page; do not edit it by hand. Every figure comes from a run
-of this project, whose numbers and curves are in [runs](runs).
+`python -m results.collect` wrote this page; do not edit it by hand. Every figure that is not in
+brackets comes from a run of this project, whose numbers and curves are in [runs](runs). Figures in
+brackets are the authors', whose models were trained with the recipe `paper`. {source}
 
 Figures are means ± standard deviations over the seeds named. MSE, PSNR and SSIM are over the test
 split (FFHQ: validation), PSNR and SSIM on values mapped to [0, 1] and clipped; codebook figures are
-over all training and validation images; an estimate (≈) comes with its standard error. The authors'
-figures are in brackets. {source}
+over all training and validation images; an estimate (≈) comes with its standard error.
 
 Coded bits are the size of a file that decodes: the codes of the whole test split as one stream,
-under a model of order 0 estimated over the training split; "with the tables" adds that model, and
-"with contexts" lets a code's neighbours predict it. The plug-in entropy is no rate: over N vectors
-it cannot exceed log₂ N, and it is near that bound where most codes occur once.
+each coded by how often it occurs in the training split (order 0). "With the tables" adds these
+counts, and "with contexts" lets a code's neighbours predict it. The plug-in entropy is no rate:
+over N vectors it cannot exceed log₂ N, and it is near that bound where most codes occur once.
 """
 
 # The figures of evaluation.json that say what the codes cost, and their columns.

@@ -223,7 +223,7 @@ def kills(directory: Path, options) -> Iterator[tuple[str, str]]:
     expected = undisturbed(num_steps, directory / "unkilled")
     randomness = random.Random(options.seed)
     num_kills = num_during_save = num_runs = 0
-    first_save = 2.0  # seconds from the start of a run, learnt below
+    first_save = 2.0  # seconds from the start of a run, learned below
     while num_kills < options.kills:
         num_runs += 1
         here = directory / f"run_{num_runs}"

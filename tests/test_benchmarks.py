@@ -276,7 +276,7 @@ def test_a_ratio_is_the_median_of_the_pairs_ratios():
     # Ratios 2, 1 and 3; that of the medians is 1.
     row["seconds"] = {"llvq": [1.0, 2.0, 10.0], "PyTorch": [2.0, 2.0, 30.0]}
     header, _, ours, theirs = figures.comparison_table([row]).splitlines()
-    assert header.endswith("| program | ms | images/s | memory, MB | llvq is faster by |")
+    assert header.endswith("| program | ms | images/s | memory, MB | llvq's speed / this one's |")
     assert ours == "| 1,024 | llvq | 2e+03 | 4 | 2 |  |"
     assert theirs == "| 1,024 | PyTorch | 2e+03 | 4 |  | 2.00 (1.00 … 3.00) |"
 

@@ -86,7 +86,7 @@ def measure(model: VQVAE, code_model: CodeModel, data: Dataset, split: str) -> d
       receiver may have to be sent, too; `coded_bits_per_pixel`; `context_coded_bits_per_vector`, of
       a stream in which a code's neighbours predict it; `escaped_fraction`, of the vectors whose
       codes have no entry of their own; and `vocabulary_size`, the number of entries. If a density
-      was learnt with the quantizer, `density_coded_bits_per_vector` is of a stream in which codes
+      was learned with the quantizer, `density_coded_bits_per_vector` is of a stream in which codes
       cost what that says; see `with_density`.
     """
     lengths = np.concatenate(all_gather(_lengths(model, code_model, codes(model, data, split))))
@@ -115,7 +115,7 @@ def _lengths(
 ) -> Int64[np.ndarray, "blocks figures"]:
     """(escaped codes, bytes, bytes with contexts, bytes by the density) of each block.
 
-    The last column is only there if a density was learnt.
+    The last column is only there if a density was learned.
     """
     vocabulary, coder = Vocabulary(code_model, model.quantizer), Coder(code_model)
     ways = [

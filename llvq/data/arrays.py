@@ -20,7 +20,7 @@ class ArrayDataset:
 
     def __init__(self, *, flip: bool = False, **splits: Images) -> None:
         """Args:
-          flip: whether training mirrors half of the images left to right.
+          flip: whether training mirrors each image left to right with probability ½.
           **splits: the images of each split, uint8 [n, height, width, channels].
 
         Raises:

@@ -34,7 +34,7 @@ Losses = dict[str, Float[Array, ""]]
 
 
 class Quantizer(nnx.Module):
-    """A map of latent vectors to a discrete set, learnt with the network around it."""
+    """A map of latent vectors to a discrete set, learned with the network around it."""
 
     latent_dim: int
     code_shape: tuple[int, ...]
@@ -166,7 +166,7 @@ class Quantizer(nnx.Module):
 
         Args:
           latents: [batch, ..., latent_dim].
-          train: whether to update what is learnt without gradients. An initialisation from the
+          train: whether to update what is learned without gradients. An initialisation from the
             first batch takes effect in this call, every other update in the next one.
           mask: [batch], the examples that count in losses and statistics; all by default.
           key: for what is random in training. Only some options need one.

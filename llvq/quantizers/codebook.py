@@ -140,7 +140,7 @@ class CodebookQuantizer(Quantizer):
 
 
 class LearnedCodebook(CodebookQuantizer):
-    """A codebook of vectors that are learnt one by one: the base class of VQ and VQ-EMA.
+    """A codebook of vectors that are learned one by one: the base class of VQ and VQ-EMA.
 
     Attributes:
       distance: "euclidean" or "cosine"; with the latter, latents and codebook vectors are

@@ -22,7 +22,7 @@ class FSQ(Quantizer):
     """Finite scalar quantization: a fixed grid of `levels[i]` values for entry i of a latent.
 
     A latent has as many entries as there are levels. Codes are digits, from 0 to levels[i] − 1:
-    int32 [batch, ..., len(levels)]. Nothing is learnt, and there is no loss.
+    int32 [batch, ..., len(levels)]. Nothing is learned, and there is no loss.
     """
 
     latent_activation = "none"

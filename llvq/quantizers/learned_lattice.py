@@ -1,4 +1,4 @@
-"""A lattice whose basis is learnt whole, in blocks of the latents.
+"""A lattice whose basis is learned whole, in blocks of the latents.
 
 B = U·Σ·Vᵀ, with the rows as basis vectors, as in SALVQ (arXiv 2509.13482) and OLVQ (arXiv
 2411.16119). U and V stay orthogonal because they are Cayley transforms, (1 − A)·(1 + A)⁻¹ of

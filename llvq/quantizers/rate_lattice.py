@@ -37,7 +37,7 @@ class RateLattice(Quantizer):
     Codes are integer coordinates in a basis of the lattice: int32 [batch, ..., latent_dim].
 
     The quantizer's loss is λ times the mean code length of a latent, in bits, under a density that
-    is learnt with it. A point's probability is the density at the point times its cell's volume,
+    is learned with it. A point's probability is the density at the point times its cell's volume,
     unless a subclass integrates the density. The reconstruction loss pulls the other way: its
     gradient reaches the lattice, because a quantization error grows with the cells.
 
@@ -80,7 +80,7 @@ class RateLattice(Quantizer):
         self.density = LogisticMixtures(latent_dim, param_dtype=param_dtype)
 
     def steps(self) -> Float[Array, "num_steps"]:
-        """The lengths that are learnt, each within a factor of _LARGEST_CHANGE of its start."""
+        """The lengths that are learned, each within a factor of _LARGEST_CHANGE of its start."""
         bound = math.log(_LARGEST_CHANGE)
         return self.initial_step * jnp.exp(bound * jnp.tanh(self.log_steps[...] / bound))
 
@@ -104,7 +104,7 @@ class RateLattice(Quantizer):
 
     @abc.abstractmethod
     def basis(self) -> Array:
-        """What is learnt of the lattice, to be watched in training."""
+        """What is learned of the lattice, to be watched in training."""
 
     def _in_blocks(self, function: Callable[[Array], Array], vectors: Array) -> Array:
         blocks = vectors.reshape(*vectors.shape[:-1], -1, self.lattice.dimension)

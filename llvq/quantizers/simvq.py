@@ -1,4 +1,4 @@
-"""SimVQ: a frozen codebook seen through a learnt matrix (Zhu et al. 2024, arXiv 2411.02038)."""
+"""SimVQ: a frozen codebook seen through a learned matrix (Zhu et al. 2024, arXiv 2411.02038)."""
 
 import jax
 from flax import nnx
@@ -13,7 +13,7 @@ _PRECISION = jax.lax.Precision.HIGHEST
 
 
 class SimVQ(CodebookQuantizer):
-    """A codebook C·W of random coefficients C, which stay as they are, and a learnt matrix W.
+    """A codebook C·W of random coefficients C, which stay as they are, and a learned matrix W.
 
     Each step moves all vectors, so that none is left behind. C is normal with variance
     1/latent_dim; W starts uniform in ±1/√latent_dim, as PyTorch's linear layers do.

@@ -1,4 +1,4 @@
-"""VQ: a codebook learnt by gradient descent (van den Oord et al. 2017, arXiv 1711.00937)."""
+"""VQ: a codebook learned by gradient descent (van den Oord et al. 2017, arXiv 1711.00937)."""
 
 import jax
 from flax import nnx

@@ -1,4 +1,4 @@
-"""VQ-EMA: a codebook learnt by exponential moving averages (arXiv 1711.00937, appendix A.1)."""
+"""VQ-EMA: a codebook learned by exponential moving averages (arXiv 1711.00937, appendix A.1)."""
 
 from typing import Annotated
 

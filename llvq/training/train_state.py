@@ -22,7 +22,7 @@ class TrainState(struct.PyTreeNode):
     """Attributes:
     step: how many batches have been trained on.
     params: nested dicts of arrays that gradients train.
-    statistics: nested dicts of arrays that are learnt without gradients (the EMA codebook).
+    statistics: nested dicts of arrays that are learned without gradients (the EMA codebook).
     opt_state: Adam's moments.
     """
 
