@@ -52,11 +52,13 @@ class Source(NamedTuple):
       name: its path within the folder.
       fingerprint: its size in bytes, and when it was changed last.
       num_images: how many it makes; 0 if it is too small for a tile, or cannot be used.
+      is_usable: False if it is damaged, or of a kind that is refused.
     """
 
     name: str
     fingerprint: tuple[int, int]
     num_images: int = 0
+    is_usable: bool = True
 
 
 def load(
@@ -97,7 +99,7 @@ def load(
     if folder.is_dir():
         sources = _list(folder)
         if recorded is None:
-            sources = _examine(folder, sources, way, skip_damaged)
+            sources = _examine(folder, sources, way)
         else:
             _require_unchanged(folder, directory, recorded, sources)
             sources = recorded
@@ -105,6 +107,8 @@ def load(
         sources = recorded
     else:
         raise UserError(f"--config.dataset.manual_dir={manual_dir}: there is no such folder")
+    if not skip_damaged:
+        _require_usable(folder, sources)
 
     by_split = _split(sources)
     num_images = {split: sum(s.num_images for s in part) for split, part in by_split.items()}
@@ -178,7 +182,6 @@ def _examine(
     folder: epath.Path,
     found: Sequence[Source],
     way: Way,
-    skip_damaged: bool,
 ) -> list[Source]:
     """The same files with what each makes, after decoding every one of them."""
     height, width, channels = way.image_shape
@@ -193,35 +196,46 @@ def _examine(
 
     examined: list[Source] = []
     problems: list[UserError] = []
+    small: list[str] = []
     with tqdm(total=len(found), desc=f"checking {folder.name}", unit=" files") as progress:
         for source, outcome in zip(found, prepare.in_parallel(count, found), strict=True):
             if isinstance(outcome, UserError):
                 problems.append(outcome)
-                outcome = source
+                outcome = source._replace(is_usable=False)
+            elif not outcome.num_images:
+                small.append(source.name)
             examined.append(outcome)
             progress.update()
     for problem in problems:
         logging.warning("%s", problem)
-    if problems and not skip_damaged:
-        raise UserError(
-            f"{len(problems)} of {len(found)} files of {folder} cannot be used, as said above: "
-            "repair or remove them; --config.dataset.skip_damaged=True leaves them out, "
-            "--config.dataset.convert=True converts transparency and 16 bits"
+    if small:
+        logging.warning(
+            "%d of %d files of %s are smaller than a tile and left out, the first being %s",
+            *(len(small), len(found), folder, small[0]),
         )
     return examined
+
+
+def _require_usable(folder: epath.Path, sources: Sequence[Source]) -> None:
+    if unusable := [source.name for source in sources if not source.is_usable]:
+        raise UserError(
+            f"{len(unusable)} of {len(sources)} files of {folder} cannot be used, the first being "
+            f"{unusable[0]}: repair or remove them; --config.dataset.skip_damaged=True leaves them "
+            "out, --config.dataset.convert=True converts transparency and 16 bits"
+        )
 
 
 def _read_sources(directory: epath.Path) -> list[Source] | None:
     """What `_write_sources` has kept; None if nothing."""
     try:
         kept = json.loads((directory / _SOURCES).read_text())
-        return [Source(name, (size, time), count) for name, size, time, count in kept]
+        return [Source(name, (size, time), *rest) for name, size, time, *rest in kept]
     except (OSError, ValueError, TypeError):
         return None
 
 
 def _write_sources(directory: epath.Path, sources: Sequence[Source]) -> None:
-    files = [(source.name, *source.fingerprint, source.num_images) for source in sources]
+    files = [(name, *fingerprint, *rest) for name, fingerprint, *rest in sources]
     with replacing(directory / _SOURCES) as path:
         path.write_text(json.dumps(files))
 

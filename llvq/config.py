@@ -248,6 +248,12 @@ def _build(kind: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
     return kind(**built)
 
 
+def require_x64(compute_dtype: str) -> None:
+    """Raises UserError if JAX would take float32 instead of float64."""
+    if compute_dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise UserError("config.compute_dtype=float64: needs jax_enable_x64 (JAX_ENABLE_X64=1)")
+
+
 def parse(config: ConfigLike) -> TrainConfig:
     """A config of any form as a `TrainConfig` that describes a possible run.
 
@@ -258,8 +264,7 @@ def parse(config: ConfigLike) -> TrainConfig:
     for section, prefix in ((parsed, ""), (parsed.dataset, "dataset."), (parsed.model, "model.")):
         fields.check(vars(section), fields.ranges(type(section)), prefix)
     check_options(parsed.quantizer.name, parsed.quantizer.options)
-    if parsed.compute_dtype == "float64" and not jax.config.read("jax_enable_x64"):
-        raise UserError("config.compute_dtype=float64: needs jax_enable_x64 (JAX_ENABLE_X64=1)")
+    require_x64(parsed.compute_dtype)
     model = parsed.model
     factor = 2 ** len(model.hidden_dims)
     fields.require(

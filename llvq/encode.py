@@ -96,7 +96,8 @@ def encode(
     check_same_model(config, found.config, os.fspath(found.path))
     model = checkpointing.model_of(found)
     model.value_range = config.model.value_range  # an imported one may not know it
-    code_model = rates.find_or_estimate(model, found.path, rates.codes(model, data, "train"))
+    train = rates.codes(model, data, "train")
+    code_model = rates.find_or_estimate(model, found.path, config.dataset, data, train)
     vocabulary = Vocabulary(code_model, model.quantizer)
 
     shape = num_codes(model, *data.image_shape[:2])

@@ -83,13 +83,13 @@ def evaluate(
     assert means is not None  # nothing stops it
     picture, _ = evaluator.preview(state, data, split)
 
-    trained = checkpointing.model_of(found)
+    trained = checkpointing.model_of(found, compute_dtype=config.compute_dtype)
     trained.value_range = config.model.value_range  # an imported one may not know it
     usage = CodebookUsage()
     train, validation = (
         _counted(rates.codes(trained, data, name), usage) for name in ("train", "validation")
     )
-    code_model = rates.find_or_estimate(trained, found.path, train)
+    code_model = rates.find_or_estimate(trained, found.path, config.dataset, data, train)
     for _ in itertools.chain(train, validation):
         pass
     usage = usage.over_all_hosts()
@@ -104,13 +104,13 @@ def evaluate(
         **rates.measure(trained, code_model, data, split),
         **_length_of_run(found.config, data),
     }
+    # A metric that is not finite is null, which JSON has a word for.
+    results = {name: value if _is_finite(value) else None for name, value in results.items()}
     if jax.process_index() == 0:
         with writing(epath.Path(workdir) / "reconstructions.png") as file:
             pictures.write_png(file, picture)
         with writing(epath.Path(workdir) / _REPORT) as file:
-            # A metric that is not finite is null, which JSON has a word for.
-            figures = {k: v if _is_finite(v) else None for k, v in results.items()}
-            file.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+            file.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
     return results
 
 

@@ -13,6 +13,7 @@ from etils import epath
 
 from llvq import checkpointing, pretrained
 from llvq.codec import code_model
+from llvq.data.files import writing
 from llvq.errors import one_line_exit
 from llvq.evaluate import read_evaluation
 
@@ -54,7 +55,8 @@ def export(workdir: epath.PathLike, command: str) -> str:
         "config": config,
     }
     index = dict(sorted({**pretrained.pretrained_index(), name: entry}.items()))
-    (pretrained.DIRECTORY / "index.json").write_text(json.dumps(index, indent=2) + "\n")
+    with writing(pretrained.DIRECTORY / "index.json") as file:
+        file.write_text(json.dumps(index, indent=2) + "\n")
     return name
 
 

@@ -8,9 +8,12 @@ A field carries its range in its annotation, beside its default:
 import dataclasses
 import functools
 import inspect
+import numbers
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
+
+import numpy as np
 
 from llvq.errors import UserError
 
@@ -33,7 +36,7 @@ class Integer:
     largest: int = LARGEST
 
     def accepts(self, value: Any) -> bool:
-        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
         return is_integer and self.smallest <= value <= self.largest
 
     def __str__(self) -> str:
@@ -63,7 +66,7 @@ class Number:
     excluded: float | None = None
 
     def accepts(self, value: Any) -> bool:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
         return is_number and self.smallest <= value <= self.largest and value != self.excluded
 
     def __str__(self) -> str:
@@ -174,11 +177,14 @@ def require(condition: bool, field: str, value: Any, expected: str) -> None:
 def plain(value: Any) -> Any:
     """A config with dicts for all mappings and tuples for all lists, so that equal ones compare so.
 
-    Takes an ml_collections.ConfigDict, which is no Mapping, only like one.
+    NumPy's numbers become Python's. Takes an ml_collections.ConfigDict, which is no Mapping, only
+    like one.
     """
     if hasattr(value, "items"):
         return {str(key): plain(item) for key, item in value.items()}
-    return tuple(map(plain, value)) if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return tuple(map(plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -70,6 +70,8 @@ def recipe_of(saved: Mapping[str, Any]) -> str:
       UserError: if the run follows no recipe.
     """
     used = of_saved(saved)
+    if "dataset.name" not in used:
+        raise UserError("it follows no recipe: it was imported")
     dataset, quantizer = used["dataset.name"], used["quantizer.name"]
     try:
         module = importlib.import_module(f"configs.{dataset}")
@@ -160,9 +162,12 @@ def collect(workdir: pathlib.Path, trained_on: str, results: pathlib.Path) -> No
     directory = results / "runs" / evaluation["dataset"] / run["recipe"] / evaluation["quantizer"]
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"seed_{run['seed']}.json"
+    try:
+        shutil.copyfile(workdir / "reconstructions.png", path.with_suffix(".png"))
+    except FileNotFoundError as error:
+        raise UserError(f"it lacks {error.filename}: evaluate it again") from error
     with replacing(path) as file:
         file.write_text(json.dumps(run, indent=1) + "\n")
-    shutil.copyfile(workdir / "reconstructions.png", path.with_suffix(".png"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ these curves, `--trials` the one-epoch runs that came before.
 import argparse
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import bjontegaard
@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 import input_pipeline
 from configs import fashion_mnist
-from llvq.config import TrainConfig, parse
+from llvq.config import TrainConfig, parse, to_dict
 from llvq.data import Dataset
 from llvq.errors import DivergenceError, one_line_exit
 from llvq.quantizers import QUANTIZERS
@@ -156,6 +156,15 @@ def read(runs: Sequence[Run]) -> dict[Run, dict[str, Any]]:
     return {run: record for run, record in found.items() if record is not None}
 
 
+def _evaluated(runs: Iterable[Run], records: Mapping[Run, Mapping[str, Any]]) -> list[Run]:
+    """Those of the runs that have figures: they are finished and did not diverge."""
+    return [run for run in runs if "evaluation" in records.get(run, {})]
+
+
+def _first(name: str) -> list[Run]:
+    return [run for run in FIRST if run.curve == name]
+
+
 def rate(record: Mapping[str, Any]) -> float:
     """Coded bits per pixel."""
     return record["evaluation"]["coded_bits_per_pixel"]
@@ -168,7 +177,7 @@ def psnr(record: Mapping[str, Any]) -> float:
 
 def curve_of(name: str, records: Mapping[Run, Mapping[str, Any]]) -> list[tuple[float, float]]:
     """(rate, PSNR) of a curve's first runs, by ascending rate, where more bits give more PSNR."""
-    runs = [run for run in FIRST if run.curve == name and run in records]
+    runs = _evaluated(_first(name), records)
     curve: list[tuple[float, float]] = []
     for point in sorted((rate(records[run]), psnr(records[run])) for run in runs):
         if not curve or point[1] > curve[-1][1]:
@@ -182,10 +191,10 @@ def bd_rate(name: str, records: Mapping[Run, Mapping[str, Any]]) -> float | None
     Bjøntegaard's delta rate, with piecewise cubic interpolation, over the PSNR that both curves
     reach. None if a curve is not finished, or if they do not overlap.
     """
-    if any(run not in records for run in FIRST if run.curve in (name, BASELINE)):
+    if any(run not in records for run in (*_first(name), *_first(BASELINE))):
         return None
     ours, theirs = curve_of(name, records), curve_of(BASELINE, records)
-    if max(ours[0][1], theirs[0][1]) >= min(ours[-1][1], theirs[-1][1]):
+    if not (ours and theirs) or max(ours[0][1], theirs[0][1]) >= min(ours[-1][1], theirs[-1][1]):
         return None
     anchor, tested = (list(zip(*points, strict=True)) for points in (theirs, ours))
     return float(
@@ -197,7 +206,7 @@ def bd_rate(name: str, records: Mapping[Run, Mapping[str, Any]]) -> float | None
 
 def nearest(name: str, records: Mapping[Run, Mapping[str, Any]]) -> Run:
     """The first run of a curve whose coded bits per vector are nearest to 5."""
-    runs = [run for run in FIRST if run.curve == name]
+    runs = _evaluated(_first(name), records)
     per_vector = "coded_bits_per_vector"
     return min(runs, key=lambda run: abs(records[run]["evaluation"][per_vector] - 5.0))
 
@@ -288,7 +297,7 @@ def _lattice_cells(run: Run, record: Mapping[str, Any]) -> list[str]:
         f"{evaluation['density_coded_bits_per_vector']:.3f}",
         f"{bits:.3f}",
         f"{active:.1f} of {record['config']['model']['latent_dim']}",
-        f"{bits / active:.2f}",
+        f"{bits / active:.2f}" if active else "",
         f"{evaluation['second_moment']:.4f}" if "second_moment" in evaluation else "",
         f"{lattice.second_moment:.4f}" if lattice else "",
     ]
@@ -297,9 +306,7 @@ def _lattice_cells(run: Run, record: Mapping[str, Any]) -> list[str]:
 def _plot(records: Mapping[Run, Mapping[str, Any]], path: pathlib.Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for name in CURVES:
-        found = [
-            records[run]["evaluation"] for run in FIRST if run.curve == name and run in records
-        ]
+        found = [records[run]["evaluation"] for run in _evaluated(_first(name), records)]
         found.sort(key=lambda evaluation: evaluation["coded_bits_per_pixel"])
         rates = [evaluation["coded_bits_per_pixel"] for evaluation in found]
         for ax, figure_name in zip(axes, ("reconstruction_loss", "psnr"), strict=True):
@@ -342,15 +349,14 @@ def write(records: Mapping[Run, Mapping[str, Any]]) -> None:
     """Writes the page and the plot."""
 
     def table(runs: Sequence[Run]) -> str:
-        return markdown_table(
-            _COLUMNS, [_cells(run, records[run]) for run in runs if run in records]
-        )
+        cells = [_cells(run, records[run]) for run in _evaluated(runs, records)]
+        return markdown_table(_COLUMNS, cells)
 
     def lattices() -> str:
         runs = [run for run in (*FIRST, *further(records)) if run.curve in LATTICES]
         return markdown_table(
             _LATTICE_COLUMNS,
-            [_lattice_cells(run, records[run]) for run in runs if run in records],
+            [_lattice_cells(run, records[run]) for run in _evaluated(runs, records)],
         )
 
     def difference(name: str) -> str:
@@ -412,9 +418,11 @@ def _carry_out_once(run: Run, workdirs: pathlib.Path, data: Dataset) -> None:
         return
     print(run.name, flush=True)
     try:
-        recorded.keep(run.record, recorded.train(run.config(), workdirs / run.name, data))
+        record = recorded.train(run.config(), workdirs / run.name, data)
     except DivergenceError as error:
         print(f"{run.name}: {error}", flush=True)
+        record = {"config": to_dict(run.config()), "diverged": str(error)}
+    recorded.keep(run.record, record)
 
 
 if __name__ == "__main__":

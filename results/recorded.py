@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import Any
 
-from llvq.config import TrainConfig, parse, to_dict
+from llvq.config import TrainConfig, completed, parse, to_dict
 from llvq.data import Dataset
 from llvq.data.files import replacing
 from llvq.evaluate import evaluate
@@ -18,7 +18,7 @@ def read(path: pathlib.Path, config: TrainConfig) -> Record | None:
     if not path.exists():
         return None
     record: Record = json.loads(path.read_text())
-    return record if to_dict(parse(record["config"])) == to_dict(config) else None
+    return record if to_dict(parse(completed(record["config"]))) == to_dict(config) else None
 
 
 def train(config: TrainConfig, workdir: pathlib.Path, data: Dataset) -> Record:

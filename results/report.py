@@ -80,8 +80,8 @@ def spread(values: Iterable[float], digits: str) -> str:
 
 def _cells(quantizer: str, runs: list[Run], published: Mapping[str, float]) -> list[str]:
     def figure(name: str, digits: str) -> str:
-        if not all(name in run["evaluation"] for run in runs):  # evaluated by an older version
-            return ""
+        if any(run["evaluation"].get(name) is None for run in runs):
+            return ""  # evaluated by an older version, or not finite
         text = spread((run["evaluation"][name] for run in runs), digits)
         return f"{text} ({published[name]:{digits}})" if name in published else text
 

@@ -44,7 +44,7 @@ def cells(workdir: pathlib.Path) -> list[str]:
     *_, dataset, recipe, quantizer, seed = ("", "", "", *workdir.parts)
     if not dataset or not seed.startswith("seed_"):
         raise UserError(f"{workdir}: must end in DATA SET/RECIPE/QUANTIZER/seed_SEED")
-    evaluation = read_evaluation(workdir, checkpointing.find(workdir))
+    evaluation = read_evaluation(workdir, checkpointing.load(workdir).path)
     codes = f"{evaluation['effective_codebook_size']:,}"
     is_exact = evaluation["effective_codebook_size_is_exact"]
     return [
@@ -53,7 +53,7 @@ def cells(workdir: pathlib.Path) -> list[str]:
         quantizer,
         seed.removeprefix("seed_"),
         evaluation["split"],
-        *(f"{evaluation[name]:{metric.digits}}" for name, metric in METRICS.items()),
+        *(metric.text(evaluation[name]) for name, metric in METRICS.items()),
         codes if is_exact else f"≈ {codes}",
         f"{evaluation['coded_bits_per_vector']:.3f}",
     ]

@@ -255,7 +255,14 @@ def test_a_code_model_is_kept_and_its_damage_is_seen(tmp_path):
             assert found.digest == model.digest
             continue
         assert f"{path} is damaged" in message
-    path.write_bytes(content[: len(content) // 2])
+    method = content.index(b"PK\1\2") + 10  # in the zip file's directory
+    unknown = bytearray(content)
+    unknown[method] = 99
+    for damaged in (unknown, content[: len(content) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"code_model.npz is damaged: delete it"):
+            code_models.load(tmp_path, "none")
+    path.write_bytes(b"")
     with pytest.raises(UserError, match=r"code_model.npz is damaged: delete it"):
         code_models.load(tmp_path, "none")
 
@@ -424,6 +431,34 @@ def test_what_cannot_be_decoded_is_named():
     model.code_model = None
     with pytest.raises(UserError, match=r"no code model: evaluate its run"):
         codec.encode(model, tiny.images(3))
+
+
+def test_a_stream_with_contexts_cannot_claim_what_its_length_cannot_hold():
+    """Even where contexts without an entry cost next to nothing before the escape's own cost."""
+    model = some_model()
+    assert model.code_model.contexts.frequencies.max() == TOTAL
+    stream = codec.encode(model, tiny.images(3), with_contexts=True)
+    long = stream[:14] + struct.pack("<III", 1, 16_000, 16_000) + stream[26:]
+    with pytest.raises(UserError, match="too short"):
+        codec.decode(model, long)
+
+
+def test_equal_value_ranges_have_equal_digests():
+    model = some_model()
+    before = code_models.parameters_digest(model)
+    model.value_range = (np.float32(-0.5), 0.5)
+    assert code_models.parameters_digest(model) == before
+    model.value_range = (0, 1)
+    assert code_models.parameters_digest(model) != before
+
+
+@pytest.mark.parametrize("codes", [[2.5], [2**31], [np.nan]])
+def test_what_are_no_codes_is_refused(codes):
+    model = some_model()
+    with np.errstate(invalid="ignore"), pytest.raises(ValueError, match="integers of 32 bits"):
+        codec.encode_codes(model, np.full((1, 6, 6, 8), codes))
+    with pytest.raises(ValueError, match=r"codes must be \[n, h, w, \*\(8,\)\], not \[1, 6, 6\]"):
+        codec.encode_codes(model, np.zeros((1, 6, 6), np.int32))
 
 
 def test_what_is_no_image_is_refused():

@@ -132,6 +132,15 @@ def test_fit_gives_a_checkpoint_a_code_model(tmp_path, capsys):
     assert "a code model of 1 images" in capsys.readouterr().out
     run("encode", f"--model={tmp_path}/model", tmp_path / "a.png", f"--output={tmp_path}")
     assert (tmp_path / "a.llvq").exists()
+    with pytest.raises(SystemExit, match=r"has a code model, without which its streams"):
+        run("fit", f"--model={tmp_path}/model", tmp_path / "a.png")
+
+
+def test_a_file_named_twice_is_converted_once(checkpoints, tmp_path, capsys):
+    picture(12, 12, "L").save(tmp_path / "a.png")
+    run("encode", f"--model={checkpoints[1]}", tmp_path, tmp_path / "a.png", f"--output={tmp_path}")
+    assert [path.name for path in tmp_path.glob("*.llvq")] == ["a.llvq"]
+    assert "2/2" not in capsys.readouterr().err
 
 
 def mistakes(directory):

@@ -66,9 +66,15 @@ def test_delta_rates_and_what_follows(tmp_path, monkeypatch):
     # λ, seed, epochs, three rates, dimensions, bits per dimension, second moments: 1.6 / 7 = 0.23.
     cells = "0.0007 | 2 | 3 | 1.600 | 1.600 | 1.600 | 7.0 of 8 | 0.23 | 0.0700 | 0.0717"
     assert f"| `e8_lattice` | {cells} |" in page
-    # A record of another config does not count.
+    # A run that diverged is finished, and has no figures.
     run = compare.FIRST[0]
     record = json.loads(run.record.read_text())
+    run.record.write_text(json.dumps({"config": record["config"], "diverged": "loss is nan"}))
+    without = compare.read(compare.FIRST)
+    assert len(compare.further(without)) == len(further)
+    assert compare.bd_rate(run.curve, without) is not None
+    compare.write(without)
+    # A record of another config does not count.
     record["config"]["model"]["latent_dim"] = 7
     run.record.write_text(json.dumps(record))
     assert run not in compare.read(compare.FIRST)

@@ -8,11 +8,14 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from llvq import checkpointing, codec, evaluate, load_pretrained, train
 from llvq.data import ArrayDataset
+from llvq.data.files import replacing
 from llvq.errors import UserError
 from llvq.evaluation.evaluator import Evaluator
+from llvq.evaluation.pictures import write_png
 from llvq.runtime import sharding
 from llvq.usage.table import CodebookUsage
 from tests import tiny
@@ -152,7 +155,7 @@ def test_quantizer_losses_are_of_the_whole_split(run):
 def test_without_a_test_split_validation_stands_in(run, tmp_path):
     config, workdir, _ = run
     data = ArrayDataset(train=tiny.images(70), validation=tiny.images(21, 1))
-    results = evaluate.evaluate(config, tmp_path, data, checkpoint=workdir)
+    results = evaluate.evaluate.evaluate(config, tmp_path, data, checkpoint=workdir)
     assert results["split"] == "validation"
     scaled, outputs, _ = by_hand(workdir, tiny.images(21, 1))
     assert results["reconstruction_loss"] == pytest.approx(
@@ -168,7 +171,7 @@ def test_what_checkpoint_may_name(run, tmp_path, which):
         "checkpoints": workdir / "checkpoints",
         "step": workdir / "checkpoints" / "100",
     }[which]
-    results = evaluate.evaluate(config, tmp_path, tiny.dataset(), checkpoint=path)
+    results = evaluate.evaluate.evaluate(config, tmp_path, tiny.dataset(), checkpoint=path)
     assert results["checkpoint"] == str(workdir / "checkpoints" / "100")
     assert (tmp_path / "evaluation.json").exists()
 
@@ -191,7 +194,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=r"^checkpoint .*/2 cannot be read [^\n]*$"):
-        evaluate.evaluate(config, tmp_path, tiny.dataset())
+        evaluate.evaluate.evaluate(config, tmp_path, tiny.dataset())
 
 
 def test_bucket_paths_are_left_as_they_are():
@@ -224,7 +227,7 @@ def test_an_exactly_reconstructed_image_leaves_valid_json(tmp_path):
     state = train.train_and_evaluate(config, tmp_path / "run", data)
     params = jax.tree.map(np.zeros_like, state.params)  # every output is 0
     checkpointing.save_for_inference(tmp_path / "black", state.replace(params=params), config)
-    results = evaluate.evaluate(config, tmp_path, data, checkpoint=tmp_path / "black")
+    results = evaluate.evaluate.evaluate(config, tmp_path, data, checkpoint=tmp_path / "black")
     assert results["reconstruction_loss"] == 0
     assert results["psnr"] == pytest.approx(100, rel=1e-6)
 
@@ -252,7 +255,7 @@ def test_every_quantizer_goes_the_whole_way(quantizer, tmp_path):
     """Trains, evaluates, and codes images: what the codec decodes is what was encoded."""
     config = tiny.config(quantizer)
     train.train_and_evaluate(config, tmp_path, tiny.dataset())
-    results = evaluate.evaluate(config, tmp_path, tiny.dataset())
+    results = evaluate.evaluate.evaluate(config, tmp_path, tiny.dataset())
     check_rates(tmp_path, results)
     model = load_pretrained(tmp_path)
     codes = by_hand(tmp_path, tiny.images(19, 2))[2]
@@ -266,3 +269,42 @@ def test_every_quantizer_goes_the_whole_way(quantizer, tmp_path):
     else:
         assert results["rate"] > 0
         assert results["density_coded_bits_per_vector"] > results["coded_bits_per_vector"]
+
+
+def test_the_code_model_is_of_the_data_sets_training_split(tmp_path, caplog):
+    """One that was fitted to other images stays, and the figures are not of it."""
+    config = tiny.config("vq")
+    train.train_and_evaluate(config, tmp_path / "run", tiny.dataset())
+    trained = tmp_path / "run"
+    expected = evaluate.evaluate(config, tmp_path / "a", tiny.dataset(), checkpoint=trained)
+    (path,) = trained.rglob("code_model.npz")
+    path.unlink()
+    model = load_pretrained(trained)
+    codec.fit(model, [tiny.images(1, seed=9)])
+    model.code_model.save(path.parent)
+    kept = path.read_bytes()
+    found = evaluate.evaluate(
+        config, tmp_path / "found", tiny.dataset(), checkpoint=tmp_path / "run"
+    )
+    assert found["coded_bits_per_vector"] == expected["coded_bits_per_vector"]
+    assert path.read_bytes() == kept
+    assert "keeps its code model, estimated from images chosen to fit it to" in caplog.text
+
+
+def test_pictures_of_any_number_of_channels(tmp_path):
+    for channels, shape in (
+        (1, (256, 256)),
+        (2, (256, 256)),
+        (3, (256, 256, 3)),
+        (5, (256, 256, 3)),
+    ):
+        write_png(tmp_path / "a.png", np.zeros((16, 16, channels), np.uint8))
+        assert np.asarray(Image.open(tmp_path / "a.png")).shape == shape
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    with replacing(tmp_path / "a") as first, replacing(tmp_path / "a") as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert (tmp_path / "a").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import tracemalloc
 
@@ -176,6 +177,8 @@ def test_all_unusable_files_are_named(folder, tmp_path, caplog):
     assert not list((tmp_path / "data").rglob("*.array_record*"))
     data = load(tmp_path, skip_damaged=True)
     assert dict(data.num_images) == {"train": 7, "validation": 2, "test": 2}
+    with pytest.raises(UserError, match=r"3 of 8 files of .*photos cannot be used"):
+        load(tmp_path)  # it has not forgotten
 
 
 def test_preparing_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatch):
@@ -288,3 +291,9 @@ def test_mistakes_are_named(tmp_path):
         input_pipeline.load("image_folder", image_shape=SHAPE, fit="tiles", flip=False)
     with pytest.raises(UserError, match=r"config\.dataset\.fit='tiles': celeba has no such option"):
         input_pipeline.load("celeba", fit="tiles")
+
+
+def test_files_without_a_tile_are_counted(folder, tmp_path, caplog):
+    write(folder / "train/small.png", pixels(15, 40, 3))
+    load(tmp_path)
+    assert re.search(r"2 of 6 files of .* smaller than a tile .* train/small.png", caplog.text)

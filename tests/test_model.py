@@ -209,3 +209,10 @@ def test_images_that_cannot_be_scaled_are_refused():
     with pytest.raises(ValueError, match=r"does not know its value range"):
         model.encode(np.zeros((1, 28, 28, 1), np.uint8))
     assert model.encode(np.zeros((1, 28, 28, 1), np.float32)).shape == (1, 14, 14, 64)
+
+
+@pytest.mark.parametrize("size", [(29, 28), (28, 1)])
+def test_a_size_that_cannot_be_halved_is_named(size):
+    for function in (make(), make().encode, make().reconstruct):
+        with pytest.raises(ValueError, match=r"must be multiples of 2, not \[\d+, \d+\]"):
+            function(np.zeros((1, *size, 1), np.float32))

@@ -139,6 +139,14 @@ def test_unknown_names(workdir, shipped):
             llvq.load_pretrained(name)
 
 
+def test_a_float64_model_needs_jax_to_have_float64(tmp_path):
+    config = tiny.config("vq")
+    state = train_state.create_train_state(create_model(config))
+    checkpointing.save_for_inference(tmp_path, state, {**config, "compute_dtype": "float64"})
+    with pytest.raises(UserError, match="float64: needs jax_enable_x64"):
+        llvq.load_pretrained(tmp_path)
+
+
 def test_the_index_lists_what_is_there():
     there = {path.parent for path in pretrained.DIRECTORY.rglob("_CHECKPOINT_METADATA")}
     assert {str(path.relative_to(pretrained.DIRECTORY)) for path in there} == set(SHIPPED)

@@ -15,6 +15,7 @@ from llvq import (
     EMAVectorQuantizer,
     LatticeQuantizer,
     VectorQuantizer,
+    config,
     quantizers,
 )
 from llvq.errors import UserError
@@ -359,3 +360,29 @@ class TestContract:
 def test_unknown_name():
     with pytest.raises(UserError, match=r"'xvq'.*vq, vq_ema, sparse_lattice, dense_lattice"):
         quantizers.create("xvq", 8, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "latent_dim", "options", "words"),
+    [
+        ("learned_lattice", 8, {"block_size": 0}, "quantizer.block_size"),
+        ("multirate_lattice", 8, {"lattice": "x"}, "quantizer.lattice"),
+        ("lfq", 0, {"codebook_size": 0}, "quantizer.codebook_size"),
+        ("fsq", 0, {"levels": 5}, "quantizer.levels"),
+        ("vq", -3, {}, "model.latent_dim"),
+        ("vq", 8, {"codebooksize": 8}, "codebooksize is no option"),
+    ],
+)
+def test_impossible_options_are_named(name, latent_dim, options, words):
+    with pytest.raises(UserError, match=words):
+        quantizers.create(name, latent_dim, rngs=nnx.Rngs(0), **options)
+
+
+def test_options_may_be_numpys_numbers():
+    quantizer = quantizers.VectorQuantizer(
+        8, codebook_size=np.int64(16), commitment_cost=np.float32(0.5), rngs=nnx.Rngs(0)
+    )
+    assert quantizer.codebook[...].shape == (16, 8)
+    assert config.make_config("vq", quantizer={"codebook_size": np.int64(16)}) == (
+        config.make_config("vq", quantizer={"codebook_size": 16})
+    )

@@ -401,3 +401,13 @@ class TestMultirateLattice:
         quantizer = self.make()
         with pytest.raises(ValueError, match="several rates need a key"):
             quantizer(make_latents(quantizer, 2), train=True)
+
+
+def test_a_point_never_costs_less_than_nothing():
+    """Without noise, the density could otherwise pay for itself with a spike around a point."""
+    quantizer = make(E8Lattice, training="straight_through")
+    density = quantizer.density
+    density.log_scales[...] = jnp.full_like(density.log_scales[...], -1.0)  # scales of e⁻³⁰
+    points = SPEED * density.means[..., 0][None]
+    assert (jnp.sum(density.log_density(points)) + quantizer.log_volume()) > 100
+    np.testing.assert_array_equal(quantizer.code_length(points), 0.0)

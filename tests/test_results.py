@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def test_a_run_on_many_devices_follows_its_recipe():
         collect.recipe_of({**config, "derived": derived})
 
 
-def test_the_summary_has_a_row_for_each_run(tmp_path, capsys):
+def test_the_summary_has_a_row_for_each_run(tmp_path, capsys, monkeypatch):
     figures = {
         "split": "test",
         "reconstruction_loss": 0.0123456,
@@ -179,11 +180,14 @@ def test_the_summary_has_a_row_for_each_run(tmp_path, capsys):
     estimated = {"effective_codebook_size": 2**25, "effective_codebook_size_is_exact": False}
     workdirs = [tmp_path / f"fashion_mnist/long/vq/seed_{seed}" for seed in (2, 32)]
     for workdir, changes in zip(workdirs, ({}, estimated), strict=True):
-        for name in ("state", "config"):
-            (workdir / f"checkpoints/860/{name}").mkdir(parents=True)
-        (workdir / "checkpoints/860/_CHECKPOINT_METADATA").write_text("{}")
+        workdir.mkdir(parents=True)
         evaluation = {**figures, **changes, "checkpoint": "checkpoints/860"}
         (workdir / "evaluation.json").write_text(json.dumps(evaluation))
+
+    def load(workdir):
+        return types.SimpleNamespace(path=workdir / "checkpoints/860")
+
+    monkeypatch.setattr(summary.checkpointing, "load", load)
     summary.main(list(map(str, workdirs)))
     lines = [re.sub(r" +", " ", line) for line in capsys.readouterr().out.splitlines()]
     header, _, exact, estimate, *rest = lines

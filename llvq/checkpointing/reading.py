@@ -143,9 +143,12 @@ def abstract_state(config: SavedConfig) -> TrainState:
     return train_state.abstract_train_state(_abstract_model(config))
 
 
-def model_of(checkpoint: Checkpoint) -> VQVAE:
-    """The model that a checkpoint holds."""
-    graphdef, _, _ = train_state.split(_abstract_model(checkpoint.config))
+def model_of(checkpoint: Checkpoint, *, compute_dtype: str = "") -> VQVAE:
+    """The model that a checkpoint holds; with another dtype of its arithmetic, if there is one."""
+    config = checkpoint.config
+    if compute_dtype:
+        config = {**config, "compute_dtype": compute_dtype}
+    graphdef, _, _ = train_state.split(_abstract_model(config))
     params, statistics = jax.device_put((checkpoint.state.params, checkpoint.state.statistics))
     return nnx.merge(graphdef, params, statistics)
 

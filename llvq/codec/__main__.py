@@ -5,8 +5,8 @@
     python -m llvq.codec fit --model=CHECKPOINT IMAGE …
 
 A folder stands for all images or streams in it; its sub-folders appear in the output. A model is
-the name of one that the project ships, a checkpoint or a workdir. `fit` gives a checkpoint that was
-not evaluated on its data set a code model estimated from some images.
+the name of one that the project ships, a checkpoint or a workdir. `fit` gives a checkpoint that has
+no code model one that is estimated from some images.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def _find(
         if not inside:
             raise UserError(f"{path} has no files of {', '.join(suffixes)}")
         found += [(file, file.relative_to(path)) for file in inside]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _convert(
@@ -96,6 +96,11 @@ def _convert(
 
 
 def _fit(model: VQVAE, checkpoint: epath.Path, files: Sequence[pathlib.Path]) -> None:
+    if model.code_model is not None:
+        raise UserError(
+            f"{checkpoint} has a code model, without which its streams would not decode: delete "
+            "its code_model.npz to have another one"
+        )
     codec.fit(model, (read_image(path, model.image_channels)[None] for path in files))
     codec.code_model_of(model).save(checkpoint)
     print(f"{checkpoint} has a code model of {len(files)} images")
@@ -124,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_exit(parser.prog):
         model = load_pretrained(options.model)
         if options.command == "fit":
-            checkpoint = checkpointing.find(find_pretrained(options.model))
+            checkpoint = checkpointing.load(find_pretrained(options.model)).path
             _fit(model, checkpoint, [file for file, _ in _find(options.files, SUFFIXES)])
             return
         codec.code_model_of(model)  # before files are read

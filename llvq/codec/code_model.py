@@ -28,11 +28,18 @@ from llvq.training import train_state
 TOTAL = 2**20
 _FILE = "code_model.npz"
 
+# What reading a damaged file may raise.
+_DAMAGE = (
+    *(OSError, ValueError, KeyError, TypeError, EOFError),
+    *(NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error),
+)
+
 
 def parameters_digest(model: VQVAE) -> str:
     """A hash of all that a model's codes and images depend on: parameters and value range."""
     _, params, statistics = train_state.split(model)
-    parts = digests({"params": params, "statistics": statistics}, model.value_range, None)
+    value_range = model.value_range and list(map(float, model.value_range))  # 0 and 0.0 are equal
+    parts = digests({"params": params, "statistics": statistics}, value_range, None)
     return "".join(parts[name][:16] for name in ("params", "statistics", "config"))
 
 
@@ -98,6 +105,7 @@ class CodeModel:
     frequencies: of these entries, and of the escape.
     digits: the frequencies of `integers`' symbols, for each integer of an escaped code.
     contexts: the tables for codes given their neighbours.
+    source: in words, the images that it was estimated from; no part of the digest.
     """
 
     parameters: str
@@ -105,6 +113,7 @@ class CodeModel:
     frequencies: Int32[np.ndarray, "codes+1"]
     digits: Int32[np.ndarray, "width symbols"]
     contexts: Contexts
+    source: str = ""
 
     @functools.cached_property
     def digest(self) -> str:
@@ -139,7 +148,11 @@ class CodeModel:
           UserError: if it cannot be written.
         """
         buffer = io.BytesIO()
-        about = {"parameters": self.parameters, "digest": self.digest}
+        about = {
+            "parameters": self.parameters,
+            "digest": self.digest,
+            "source": self.source,
+        }
         arrays: dict[str, Any] = {"about": json.dumps(about), **self._arrays()}
         np.savez_compressed(buffer, **arrays)
         with writing(epath.Path(checkpoint) / _FILE) as file:
@@ -173,9 +186,10 @@ def load(checkpoint: epath.PathLike, parameters: str) -> CodeModel | None:
                     arrays["context_ids"],
                     arrays["context_frequencies"],
                 ),
+                about.get("source", ""),
             )
         is_sound = found.digest == about["digest"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+    except _DAMAGE:
         is_sound = False
     if not is_sound:
         raise UserError(f"{path} is damaged: delete it and run main.py --mode=evaluate again")

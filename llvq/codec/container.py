@@ -150,10 +150,18 @@ def check_size(header: Header) -> None:
 
 def check_length(block: bytes, code_model: CodeModel, num_vectors: int, has_contexts: bool) -> None:
     """Raises DamageError if a block is too short for so many codes, before they take memory."""
-    tables = code_model.contexts.frequencies if has_contexts else code_model.frequencies
-    least_bits = num_vectors * -math.log2(min(int(tables.max()), TOTAL - 1) / TOTAL)
-    if len(block) + 4 < least_bits / 8:  # the coder's last word holds less
+    least_bits = _least_bits(code_model.frequencies)
+    if has_contexts:
+        tables, is_escape = code_model.contexts.frequencies, code_model.contexts.ids == -1
+        after_escape = _least_bits(tables[is_escape]) + least_bits
+        least_bits = min(_least_bits(tables[~is_escape]), after_escape)
+    if len(block) + 4 < num_vectors * least_bits / 8:  # the coder's last word holds less
         raise DamageError("it is too short for what it says it holds")
+
+
+def _least_bits(frequencies: Int32[np.ndarray, "n"]) -> float:
+    """What the most frequent entry of some tables costs."""
+    return -math.log2(frequencies.max(initial=1) / TOTAL)
 
 
 def unpack(data: bytes, num_blocks: int) -> list[bytes]:

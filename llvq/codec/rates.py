@@ -1,6 +1,8 @@
 """The rate of a model's codes: the size of files that decode."""
 
+import dataclasses
 import functools
+import os
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -17,6 +19,7 @@ from llvq.codec.density import with_density
 from llvq.codec.estimate import estimate
 from llvq.codec.passes import Passes, num_codes
 from llvq.codec.vocabulary import Vocabulary
+from llvq.config import DatasetConfig
 from llvq.data import Dataset
 from llvq.errors import UserError
 from llvq.models import VQVAE
@@ -45,26 +48,42 @@ def codes(model: VQVAE, data: Dataset, split: str) -> Iterator[Int32[np.ndarray,
 
 
 def find_or_estimate(
-    model: VQVAE, checkpoint: epath.PathLike, blocks: Iterable[Int32[np.ndarray, "n h w ..."]]
+    model: VQVAE,
+    checkpoint: epath.PathLike,
+    dataset: DatasetConfig,
+    data: Dataset,
+    blocks: Iterable[Int32[np.ndarray, "n h w ..."]],
 ) -> CodeModel:
-    """The code model beside a checkpoint, or a new one.
+    """The code model of a checkpoint for a data set: the one beside it, or a new one.
 
-    A new one is saved beside the checkpoint. All processes must call it at the same time.
+    A new one is saved beside the checkpoint, unless there is one of other images, which the
+    checkpoint's streams may need. All processes must call it at the same time.
 
     Args:
       model: of the checkpoint.
       checkpoint: its directory.
-      blocks: `codes` of the training split; not touched if there is a code model.
+      dataset: names the data set.
+      data: the data set.
+      blocks: `codes` of its training split; not touched if there is a code model of them.
 
     Raises:
       UserError: if the one beside the checkpoint is damaged.
     """
     parameters = code_models.parameters_digest(model)
+    shape = "×".join(map(str, data.image_shape))
+    images = f"{data.num_images['train']:,} training images of {shape}"
+    source = " ".join(filter(None, (dataset.name, dataset.fit, images)))
     (found, *_) = all_gather(code_models.load(checkpoint, parameters))
-    if found:
+    if found and found.source == source:
         return found
     estimated = estimate(blocks, model.quantizer.code_width, parameters)
-    if jax.process_index() == 0:
+    estimated = dataclasses.replace(estimated, source=source)
+    if found:
+        logging.warning(
+            "%s keeps its code model, estimated from %s; the figures are of one estimated from %s",
+            *(os.fspath(checkpoint), found.source or "other images", source),
+        )
+    elif jax.process_index() == 0:
         try:
             estimated.save(checkpoint)
         except UserError as error:

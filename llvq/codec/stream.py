@@ -1,5 +1,6 @@
 """Images and codes as streams of bytes, and back."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,7 @@ from llvq.models import VQVAE
 
 
 def fit(model: VQVAE, images: Iterable[UInt8[np.ndarray, "n height width channels"]]) -> None:
-    """Gives a model a code model, if it has none of its own data set.
+    """Gives a model a code model, in place of the one that it has, if any.
 
     Args:
       model: gets it as its attribute `code_model`.
@@ -30,7 +31,8 @@ def fit(model: VQVAE, images: Iterable[UInt8[np.ndarray, "n height width channel
     """
     blocks = itertools.chain.from_iterable(_blocks(_codes(model, some)) for some in images)
     width = model.quantizer.code_width
-    model.code_model = estimate(blocks, width, parameters_digest(model))
+    estimated = estimate(blocks, width, parameters_digest(model))
+    model.code_model = dataclasses.replace(estimated, source="images chosen to fit it to")
 
 
 def encode(
@@ -53,6 +55,7 @@ def encode(
       UserError: if the model has no code model, or there are more images than a stream holds.
       ValueError: if the images are no such array.
     """
+    code_model_of(model)  # before the network runs
     codes = _codes(model, images)
     return _encode(model, codes, images.shape[1:3], with_contexts)
 
@@ -78,7 +81,14 @@ def encode_codes(
     model: VQVAE, codes: Int[np.ndarray, "n h w ..."], *, with_contexts: bool = False
 ) -> bytes:
     """Codes, as `model.encode` returns them, as a stream; see `encode`."""
-    return _encode(model, np.asarray(codes, np.int32), None, with_contexts)
+    codes = np.asarray(codes)
+    of_place = model.quantizer.code_shape
+    if codes.ndim != 3 + len(of_place) or codes.shape[3:] != of_place:
+        raise ValueError(f"codes must be [n, h, w, *{of_place}], not {list(codes.shape)}")
+    converted = codes.astype(np.int32)
+    if not np.array_equal(codes, converted):
+        raise ValueError(f"codes must be integers of 32 bits, not these {codes.dtype}")
+    return _encode(model, converted, None, with_contexts)
 
 
 def decode_codes(model: VQVAE, stream: bytes) -> Int[np.ndarray, "n h w ..."]:

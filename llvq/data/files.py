@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import uuid
 from collections.abc import Iterator
 
 from etils import epath
@@ -16,7 +17,8 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
     After an error the new file is deleted, and `path` is unchanged.
     """
     target = epath.Path(path)
-    unfinished = target.with_name(f"{target.name}.unfinished")
+    # Several writers of one file do not meet.
+    unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.unfinished")
     try:
         yield unfinished
         unfinished.replace(target)

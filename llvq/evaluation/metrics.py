@@ -42,6 +42,10 @@ class Metric(NamedTuple):
     title: str
     digits: str
 
+    def text(self, value: float | None) -> str:
+        """The figure in a table; empty if it was not finite."""
+        return "" if value is None else f"{value:{self.digits}}"
+
 
 def mse(originals: Images, reconstructions: Images) -> Float[Array, "batch"]:
     """Mean squared error of each image pair."""

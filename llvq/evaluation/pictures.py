@@ -18,9 +18,13 @@ def comparison(
 
 
 def write_png(path: epath.PathLike, picture: UInt8[np.ndarray, "height width channels"]) -> None:
-    """Writes a picture of 1 or 3 channels; small ones are enlarged until a person can see them."""
+    """Writes a picture; small ones are enlarged until a person can see them.
+
+    Of other numbers of channels than 1 and 3, it shows the first three, or the first.
+    """
     scale = max(1, 256 // picture.shape[0])
     picture = picture.repeat(scale, axis=0).repeat(scale, axis=1)
     buffer = io.BytesIO()
-    Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(buffer, "PNG")
+    shown = picture[..., :3] if picture.shape[-1] >= 3 else picture[..., 0]
+    Image.fromarray(shown).save(buffer, "PNG")
     epath.Path(path).write_bytes(buffer.getvalue())

@@ -93,7 +93,7 @@ class VQVAE(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "batch height width channels"], Int[Array, "batch h w ..."], Losses]:
         """(reconstructions, codes, quantizer losses); see `Quantizer` for all but the images."""
-        latents = self.encoder(self.to_floats(images))
+        latents = self._latents(images)
         quantized, codes, losses = self.quantizer(
             self._vectors(latents), train=train, mask=mask, key=key
         )
@@ -103,7 +103,18 @@ class VQVAE(nnx.Module):
         self, images: Num[Array, "batch height width channels"]
     ) -> Int[Array, "batch h w ..."]:
         """The codes of images."""
-        return self.quantizer(self._vectors(self.encoder(self.to_floats(images))))[1]
+        return self.quantizer(self._vectors(self._latents(images)))[1]
+
+    def _latents(
+        self, images: Num[Array, "batch height width channels"]
+    ) -> Float[Array, "batch h w latent_dim"]:
+        factor = 2 ** len(self.encoder.downsample)
+        if self.packing is None and any(size % factor for size in images.shape[1:3]):
+            raise ValueError(
+                f"height and width of images must be multiples of {factor}, not "
+                f"{list(images.shape[1:3])} (llvq.codec takes any size)"
+            )
+        return self.encoder(self.to_floats(images))
 
     def decode(
         self, codes: Int[Array, "batch h w ..."]

@@ -125,8 +125,11 @@ class RateLattice(Quantizer):
 
     def code_length(self, points: Float[Array, "... latent_dim"]) -> Float[Array, "..."]:
         """The bits that each point costs."""
-        logs = jnp.sum(self.density.log_density(points), axis=-1) + self.log_volume()
-        return -logs / math.log(2)
+        logs = self.density.log_density(points) + self.log_volume() / self.latent_dim
+        if self.training == "straight_through":
+            # Without noise a density may become as narrow as it likes around a point.
+            logs = jnp.minimum(logs, 0)
+        return -jnp.sum(logs, axis=-1) / math.log(2)
 
     def pass_gradient(
         self,

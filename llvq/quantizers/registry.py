@@ -88,7 +88,8 @@ def resolve_latent_dim(name: str, options: Mapping[str, Any], latent_dim: int) -
     if fixed is None:
         unit = quantizer.latent_dim_unit(options)
         expected = f"a multiple of {unit}, the entries that {name} quantizes together"
-        fields.require(latent_dim % unit == 0, "model.latent_dim", latent_dim, expected)
+        is_possible = latent_dim >= 0 and latent_dim % unit == 0
+        fields.require(is_possible, "model.latent_dim", latent_dim, expected)
         return latent_dim or -(-quantizer.default_latent_dim // unit) * unit
     expected = f"{fixed}, which follows from the options of {name}, or 0"
     fields.require(latent_dim in (0, fixed), "model.latent_dim", latent_dim, expected)
@@ -106,9 +107,11 @@ def create(
     """The quantizer of a name, for latents of latent_dim entries (0: as many as it needs).
 
     Raises:
-      UserError: if there is no quantizer of that name, or it needs another latent_dim.
+      UserError: if there is no quantizer of that name, or it lacks an option, takes another value
+        of one, or needs another latent_dim.
     """
     options = default_options(name) | options
+    check_options(name, options)
     latent_dim = resolve_latent_dim(name, options, latent_dim)
     # The registered classes share these signatures; the base class has no constructor to say so.
     constructor: Any = quantizer_class(name)
