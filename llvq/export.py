@@ -2,11 +2,13 @@
 
     python -m llvq.export --workdir=runs/vq --command="python main.py --config=… --workdir=runs/vq"
 
-Writes checkpoints/<data set>/<quantizer>, parameters only, and its entry in checkpoints/index.json.
+Writes checkpoints/<data set>/<quantizer>, or of another --name, parameters only, and its entry in
+checkpoints/index.json.
 """
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 
 from etils import epath
@@ -14,29 +16,35 @@ from etils import epath
 from llvq import checkpointing, pretrained
 from llvq.codec import code_model
 from llvq.data.files import writing
-from llvq.errors import one_line_exit
+from llvq.errors import UserError, one_line_exit
 from llvq.evaluate import read_evaluation
 
 
-def export(workdir: epath.PathLike, command: str) -> str:
+def export(workdir: epath.PathLike, command: str, name: str = "") -> str:
     """Copies what inference needs of a run's newest checkpoint, with what its evaluation found.
 
     Args:
       workdir: of the run; has the evaluation.json of its newest checkpoint.
       command: what trained it, for the index.
+      name: of two words, e.g. "photos/vq"; if empty, the names of data set and quantizer.
 
     Returns:
       The model's name.
 
     Raises:
-      UserError: if there is no checkpoint or it has not been evaluated, or the name is taken.
+      UserError: if there is no checkpoint, it has not been evaluated, or the name is no such name
+        or taken.
     """
     checkpoint = checkpointing.load(workdir)
     config, state = checkpoint.config, checkpoint.state
     evaluation = read_evaluation(workdir, checkpoint.path)
-    name = f"{config['dataset']['name']}/{config['quantizer']['name']}"
+    name = name or f"{config['dataset']['name']}/{config['quantizer']['name']}"
+    if not re.fullmatch(r"\w+/\w+", name):
+        raise UserError(f"--name={name}: must be two words, such as photos/vq")
     # Local paths are of no use to others.
-    config = {**config, "dataset": {"name": config["dataset"]["name"]}}
+    paths = ("data_dir", "manual_dir")
+    dataset = {field: value for field, value in config["dataset"].items() if field not in paths}
+    config = {**config, "dataset": dataset}
     config.pop("init_from", None)
     directory = pretrained.DIRECTORY / name
     checkpointing.save_for_inference(directory, state, config)
@@ -67,9 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--workdir", required=True, help="of the run")
     parser.add_argument("--command", required=True, help="the command that trained it")
+    parser.add_argument("--name", default="", help="if not DATA SET/QUANTIZER")
     options = parser.parse_args(arguments)
     with one_line_exit(parser.prog):
-        print(f"{pretrained.DIRECTORY / export(options.workdir, options.command)}")
+        print(f"{pretrained.DIRECTORY / export(options.workdir, options.command, options.name)}")
 
 
 if __name__ == "__main__":
