@@ -304,18 +304,21 @@ def _lattice_cells(run: Run, record: Mapping[str, Any]) -> list[str]:
 
 
 def _plot(records: Mapping[Run, Mapping[str, Any]], path: pathlib.Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for name in CURVES:
-        found = [records[run]["evaluation"] for run in _evaluated(_first(name), records)]
-        found.sort(key=lambda evaluation: evaluation["coded_bits_per_pixel"])
-        rates = [evaluation["coded_bits_per_pixel"] for evaluation in found]
-        for ax, figure_name in zip(axes, ("reconstruction_loss", "psnr"), strict=True):
-            values = [evaluation[figure_name] for evaluation in found]
-            ax.plot(rates, values, marker="o", label=name)
+    """Lattices with a rate in the loss have dashes and squares, the others lines and circles."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    others = [name for name in CURVES if name not in LATTICES]
+    for names, style in ((others, "o-"), (LATTICES, "s--")):
+        for i, name in enumerate(names):
+            found = [records[run]["evaluation"] for run in _evaluated(_first(name), records)]
+            found.sort(key=lambda evaluation: evaluation["coded_bits_per_pixel"])
+            rates = [evaluation["coded_bits_per_pixel"] for evaluation in found]
+            for ax, figure_name in zip(axes, ("reconstruction_loss", "psnr"), strict=True):
+                values = [evaluation[figure_name] for evaluation in found]
+                ax.plot(rates, values, style, color=f"C{i}", label=name if found else None)
     axes[0].set(title="test MSE", xlabel="coded bits per pixel", yscale="log")
     axes[1].set(title="PSNR, dB", xlabel="coded bits per pixel")
-    axes[1].legend()
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper")
+    figure.savefig(path, dpi=90, metadata={"Software": None})
     plt.close(figure)
 
 
