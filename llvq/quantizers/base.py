@@ -200,6 +200,8 @@ class Quantizer(nnx.Module):
     def codes_to_indices(self, codes: Int[Array, "..."]) -> Int[Array, "..."]:
         """One index from 0 to num_codes − 1 per latent vector; the first integer varies fastest.
 
+        The −1 of a stage that `ResidualVQ` dropped in training has no index.
+
         Raises:
           ValueError: if the quantizer has 2³¹ codes or more.
         """
