@@ -122,6 +122,7 @@ CURVES = {
 # Those with a rate in the loss.
 LATTICES = tuple(name for name in CURVES if name.endswith("_lattice") and name != "sparse_lattice")
 BASELINE = "vq_restarts"
+_ANCHORS = (BASELINE, "sparse_lattice", "fsq")
 
 # One-epoch runs to choose the latents, to see what γ does, and how lattices with a rate learn.
 _GAMMAS = (1.0, 0.1, 0.01, 0.001)
@@ -185,21 +186,23 @@ def curve_of(name: str, records: Mapping[Run, Mapping[str, Any]]) -> list[tuple[
     return curve
 
 
-def bd_rate(name: str, records: Mapping[Run, Mapping[str, Any]]) -> float | None:
-    """How many percent more bits a curve takes than the best VQ at equal PSNR, on average.
+def bd_rate(
+    name: str, records: Mapping[Run, Mapping[str, Any]], anchor: str = BASELINE
+) -> float | None:
+    """How many percent more bits a curve takes than another one at equal PSNR, on average.
 
     Bjøntegaard's delta rate, with piecewise cubic interpolation, over the PSNR that both curves
     reach. None if a curve is not finished, or if they do not overlap.
     """
-    if any(run not in records for run in (*_first(name), *_first(BASELINE))):
+    if any(run not in records for run in (*_first(name), *_first(anchor))):
         return None
-    ours, theirs = curve_of(name, records), curve_of(BASELINE, records)
+    ours, theirs = curve_of(name, records), curve_of(anchor, records)
     if not (ours and theirs) or max(ours[0][1], theirs[0][1]) >= min(ours[-1][1], theirs[-1][1]):
         return None
-    anchor, tested = (list(zip(*points, strict=True)) for points in (theirs, ours))
+    old, new = (list(zip(*points, strict=True)) for points in (theirs, ours))
     return float(
         bjontegaard.bd_rate(
-            *anchor, *tested, method="pchip", require_matching_points=False, min_overlap=0
+            *old, *new, method="pchip", require_matching_points=False, min_overlap=0
         )
     )
 
@@ -331,10 +334,10 @@ contexts", its neighbours predict it. `vq_restarts` is `vq` with dead codes rest
 codebook initialised from the first batch.
 """
 
-_BD_RATE = f"""## Bits against the best VQ
+_BD_RATE = """## Bits against the best VQ and two others
 
-Bjøntegaard's delta rate against `{BASELINE}` at equal PSNR, without the points that take more bits
-than another one of their curve for no more PSNR. It is empty where a curve is not finished, or
+Bjøntegaard's delta rate at equal PSNR, without the points that take more bits than another one of
+their curve for no more PSNR. It is empty where a curve is not finished, or
 where the two curves share no range of PSNR.
 """
 
@@ -362,9 +365,9 @@ def write(records: Mapping[Run, Mapping[str, Any]]) -> None:
             [_lattice_cells(run, records[run]) for run in _evaluated(runs, records)],
         )
 
-    def difference(name: str) -> str:
-        value = bd_rate(name, records)
-        return "" if value is None else f"{value:+.1f}%"
+    def differences(name: str) -> list[str]:
+        values = [bd_rate(name, records, anchor) for anchor in _ANCHORS]
+        return [f"`{name}`", *("" if value is None else f"{value:+.1f}%" for value in values)]
 
     parts = [
         _HEADER,
@@ -372,7 +375,7 @@ def write(records: Mapping[Run, Mapping[str, Any]]) -> None:
         table(FIRST) + "\n",
         _BD_RATE,
         markdown_table(
-            ("quantizer", "BD-rate"), [(f"`{name}`", difference(name)) for name in CURVES]
+            ("quantizer", *(f"against `{anchor}`" for anchor in _ANCHORS)), map(differences, CURVES)
         ),
         "\n## More seeds, and ten epochs\n",
         table(further(records)),

@@ -63,6 +63,7 @@ def test_delta_rates_and_what_follows(tmp_path, monkeypatch):
     compare.write(records)
     page = (tmp_path / "compare.md").read_text()
     assert "| `fsq` | -10.0% |" in page
+    assert "| `bsq` | +10.0% |" in page
     # λ, seed, epochs, three rates, dimensions, bits per dimension, second moments: 1.6 / 7 = 0.23.
     cells = "0.0007 | 2 | 3 | 1.600 | 1.600 | 1.600 | 7.0 of 8 | 0.23 | 0.0700 | 0.0717"
     assert f"| `e8_lattice` | {cells} |" in page
