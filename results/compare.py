@@ -108,7 +108,7 @@ CURVES = {
     "lfq": Curve("lfq", "codebook_size", (4, 64, 1024, 4096), 0, "none"),
     "bsq": Curve("bsq", "num_bits", (3, 6, 10, 14), 0, "none"),
     "simvq": Curve("simvq", "codebook_size", (8, 64, 1024, 4096), 8, "none"),
-    "residual_vq": Curve("residual_vq", "depth", (1, 2, 3, 4), 8, "none", _RESIDUAL),
+    "residual_vq": Curve("residual_vq", "depth", (1, 2, 3, 4), 64, "none", _RESIDUAL),
     "diagonal_lattice": Curve("diagonal_lattice", "rate_weight", _RATE_WEIGHTS, 4, "none"),
     "e8_lattice": Curve("e8_lattice", "rate_weight", _RATE_WEIGHTS, 8, "none"),
     "learned_lattice": Curve("learned_lattice", "rate_weight", _RATE_WEIGHTS, 8, "none"),
