@@ -99,6 +99,7 @@ _RATE_WEIGHTS = (2e-3, 7e-4, 2.5e-4, 1e-4)
 CURVES = {
     "vq": Curve("vq", "codebook_size", (8, 64, 512, 4096), 64, "leaky_relu"),
     "vq_restarts": Curve("vq", "codebook_size", (8, 64, 1024, 16384), 4, "none", _STRONG),
+    "vq_ema_restarts": Curve("vq_ema", "codebook_size", (8, 64, 512, 4096), 64, "none", _STRONG),
     # γ from 0.001 to 1 moves the rate by a bit (see TRIALS), so that the first basis is varied,
     # which the desired codebook size sets.
     "sparse_lattice": Curve(
@@ -129,6 +130,7 @@ _GAMMAS = (1.0, 0.1, 0.01, 0.001)
 _LATENTS = ((8, "none"), (64, "none"))
 _TRIED = {
     "vq_restarts": ((4, "none"), *_LATENTS, (64, "leaky_relu")),
+    "vq_ema_restarts": ((4, "none"), *_LATENTS),
     "simvq": _LATENTS,
     "residual_vq": _LATENTS,
     "diagonal_lattice": ((8, "straight_through"), (8, "noise"), (4, "noise")),
@@ -330,8 +332,8 @@ _HEADER = """# Quantizers at equal coded bits
 `python -m results.compare` wrote this page; do not edit it by hand. Each run trains FashionMNIST's
 network for three epochs with the schedule of the recipe `long`. Coded bits are the size of the test
 split's codes as one file, each coded by how often it occurs in the training split (order 0); "with
-contexts", its neighbours predict it. `vq_restarts` is `vq` with dead codes restarted and the
-codebook initialised from the first batch.
+contexts", its neighbours predict it. `vq_restarts` and `vq_ema_restarts` are `vq` and `vq_ema`
+with dead codes restarted and the codebook initialised from the first batch.
 """
 
 _BD_RATE = """## Bits against the best VQ and two others
