@@ -277,8 +277,8 @@ def test_a_ratio_is_the_median_of_the_pairs_ratios():
     row["seconds"] = {"llvq": [1.0, 2.0, 10.0], "PyTorch": [2.0, 2.0, 30.0]}
     header, _, ours, theirs = figures.comparison_table([row]).splitlines()
     assert header.endswith("| program | ms | images/s | memory, MB | llvq's speed / this one's |")
-    assert ours == "| 1,024 | llvq | 2e+03 | 4 | 2 |  |"
-    assert theirs == "| 1,024 | PyTorch | 2e+03 | 4 |  | 2.00 (1.00 … 3.00) |"
+    assert ours == "| 1,024 | llvq | 2,000 | 4 | 2 |  |"
+    assert theirs == "| 1,024 | PyTorch | 2,000 | 4 |  | 2.00 (1.00 … 3.00) |"
 
 
 def test_shares_of_what_the_device_reaches():
@@ -289,7 +289,7 @@ def test_shares_of_what_the_device_reaches():
     header, _, ours, theirs = figures.comparison_table([row]).splitlines()
     assert "| memory, MB | of the memory's speed | of the arithmetic's |" in header
     assert "| 500 | 16 |  | 40% | 20% |" in ours
-    assert "| 1e+03 | 8 |  |  |  |" in theirs
+    assert "| 1,000 | 8 |  |  |  |" in theirs
 
 
 def test_ceilings_and_work_agree_with_a_product():

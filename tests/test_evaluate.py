@@ -155,7 +155,7 @@ def test_quantizer_losses_are_of_the_whole_split(run):
 def test_without_a_test_split_validation_stands_in(run, tmp_path):
     config, workdir, _ = run
     data = ArrayDataset(train=tiny.images(70), validation=tiny.images(21, 1))
-    results = evaluate.evaluate.evaluate(config, tmp_path, data, checkpoint=workdir)
+    results = evaluate.evaluate(config, tmp_path, data, checkpoint=workdir)
     assert results["split"] == "validation"
     scaled, outputs, _ = by_hand(workdir, tiny.images(21, 1))
     assert results["reconstruction_loss"] == pytest.approx(
@@ -171,7 +171,7 @@ def test_what_checkpoint_may_name(run, tmp_path, which):
         "checkpoints": workdir / "checkpoints",
         "step": workdir / "checkpoints" / "100",
     }[which]
-    results = evaluate.evaluate.evaluate(config, tmp_path, tiny.dataset(), checkpoint=path)
+    results = evaluate.evaluate(config, tmp_path, tiny.dataset(), checkpoint=path)
     assert results["checkpoint"] == str(workdir / "checkpoints" / "100")
     assert (tmp_path / "evaluation.json").exists()
 
@@ -194,7 +194,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=r"^checkpoint .*/2 cannot be read [^\n]*$"):
-        evaluate.evaluate.evaluate(config, tmp_path, tiny.dataset())
+        evaluate.evaluate(config, tmp_path, tiny.dataset())
 
 
 def test_bucket_paths_are_left_as_they_are():
@@ -227,7 +227,7 @@ def test_an_exactly_reconstructed_image_leaves_valid_json(tmp_path):
     state = train.train_and_evaluate(config, tmp_path / "run", data)
     params = jax.tree.map(np.zeros_like, state.params)  # every output is 0
     checkpointing.save_for_inference(tmp_path / "black", state.replace(params=params), config)
-    results = evaluate.evaluate.evaluate(config, tmp_path, data, checkpoint=tmp_path / "black")
+    results = evaluate.evaluate(config, tmp_path, data, checkpoint=tmp_path / "black")
     assert results["reconstruction_loss"] == 0
     assert results["psnr"] == pytest.approx(100, rel=1e-6)
 
@@ -255,7 +255,7 @@ def test_every_quantizer_goes_the_whole_way(quantizer, tmp_path):
     """Trains, evaluates, and codes images: what the codec decodes is what was encoded."""
     config = tiny.config(quantizer)
     train.train_and_evaluate(config, tmp_path, tiny.dataset())
-    results = evaluate.evaluate.evaluate(config, tmp_path, tiny.dataset())
+    results = evaluate.evaluate(config, tmp_path, tiny.dataset())
     check_rates(tmp_path, results)
     model = load_pretrained(tmp_path)
     codes = by_hand(tmp_path, tiny.images(19, 2))[2]
