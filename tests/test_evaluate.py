@@ -12,7 +12,7 @@ from PIL import Image
 
 from llvq import checkpointing, codec, evaluate, load_pretrained, train
 from llvq.data import ArrayDataset
-from llvq.data.files import replacing
+from llvq.data.files import writing
 from llvq.errors import UserError
 from llvq.evaluation.evaluator import Evaluator
 from llvq.evaluation.pictures import write_png
@@ -303,7 +303,7 @@ def test_pictures_of_any_number_of_channels(tmp_path):
 
 
 def test_writers_of_one_file_do_not_meet(tmp_path):
-    with replacing(tmp_path / "a") as first, replacing(tmp_path / "a") as second:
+    with writing(tmp_path / "a") as first, writing(tmp_path / "a") as second:
         first.write_text("first")
         second.write_text("second")
     assert (tmp_path / "a").read_text() == "first"

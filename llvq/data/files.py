@@ -11,14 +11,14 @@ from llvq.errors import UserError
 
 
 @contextlib.contextmanager
-def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
+def replacing(path: epath.PathLike, *, mark: str = "unfinished") -> Iterator[epath.Path]:
     """Yields the path of a new file, which replaces `path` when the context ends without error.
 
-    After an error the new file is deleted, and `path` is unchanged.
+    After an error the new file is deleted, and `path` is unchanged. What a killed process has left
+    is overwritten by the next one with the same `mark`, the end of the new file's name.
     """
     target = epath.Path(path)
-    # Several writers of one file do not meet.
-    unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.unfinished")
+    unfinished = target.with_name(f"{target.name}.{mark}")
     try:
         yield unfinished
         unfinished.replace(target)
@@ -30,13 +30,13 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
 
 @contextlib.contextmanager
 def writing(path: epath.PathLike) -> Iterator[epath.Path]:
-    """As `replacing`, for a file that the user asked for.
+    """As `replacing`, for a file that the user asked for, perhaps of two processes at once.
 
     Raises:
       UserError: if it cannot be written.
     """
     try:
-        with replacing(path) as unfinished:
+        with replacing(path, mark=f"{uuid.uuid4().hex[:8]}.unfinished") as unfinished:
             yield unfinished
     except OSError as error:
         name = os.fspath(path)
