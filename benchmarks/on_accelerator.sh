@@ -36,8 +36,8 @@ part() {
     fi
 }
 
-# The golden numbers need the authors' files; float64 references, packed and plain images, calls of several
-# steps and of one, convolutions in every form.
+# Golden numbers, which need the authors' files; float64 references; packed and plain images; calls of
+# several steps and of one; convolutions in every form.
 method="test_golden test_packing test_feeding test_model test_convolution test_codebooks
 test_scalar_quantizers test_rate_lattices test_nearest_point"
 if [ ! -f "$tests" ]; then

@@ -2,7 +2,7 @@
 
     python -m llvq.export --workdir=runs/vq --command="python main.py --config=… --workdir=runs/vq"
 
-Writes checkpoints/<data set>/<quantizer>, or of another --name, parameters only, and its entry in
+Writes the parameters to checkpoints/<data set>/<quantizer>, or to the --name given, and an entry to
 checkpoints/index.json.
 """
 
@@ -26,14 +26,14 @@ def export(workdir: epath.PathLike, command: str, name: str = "") -> str:
     Args:
       workdir: of the run; has the evaluation.json of its newest checkpoint.
       command: what trained it, for the index.
-      name: of two words, e.g. "photos/vq"; if empty, the names of data set and quantizer.
+      name: two words, e.g. "photos/vq"; if empty, the names of the data set and the quantizer.
 
     Returns:
       The model's name.
 
     Raises:
-      UserError: if there is no checkpoint, it has not been evaluated, or the name is no such name
-        or taken.
+      UserError: if there is no checkpoint, it has not been evaluated, or the name is taken or not
+        two words.
     """
     checkpoint = checkpointing.load(workdir)
     config, state = checkpoint.config, checkpoint.state

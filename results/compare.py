@@ -339,8 +339,8 @@ with dead codes restarted and the codebook initialised from the first batch.
 _BD_RATE = """## Bits against the best VQ and two others
 
 Bjøntegaard's delta rate at equal PSNR, without the points that take more bits than another one of
-their curve for no more PSNR. It is empty where a curve is not finished, or
-where the two curves share no range of PSNR.
+their curve for no more PSNR. It is empty where a curve is not finished, or where the two curves
+share no range of PSNR.
 """
 
 

@@ -32,8 +32,6 @@ DIRECTORY = pathlib.Path(__file__).parent / "photos"
 
 Record = recorded.Record
 
-_SOURCES = ("../shared/data", "../shared/reference/checkpoints", "runs")
-
 
 class Task(NamedTuple):
     """Images and a network for them.
@@ -314,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--sources",
         nargs="+",
         type=pathlib.Path,
-        default=[pathlib.Path(path) for path in _SOURCES],
+        default=[pathlib.Path("runs")],
         help="the directories that hold the folders of images and the authors' weights",
     )
     parser.add_argument("--only", nargs="+", choices=list(TASKS), help="run only these tasks")

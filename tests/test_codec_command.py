@@ -136,11 +136,12 @@ def test_fit_gives_a_checkpoint_a_code_model(tmp_path, capsys):
         run("fit", f"--model={tmp_path}/model", tmp_path / "a.png")
 
 
-def test_a_file_named_twice_is_converted_once(checkpoints, tmp_path, capsys):
+def test_a_file_named_twice_is_converted_once(checkpoints, tmp_path, monkeypatch):
     picture(12, 12, "L").save(tmp_path / "a.png")
+    encoded = []
+    monkeypatch.setattr(codec, "encode", lambda *_, **__: encoded.append("a") or b"")
     run("encode", f"--model={checkpoints[1]}", tmp_path, tmp_path / "a.png", f"--output={tmp_path}")
-    assert [path.name for path in tmp_path.glob("*.llvq")] == ["a.llvq"]
-    assert "2/2" not in capsys.readouterr().err
+    assert encoded == ["a"]
 
 
 def mistakes(directory):

@@ -245,6 +245,6 @@ def test_the_tour_runs_and_shows_what_it_shows():
 
 
 def kinds(cell):
-    """Of a cell's outputs, without messages; a text may come in several parts."""
+    """The types of a cell's outputs, without messages. They are a set: a text may come in parts."""
     outputs = cell.get("outputs", [])
     return {output.output_type for output in outputs if output.get("name") != "stderr"}

@@ -288,7 +288,7 @@ def test_the_code_model_is_of_the_data_sets_training_split(tmp_path, caplog):
     )
     assert found["coded_bits_per_vector"] == expected["coded_bits_per_vector"]
     assert path.read_bytes() == kept
-    assert "keeps its code model, estimated from images chosen to fit it to" in caplog.text
+    assert "keeps its code model of images chosen to fit it to" in caplog.text
 
 
 def test_pictures_of_any_number_of_channels(tmp_path):

@@ -144,7 +144,7 @@ def abstract_state(config: SavedConfig) -> TrainState:
 
 
 def model_of(checkpoint: Checkpoint, *, compute_dtype: str = "") -> VQVAE:
-    """The model that a checkpoint holds; with another dtype of its arithmetic, if there is one."""
+    """The model that a checkpoint holds; `compute_dtype`, if given, replaces the checkpoint's."""
     config = checkpoint.config
     if compute_dtype:
         config = {**config, "compute_dtype": compute_dtype}

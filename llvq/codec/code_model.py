@@ -28,7 +28,7 @@ from llvq.training import train_state
 TOTAL = 2**20
 _FILE = "code_model.npz"
 
-# What reading a damaged file may raise.
+# The errors that reading a damaged file may raise.
 _DAMAGE = (
     *(OSError, ValueError, KeyError, TypeError, EOFError),
     *(NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error),
@@ -148,11 +148,7 @@ class CodeModel:
           UserError: if it cannot be written.
         """
         buffer = io.BytesIO()
-        about = {
-            "parameters": self.parameters,
-            "digest": self.digest,
-            "source": self.source,
-        }
+        about = {"parameters": self.parameters, "digest": self.digest, "source": self.source}
         arrays: dict[str, Any] = {"about": json.dumps(about), **self._arrays()}
         np.savez_compressed(buffer, **arrays)
         with writing(epath.Path(checkpoint) / _FILE) as file:

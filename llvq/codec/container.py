@@ -160,7 +160,7 @@ def check_length(block: bytes, code_model: CodeModel, num_vectors: int, has_cont
 
 
 def _least_bits(frequencies: Int32[np.ndarray, "n"]) -> float:
-    """What the most frequent entry of some tables costs."""
+    """The bits that the most frequent entry of some tables costs."""
     return -math.log2(frequencies.max(initial=1) / TOTAL)
 
 

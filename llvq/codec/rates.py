@@ -80,7 +80,7 @@ def find_or_estimate(
     estimated = dataclasses.replace(estimated, source=source)
     if found:
         logging.warning(
-            "%s keeps its code model, estimated from %s; the figures are of one estimated from %s",
+            "%s keeps its code model of %s; this evaluation or encoding uses one of %s",
             *(os.fspath(checkpoint), found.source or "other images", source),
         )
     elif jax.process_index() == 0:

@@ -14,8 +14,8 @@ from llvq.errors import UserError
 def replacing(path: epath.PathLike, *, mark: str = "unfinished") -> Iterator[epath.Path]:
     """Yields the path of a new file, which replaces `path` when the context ends without error.
 
-    After an error the new file is deleted, and `path` is unchanged. What a killed process has left
-    is overwritten by the next one with the same `mark`, the end of the new file's name.
+    After an error the new file is deleted, and `path` is unchanged. The new file's name ends in
+    `mark`; a process that is killed leaves it, and the next one with the same mark overwrites it.
     """
     target = epath.Path(path)
     unfinished = target.with_name(f"{target.name}.{mark}")
@@ -30,7 +30,7 @@ def replacing(path: epath.PathLike, *, mark: str = "unfinished") -> Iterator[epa
 
 @contextlib.contextmanager
 def writing(path: epath.PathLike) -> Iterator[epath.Path]:
-    """As `replacing`, for a file that the user asked for, perhaps of two processes at once.
+    """As `replacing`, for a file that the user asked for; two processes may write it at once.
 
     Raises:
       UserError: if it cannot be written.

@@ -20,7 +20,7 @@ def comparison(
 def write_png(path: epath.PathLike, picture: UInt8[np.ndarray, "height width channels"]) -> None:
     """Writes a picture; small ones are enlarged until a person can see them.
 
-    Of other numbers of channels than 1 and 3, it shows the first three, or the first.
+    It shows the first three channels, or the first one where there are fewer than three.
     """
     scale = max(1, 256 // picture.shape[0])
     picture = picture.repeat(scale, axis=0).repeat(scale, axis=1)

@@ -44,7 +44,7 @@ class BinaryQuantizer(Quantizer):
 def _probabilities(
     logits: Float[Array, "..."],
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Of a bit to be 1 and to be 0, both with all their digits, from one exponential."""
+    """The probabilities that a bit is 1 and that it is 0, without cancellation."""
     odds = jnp.exp(-jnp.abs(logits))  # of the less likely value
     likely = 1 / (1 + odds)
     unlikely = odds * likely
@@ -61,7 +61,7 @@ def _(primals: Any, tangents: Any) -> Any:
 
 @jax.custom_jvp
 def _entropies(logits: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Of single bits, in nats."""
+    """The entropy of each bit, in nats."""
     unlikely = jnp.minimum(*_probabilities(logits))
     return jnp.abs(logits) * unlikely - jnp.log1p(-unlikely)
 
