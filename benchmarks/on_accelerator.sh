@@ -43,7 +43,7 @@ test_scalar_quantizers test_rate_lattices test_nearest_point"
 if [ ! -f "$tests" ]; then
     [ "$small" ] && method="test_golden test_nearest_point"
     # shellcheck disable=SC2046
-    part 110 "$python" -m pytest -q -p no:cacheprovider -n 4 --tb=short \
+    part 110 "$python" -m pytest -q -p no:cacheprovider -n 8 --tb=short \
         $(printf 'tests/%s.py ' $method) >"$tests.part" 2>&1
     tail -n 3 "$tests.part"
     [ $status -eq 0 ] && mv "$tests.part" "$tests"

@@ -1,9 +1,10 @@
-"""The convolutions of a CPU against XLA's plain ones, forward and backward.
+"""The convolutions of each backend against XLA's plain ones, forward and backward.
 
 The plain ones are themselves compared with PyTorch's layers in test_model.py.
 """
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -14,13 +15,19 @@ from llvq.models import convolution
 from llvq.runtime import sharding
 from tests.convolutions import CASES, assert_close
 
+_TRANSPOSED = "4x4, stride 2, transposed"
+_FORMS = {
+    **CASES,
+    "transposed, not on a CPU": (convolution._conv_transpose, *CASES[_TRANSPOSED][1:]),
+}
+
 
 @pytest.mark.parametrize(
     ("channels", "batch"), [((1, 5), 16), ((5, 1), 3), ((3, 40), 4), ((40, 3), 2), ((40, 40), 1)]
 )
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", _FORMS)
 def test_equals_the_plain_convolution(case, channels, batch):
-    ours, plain, size = CASES[case]
+    ours, plain, size = _FORMS[case]
     rng = np.random.default_rng(hash((size, channels)) % 2**32)
     height, width = 2 * rng.integers(1, 7, 2)
     with jax.enable_x64(True):
@@ -48,13 +55,27 @@ def test_accelerators_get_the_plain_convolutions(case):
     x, kernel = np.ones((2, 8, 8, 3), np.float32), np.ones((size, size, 3, 5), np.float32)
     text = lowered(ours, "cuda", x, kernel)
     assert text.count("stablehlo.convolution") == 1
-    assert f"tensor<{size}x{size}x3x5xf32>) -> tensor<2x" in text
+    channels = "5x3" if case == _TRANSPOSED else "3x5"  # those of the convolution that it undoes
+    assert f"tensor<{size}x{size}x{channels}xf32>) -> tensor<2x" in text
     both = lowered(lambda *inputs: jax.vjp(ours, *inputs)[1](ours(*inputs)), "cuda", x, kernel)
     for rearranging in ("stablehlo.reshape", "stablehlo.dot_general", "stablehlo.pad"):
         assert rearranging not in text + both
     on_cpu = lowered(ours, "cpu", x, kernel)
     is_plain = "stablehlo.convolution" in on_cpu and "stablehlo.reshape" not in on_cpu
     assert is_plain == (case == "3x3")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cudnn_has_kernels_for_all_gradients(case):
+    """It has none for dilated images with an image for a kernel; XLA makes do, ten times slower."""
+    ours, _, size = CASES[case]
+    x, kernel = np.ones((2, 8, 8, 3), np.float32), np.ones((size, size, 3, 5), np.float32)
+    text = lowered(lambda *inputs: jax.vjp(ours, *inputs)[1](ours(*inputs)), "cuda", x, kernel)
+    convolutions = re.findall(r"stablehlo\.convolution.*", text)
+    assert len(convolutions) == 3
+    for found in convolutions:
+        if "lhs_dilate = [2, 2]" in found:
+            assert f", tensor<{size}x{size}x" in found
 
 
 def test_in_bfloat16_pixels_are_summed_in_float32():
@@ -69,6 +90,7 @@ def test_in_bfloat16_pixels_are_summed_in_float32():
     assert np.linalg.norm(found[0, 0] - expected) < 2**-9 * np.linalg.norm(expected)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="compiles for a CPU")
 def test_steps_on_a_cpu_leave_convolutions_to_eigen():
     """By default XLA makes fusions for YNNPACK of them, with far slower gradients of kernels."""
     options = sharding.compiler_options(sharding.make_mesh())

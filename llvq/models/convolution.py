@@ -1,7 +1,7 @@
 """Convolutions in the form that each backend runs fastest; images NHWC, kernels HWIO.
 
-A CPU has forms of its own (`convolution_cpu`), a TPU may compute on packed images (`packing`);
-everything else is left to XLA. `runtime.sharding` has the options that go with them.
+A CPU has forms of its own (`convolution_cpu`), a TPU may compute on packed images (`packing`), a
+GPU gets those that cuDNN has. `runtime.sharding` has the options that go with them.
 """
 
 import functools
@@ -93,5 +93,35 @@ def _conv(x: _Images, kernel: _Kernel, strides: int) -> _Images:
     )
 
 
+def _flipped(kernel: _Kernel) -> _Kernel:
+    """The kernel of the convolution that a transposed one is the transpose of."""
+    # Without the barrier XLA may cancel the flip, by which it knows the gradient of a convolution.
+    return lax.optimization_barrier(kernel[::-1, ::-1].swapaxes(2, 3))
+
+
+@jax.custom_vjp
 def _conv_transpose(x: _Images, kernel: _Kernel) -> _Images:
-    return lax.conv_transpose(x, kernel, (2, 2), "SAME", dimension_numbers=DIMENSION_NUMBERS)
+    """A transposed convolution as the gradient of a strided one, which cuDNN has a kernel for.
+
+    XLA would otherwise compute the gradient of its kernel as a convolution whose own kernel is a
+    whole image.
+    """
+    batch, height, width, _ = x.shape
+    y = jax.ShapeDtypeStruct((batch, 2 * height, 2 * width, kernel.shape[3]), x.dtype)
+    kernel = _flipped(kernel)
+    return jax.linear_transpose(lambda y: _conv(y, kernel, 2), y)(x)[0]
+
+
+def _conv_transpose_forward(x: _Images, kernel: _Kernel) -> tuple[_Images, tuple[_Images, _Kernel]]:
+    return _conv_transpose(x, kernel), (x, kernel)
+
+
+def _conv_transpose_backward(
+    inputs: tuple[_Images, _Kernel], gradient: _Images
+) -> tuple[_Images, _Kernel]:
+    x, kernel = inputs
+    x_gradient, pull_back = jax.vjp(lambda kernel: _conv(gradient, _flipped(kernel), 2), kernel)
+    return x_gradient, *pull_back(x)
+
+
+_conv_transpose.defvjp(_conv_transpose_forward, _conv_transpose_backward)
