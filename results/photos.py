@@ -123,9 +123,16 @@ TASKS = {
     ),
 }
 
-_AT_5_BITS = (("vq_restarts", 32), ("sparse_lattice", 512), ("fsq", (8, 5)), ("e8_lattice", 2.5e-4))
+_AT_5_BITS = (
+    ("vq_restarts", 32),
+    ("sparse_lattice", 512),
+    ("fsq", (8, 5)),
+    ("residual_vq", 2),
+    ("e8_lattice", 2.5e-4),
+)
 _AT_12_BITS = (
     ("vq_restarts", 4096),
+    ("residual_vq", 3),
     ("sparse_lattice", 2**16),
     ("fsq", (8, 8, 8, 6, 5)),
     ("e8_lattice", 5e-5),
