@@ -113,7 +113,7 @@ CURVES = {
     "diagonal_lattice": Curve("diagonal_lattice", "rate_weight", _RATE_WEIGHTS, 4, "none"),
     "e8_lattice": Curve("e8_lattice", "rate_weight", _RATE_WEIGHTS, 8, "none"),
     "learned_lattice": Curve("learned_lattice", "rate_weight", _RATE_WEIGHTS, 8, "none"),
-    "d4_lattice": Curve("d4_lattice", "rate_weight", _RATE_WEIGHTS[:2], 4, "none"),
+    "d4_lattice": Curve("d4_lattice", "rate_weight", _RATE_WEIGHTS, 4, "none"),
     "leech_lattice": Curve("leech_lattice", "rate_weight", _RATE_WEIGHTS[:2], 24, "none"),
     # Evaluated at its first rate.
     "multirate_lattice": Curve(
