@@ -122,7 +122,7 @@ CURVES = {
 }
 # Those with a rate in the loss.
 LATTICES = tuple(name for name in CURVES if name.endswith("_lattice") and name != "sparse_lattice")
-BASELINE = "vq_restarts"
+BASELINE = "vq_ema_restarts"
 _ANCHORS = (BASELINE, "sparse_lattice", "fsq")
 
 # One-epoch runs to choose the latents, to see what γ does, and how lattices with a rate learn.
