@@ -9,6 +9,7 @@ these curves, `--trials` the one-epoch runs that came before.
 """
 
 import argparse
+import itertools
 import math
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -125,8 +126,10 @@ LATTICES = tuple(name for name in CURVES if name.endswith("_lattice") and name !
 BASELINE = "vq_ema_restarts"
 _ANCHORS = (BASELINE, "sparse_lattice", "fsq")
 
-# One-epoch runs to choose the latents, to see what γ does, and how lattices with a rate learn.
+# One-epoch runs to choose the latents and the weight of entropies, to see what γ does, and how
+# lattices with a rate learn.
 _GAMMAS = (1.0, 0.1, 0.01, 0.001)
+_ENTROPY_WEIGHTS = (0.1, 0.01, 0.001)
 _LATENTS = ((8, "none"), (64, "none"))
 _TRIED = {
     "vq_restarts": ((4, "none"), *_LATENTS, (64, "leaky_relu")),
@@ -139,16 +142,22 @@ _TRIED = {
 }
 
 
-def _trial(curve: str, latent_dim: int, choice: str) -> Run:
-    lattices = curve in LATTICES
-    choices = "quantizer.training" if lattices else "model.latent_activation"
-    changes = (("model.latent_dim", latent_dim), (choices, choice))
+def _trial(curve: str, *changes: tuple[str, Any]) -> Run:
     return Run(curve, CURVES[curve].values[1], SEED, 1, changes)
 
 
+def _trial_of_latents(curve: str, latent_dim: int, choice: str) -> Run:
+    choices = "quantizer.training" if curve in LATTICES else "model.latent_activation"
+    return _trial(curve, ("model.latent_dim", latent_dim), (choices, choice))
+
+
 TRIALS = [
-    *(Run("sparse_lattice", 512, SEED, 1, (("quantizer.gamma", gamma),)) for gamma in _GAMMAS),
-    *(_trial(curve, *tried) for curve, several in _TRIED.items() for tried in several),
+    *(_trial("sparse_lattice", ("quantizer.gamma", gamma)) for gamma in _GAMMAS),
+    *(
+        _trial(curve, ("quantizer.entropy_weight", weight))
+        for curve, weight in itertools.product(("lfq", "bsq"), _ENTROPY_WEIGHTS)
+    ),
+    *(_trial_of_latents(curve, *tried) for curve, several in _TRIED.items() for tried in several),
 ]
 FIRST = [Run(name, value) for name, curve in CURVES.items() for value in curve.values]
 
@@ -385,7 +394,8 @@ def write(records: Mapping[Run, Mapping[str, Any]]) -> None:
         _LATTICES_TEXT,
         lattices(),
         "\n## Trials\n",
-        "One epoch each, to choose the latents, to see what γ does, and how lattices learn.\n",
+        "One epoch each, to choose the latents and the weight of entropies, to see what γ does, "
+        "and how lattices learn.\n",
         table(TRIALS),
     ]
     path = DIRECTORY.parent / "compare.md"
