@@ -158,6 +158,7 @@ TRIALS = [
         for curve, weight in itertools.product(("lfq", "bsq"), _ENTROPY_WEIGHTS)
     ),
     *(_trial_of_latents(curve, *tried) for curve, several in _TRIED.items() for tried in several),
+    Run("e8_lattice", 2.5e-4, changes=(("quantizer.training", "mixed"),)),
 ]
 FIRST = [Run(name, value) for name, curve in CURVES.items() for value in curve.values]
 
@@ -394,7 +395,7 @@ def write(records: Mapping[Run, Mapping[str, Any]]) -> None:
         _LATTICES_TEXT,
         lattices(),
         "\n## Trials\n",
-        "One epoch each, to choose the latents and the weight of entropies, to see what γ does, "
+        "Most of one epoch, to choose the latents and the weight of entropies, to see what γ does, "
         "and how lattices learn.\n",
         table(TRIALS),
     ]
