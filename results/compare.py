@@ -343,8 +343,9 @@ _HEADER = """# Quantizers at equal coded bits
 network for three epochs with the schedule of the recipe `long`. Coded bits are the size of the test
 split's codes as one file, each coded by how often it occurs in the training split (order 0); "with
 contexts", its neighbours predict it. Most runs were trained on CPUs; `vq` from 64 vectors on, `lfq`
-up to 64, the first two of `d4_lattice` and `multirate_lattice` on a GPU, in float32. `vq_restarts` and `vq_ema_restarts` are `vq` and `vq_ema`
-with dead codes restarted and the codebook initialised from the first batch.
+up to 64, the first two of `d4_lattice` and `multirate_lattice` on a GPU, in float32. `vq_restarts`
+and `vq_ema_restarts` are `vq` and `vq_ema` with dead codes restarted and the codebook initialised
+from the first batch.
 """
 
 _BD_RATE = """## Bits against the best VQ and two others
