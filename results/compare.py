@@ -5,7 +5,7 @@
 Trains FashionMNIST's network with each quantizer at several rates, evaluates it, and keeps one
 record for each finished run in results/compare. A run that has a record is skipped; one that was
 stopped is resumed. All runs together take some 9 hours on two quiet CPU cores; `--only` runs only
-these curves, `--trials` the one-epoch runs that came before.
+these curves, `--trials` the trials that came before.
 """
 
 import argparse
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import bjontegaard
 import matplotlib.pyplot as plt
-from ml_collections import ConfigDict
 
 import input_pipeline
 from configs import fashion_mnist
@@ -27,38 +26,12 @@ from llvq.errors import DivergenceError, one_line_exit
 from llvq.quantizers import QUANTIZERS
 from llvq.runtime.console import markdown_table
 from results import recorded
+from results.curves import CURVES, LATTICES
 
 DIRECTORY = pathlib.Path(__file__).parent / "compare"
 
 SEED, MORE_SEEDS = 2, (32, 432)
 _EPOCHS, _STEPS_PER_EPOCH = 3, 860
-
-
-class Curve(NamedTuple):
-    """A quantizer at several rates.
-
-    Attributes:
-      quantizer: of llvq.quantizers.QUANTIZERS.
-      knob: the option that sets the rate.
-      values: of the knob; `TRIALS` tries the second one with other latents.
-      latent_dim: 0 if the knob decides.
-      latent_activation: at the end of the encoder.
-      options: the quantizer's other options, where they are not the defaults.
-    """
-
-    quantizer: str
-    knob: str
-    values: Sequence[Any]
-    latent_dim: int
-    latent_activation: str
-    options: Mapping[str, Any] = {}
-
-    def at(self, value: Any, config: ConfigDict) -> ConfigDict:
-        """A config of this quantizer, with these latents, and with the knob at a value."""
-        config.model.latent_dim = self.latent_dim
-        config.model.latent_activation = self.latent_activation
-        config.quantizer.update({**self.options, self.knob: value})
-        return config
 
 
 class Run(NamedTuple):
@@ -92,42 +65,11 @@ class Run(NamedTuple):
         return parse(config)
 
 
-# Options against dead codes.
-_STRONG = {"restart_threshold": 0.1, "initialisation": "batch"}
-_RESIDUAL = {"codebook_size": 16, "dropout": False}
-_RATE_WEIGHTS = (2e-3, 7e-4, 2.5e-4, 1e-4)
-
-CURVES = {
-    "vq": Curve("vq", "codebook_size", (8, 64, 512, 4096), 64, "leaky_relu"),
-    "vq_restarts": Curve("vq", "codebook_size", (8, 64, 1024, 16384), 4, "none", _STRONG),
-    "vq_ema_restarts": Curve("vq_ema", "codebook_size", (8, 64, 512, 4096), 64, "none", _STRONG),
-    # γ from 0.001 to 1 moves the rate by a bit (see TRIALS), so that the first basis is varied,
-    # which the desired codebook size sets.
-    "sparse_lattice": Curve(
-        "sparse_lattice", "codebook_size", (8, 512, 2**16, 2**24), 64, "leaky_relu"
-    ),
-    "fsq": Curve("fsq", "levels", ((5,), (8, 6), (8, 5, 5, 5), (8, 8, 8, 6, 5)), 0, "none"),
-    "lfq": Curve("lfq", "codebook_size", (4, 64, 1024, 4096), 0, "none"),
-    "bsq": Curve("bsq", "num_bits", (3, 6, 10, 14), 0, "none"),
-    "simvq": Curve("simvq", "codebook_size", (8, 64, 1024, 4096), 8, "none"),
-    "residual_vq": Curve("residual_vq", "depth", (1, 2, 3, 4), 64, "none", _RESIDUAL),
-    "diagonal_lattice": Curve("diagonal_lattice", "rate_weight", _RATE_WEIGHTS, 4, "none"),
-    "e8_lattice": Curve("e8_lattice", "rate_weight", _RATE_WEIGHTS, 8, "none"),
-    "learned_lattice": Curve("learned_lattice", "rate_weight", _RATE_WEIGHTS, 8, "none"),
-    "d4_lattice": Curve("d4_lattice", "rate_weight", _RATE_WEIGHTS, 4, "none"),
-    "leech_lattice": Curve("leech_lattice", "rate_weight", _RATE_WEIGHTS[:2], 24, "none"),
-    # Evaluated at its first rate.
-    "multirate_lattice": Curve(
-        "multirate_lattice", "rate_weights", (_RATE_WEIGHTS[:2], _RATE_WEIGHTS[1::-1]), 8, "none"
-    ),
-}
-# Those with a rate in the loss.
-LATTICES = tuple(name for name in CURVES if name.endswith("_lattice") and name != "sparse_lattice")
 BASELINE = "vq_ema_restarts"
 _ANCHORS = (BASELINE, "sparse_lattice", "fsq")
 
-# One-epoch runs to choose the latents and the weight of entropies, to see what γ does, and how
-# lattices with a rate learn.
+# They choose the latents and the weight of entropies, and show what γ does and how lattices with a
+# rate learn.
 _GAMMAS = (1.0, 0.1, 0.01, 0.001)
 _ENTROPY_WEIGHTS = (0.1, 0.01, 0.001)
 _LATENTS = ((8, "none"), (64, "none"))
@@ -342,10 +284,12 @@ _HEADER = """# Quantizers at equal coded bits
 `python -m results.compare` wrote this page; do not edit it by hand. Each run trains FashionMNIST's
 network for three epochs with the schedule of the recipe `long`. Coded bits are the size of the test
 split's codes as one file, each coded by how often it occurs in the training split (order 0); "with
-contexts", its neighbours predict it. Most runs were trained on CPUs; `vq` from 64 vectors on, `lfq`
-up to 64, the first two of `d4_lattice` and `multirate_lattice` on a GPU, in float32. `vq_restarts`
-and `vq_ema_restarts` are `vq` and `vq_ema` with dead codes restarted and the codebook initialised
-from the first batch.
+contexts", its neighbours predict it. `vq_restarts` and `vq_ema_restarts` are `vq` and `vq_ema`
+with dead codes restarted and the codebook initialised from the first batch.
+
+The runs were trained on CPUs, some of them on a GPU in float32: `vq` from 64 vectors on, `lfq` up
+to 64, `multirate_lattice`, and `d4_lattice` at the two largest λ; and partly on it `lfq` above 64
+and `learned_lattice` at the three largest λ.
 """
 
 _BD_RATE = """## Bits against the best VQ and two others
@@ -397,8 +341,8 @@ def write(records: Mapping[Run, Mapping[str, Any]]) -> None:
         _LATTICES_TEXT,
         lattices(),
         "\n## Trials\n",
-        "Most of one epoch, to choose the latents and the weight of entropies, to see what γ does, "
-        "and how lattices learn.\n",
+        "They chose the latents and the weight of entropies, and show what γ does and how lattices "
+        "learn. All but the last have one epoch.\n",
         table(TRIALS),
     ]
     path = DIRECTORY.parent / "compare.md"
@@ -413,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--workdirs", type=pathlib.Path, default=pathlib.Path("runs/compare"))
     parser.add_argument("--only", nargs="+", choices=list(CURVES), help="run only these curves")
-    parser.add_argument("--trials", action="store_true", help="run the one-epoch trials instead")
+    parser.add_argument("--trials", action="store_true", help="run the trials instead")
     parser.add_argument("--write", action="store_true", help="only write the page again")
     options = parser.parse_args(arguments)
     with one_line_exit(parser.prog):

@@ -26,7 +26,7 @@ from llvq.evaluation.pictures import write_png
 from llvq.import_torch import import_checkpoint
 from llvq.runtime.console import markdown_table
 from results import other_codecs, recorded
-from results.compare import CURVES
+from results.curves import CURVES
 
 DIRECTORY = pathlib.Path(__file__).parent / "photos"
 
@@ -60,7 +60,7 @@ class Task(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A model: the quantizer of a curve of results.compare, with the value of its knob.
+    """A model: the quantizer of a curve of results.curves, with the value of its knob.
 
     `weights` names a file of the authors' program that is imported instead of training.
     """

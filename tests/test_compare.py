@@ -9,13 +9,14 @@ pytest.importorskip("bjontegaard", reason="the command computes delta rates with
 
 from llvq.config import to_dict
 from results import compare
+from results.curves import CURVES
 
 
 def test_every_run_has_a_name_and_a_possible_config():
     runs = [*compare.FIRST, *compare.TRIALS]
     assert len({run.name for run in runs}) == len(runs)
     for run in runs:
-        config, curve = run.config(), compare.CURVES[run.curve]
+        config, curve = run.config(), CURVES[run.curve]
         assert config.quantizer.options[curve.knob] == run.value
         assert (config.num_epochs, config.seed) == (run.epochs, 2)
 
@@ -23,7 +24,7 @@ def test_every_run_has_a_name_and_a_possible_config():
 def write_records(directory, factors):
     """Records of curves at equal PSNR, whose bits are a multiple of the baseline's."""
     for run in compare.FIRST:
-        place = compare.CURVES[run.curve].values.index(run.value)
+        place = CURVES[run.curve].values.index(run.value)
         bits = factors.get(run.curve, 1.0) * (1.0, 2.0, 3.0, 4.0)[place]
         evaluation = {
             "coded_bits_per_pixel": bits / 4,

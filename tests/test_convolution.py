@@ -50,12 +50,12 @@ def lowered(function, platform, *arguments):
 
 @pytest.mark.parametrize("case", CASES)
 def test_accelerators_get_the_plain_convolutions(case):
-    """What is lowered for a GPU holds a convolution of the given kernel, none rearranged."""
+    """The program for a GPU has one convolution, and rearranges neither images nor kernels."""
     ours, _, size = CASES[case]
     x, kernel = np.ones((2, 8, 8, 3), np.float32), np.ones((size, size, 3, 5), np.float32)
     text = lowered(ours, "cuda", x, kernel)
     assert text.count("stablehlo.convolution") == 1
-    channels = "5x3" if case == _TRANSPOSED else "3x5"  # those of the convolution that it undoes
+    channels = "5x3" if case == _TRANSPOSED else "3x5"  # it is the transpose of one from 5 to 3
     assert f"tensor<{size}x{size}x{channels}xf32>) -> tensor<2x" in text
     both = lowered(lambda *inputs: jax.vjp(ours, *inputs)[1](ours(*inputs)), "cuda", x, kernel)
     for rearranging in ("stablehlo.reshape", "stablehlo.dot_general", "stablehlo.pad"):
@@ -67,7 +67,7 @@ def test_accelerators_get_the_plain_convolutions(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_cudnn_has_kernels_for_all_gradients(case):
-    """It has none for dilated images with an image for a kernel; XLA makes do, ten times slower."""
+    """It has none for a dilated image convolved with another image."""
     ours, _, size = CASES[case]
     x, kernel = np.ones((2, 8, 8, 3), np.float32), np.ones((size, size, 3, 5), np.float32)
     text = lowered(lambda *inputs: jax.vjp(ours, *inputs)[1](ours(*inputs)), "cuda", x, kernel)

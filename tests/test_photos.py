@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tensorflow_datasets", reason="the command reads images with it")
-pytest.importorskip("bjontegaard", reason="results.compare computes delta rates with it")
 
 from PIL import Image
 
 from llvq import checkpointing, codec, load_pretrained
 from llvq.training import train_state
 from results import other_codecs, photos
-from results.compare import CURVES
+from results.curves import CURVES
 from tests import tiny
 from tests.runs import create_model
 

@@ -94,9 +94,8 @@ def _conv(x: _Images, kernel: _Kernel, strides: int) -> _Images:
 
 
 def _flipped(kernel: _Kernel) -> _Kernel:
-    """The kernel of the convolution that a transposed one is the transpose of."""
-    # Without the barrier XLA may cancel the flip, by which it knows the gradient of a convolution.
-    return lax.optimization_barrier(kernel[::-1, ::-1].swapaxes(2, 3))
+    """The kernel of the strided convolution whose transpose `_conv_transpose` is."""
+    return kernel[::-1, ::-1].swapaxes(2, 3)
 
 
 @jax.custom_vjp
