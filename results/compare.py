@@ -369,13 +369,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _carry_out_all(options: argparse.Namespace) -> None:
     data = input_pipeline.load("fashion_mnist")
-    runs = TRIALS if options.trials else FIRST
-    for run in runs:
-        if run.curve in (options.only or CURVES):
-            _carry_out_once(run, options.workdirs, data)
-    if not options.trials and not options.only:
-        for run in further(read(FIRST)):
-            _carry_out_once(run, options.workdirs, data)
+
+    def carry_out(runs: Iterable[Run]) -> None:
+        for run in runs:
+            if run.curve in (options.only or CURVES):
+                _carry_out_once(run, options.workdirs, data)
+
+    if options.trials:
+        carry_out(TRIALS)
+    else:
+        carry_out(FIRST)
+        carry_out(further(read(FIRST)))
 
 
 def _carry_out_once(run: Run, workdirs: pathlib.Path, data: Dataset) -> None:
