@@ -2,8 +2,8 @@
 
     python main.py --config=configs/fashion_mnist.py:sparse_lattice --workdir=runs/sparse_lattice
 
-Results with seed 0 and the recipe `paper`, from version 0.1.0 on 2 CPU cores that were also doing
-other work. Another machine rounds differently and gives other figures; README shows their spread.
+Results with seed 0 and the recipe `paper`, from version 0.1.0 on 2 busy CPU cores. Another
+machine rounds differently and gives other figures; README shows their spread.
 
   quantizer       steps   train    evaluate   test MSE   effective codebook size
   vq                860    4 min    1 min      0.00963             51

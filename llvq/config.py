@@ -110,7 +110,7 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-      seed: of the initial parameters and the input order.
+      seed: of the initial parameters, the input order and what is random in training.
       batch_size: images per step, over all devices and hosts.
       images_per_device: if above 0, a step takes this many images on each device. batch_size then
         only says which batch the learning rate, the EMA decay and the intervals are meant for: see

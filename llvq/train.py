@@ -1,4 +1,4 @@
-"""Training: the loop from the first or the last saved step to the last."""
+"""The training loop, which starts at step 0 or resumes from the newest checkpoint."""
 
 import contextlib
 import functools

@@ -287,9 +287,9 @@ split's codes as one file, each coded by how often it occurs in the training spl
 contexts", its neighbours predict it. `vq_restarts` and `vq_ema_restarts` are `vq` and `vq_ema`
 with dead codes restarted and the codebook initialised from the first batch.
 
-The runs were trained on CPUs, some of them on a GPU in float32: `vq` from 64 vectors on, `lfq` up
-to 64, `multirate_lattice`, and `d4_lattice` at the two largest λ; and partly on it `lfq` above 64
-and `learned_lattice` at the three largest λ.
+Most runs were trained on CPUs. These were trained on a GPU, in float32: `vq` with 64 vectors or
+more, `lfq` with up to 64 codes, `multirate_lattice`, and `d4_lattice` at the two largest λ. `lfq`
+with more codes, `learned_lattice` at the three largest λ and `leech_lattice` were trained on both.
 """
 
 _BD_RATE = """## Bits against the best VQ and two others
@@ -301,11 +301,12 @@ share no range of PSNR.
 
 
 _LATTICES_TEXT = """\
-The rate is that of the points of the test images. It is exact for `diagonal_lattice`, and the
-density's stream costs that much. For the other lattices it is the density times a cell's volume,
-whose sum over all points need not be 1; where it is more, the stream's tables are scaled down. The
-error's second moment is per dimension, in units of the cell's volume; the lattice's own is that of
-errors spread evenly over a cell.
+The rate is that of the points of the test images. It is exact for `diagonal_lattice`: a stream
+coded by the density takes as many bits, or less where rare codes are escaped, because counts code
+those. For the other lattices the rate is the density times a cell's volume, whose sum over all
+points need not be 1; where it is more, the stream's tables are scaled down. The error's second
+moment is per dimension, divided by the cell's volume to the power of 2/n; the lattice's own is that
+of errors spread evenly over a cell.
 """
 
 

@@ -198,7 +198,7 @@ def test_other_mistakes_are_one_line(checkpoints, tmp_path):
         ("encode", model, a, f"--output={a}"): "is no directory",
         ("encode", model, tmp_path / "empty", output): "empty has no files of .png, .jpg",
         ("encode", model, tmp_path / "colours.png", output): "the model's images are greyscale",
-        ("decode", model, a, output): "a.png: the stream is none of this program",
+        ("decode", model, a, output): "a.png: the stream is not of this program",
         ("decode", model, tmp_path / "a.llvq", output): "a.llvq: the stream has version 0",
         ("decode", model, tmp_path / "b.llvq", output): "b.llvq cannot be read",
     }.items():

@@ -117,7 +117,7 @@ def read_header(data: bytes, code_model: CodeModel) -> Header:
         stream of its length can hold.
     """
     if data[: len(MAGIC)] != MAGIC:
-        raise UserError("the stream is none of this program (it does not begin with LLVQ)")
+        raise UserError("the stream is not of this program (it does not begin with LLVQ)")
     if len(data) < HEADER_BYTES:
         raise UserError(_DAMAGED)
     _, version, flags, digest, *sizes = _FIXED.unpack_from(data)

@@ -3,9 +3,9 @@
     quantized, codes, losses = quantizer(latents)
 
 `latents` are [..., latent_dim]. `codes` are int32, and `quantizer.lookup(codes)` is `quantized`
-again, in param_dtype. The gradient of `quantized` passes to `latents` by the straight-through
-estimator. `losses` are scalars: add "quantizer_loss" to the loss that you minimise, the others are
-its parts.
+again, in param_dtype, unless a lattice trains with noise. The gradient of `quantized` passes to
+`latents` by the straight-through estimator. `losses` are scalars: add "quantizer_loss" to the loss
+that you minimise, the others are its parts.
 `quantized` has the dtype of `latents`, but all arithmetic is in float32 at least: lattice codes
 reach 1e7.
 """

@@ -30,7 +30,7 @@ LARGEST_CODE = 2**30
 
 
 def sparse_basis_bound(codebook_size: int, latent_dim: int) -> float:
-    """B of the sparse lattice: ±B holds about codebook_size lattice points a unit cube."""
+    """B of the sparse lattice: at a spacing of B, a unit cube has codebook_size lattice points."""
     return 1.0 / (codebook_size ** (1.0 / latent_dim) - 1.0)
 
 

@@ -32,7 +32,7 @@ _PRECISION = jax.lax.Precision.HIGHEST
 
 
 class LearnedLattice(RateLattice):
-    """A learned basis for each block, and Babai's rounding: of the coordinates in the basis."""
+    """A learned basis for each block; coordinates in it are rounded (Babai's rounding)."""
 
     lattice = nearest_point.Z
 
@@ -85,7 +85,7 @@ class LearnedLattice(RateLattice):
         return cayley(self.left[...]), steps, cayley(self.right[...])
 
     def basis(self) -> Float[Array, "blocks n n"]:
-        """The bases, one vector a row."""
+        """The bases; each row is a basis vector."""
         left, steps, right = self._factors()
         return jnp.einsum("bij,bj,bkj->bik", left, steps, right, precision=_PRECISION)
 

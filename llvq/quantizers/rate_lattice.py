@@ -148,10 +148,10 @@ class RateLattice(Quantizer):
         mask: Bool[Array, "batch"] | None,
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "batch ... latent_dim"], Int[Array, "batch ... latent_dim"], Losses]:
-        """As the base class; with noise in training, the latents returned are not the codes'.
+        """As the base class, but training with noise returns the noisy latents, not the points.
 
-        `second_moment` is the mean squared error in units of the cell's volume, to the power of 2 /
-        latent_dim. It is the lattice's own, such as 1/12 for rounding, where latents are spread
+        `second_moment` is the mean squared error divided by the cell's volume to the power of
+        2 / latent_dim. It is the lattice's own, such as 1/12 for rounding, where latents are spread
         evenly over cells, less where they crowd around points, and more where they avoid them.
         """
         quantized, codes = self.quantize(latents)

@@ -1,8 +1,8 @@
 """SIGTERM: the owner of a machine sends it before taking the machine away.
 
-Cloud TPU, Slurm and Kubernetes send it some 30 seconds ahead. Training saves after the next step,
-the same one on all processes, and leaves. Everything else stops where it is, since nothing is lost
-by that. Either way `Preempted` is raised.
+Cloud TPU, Slurm and Kubernetes send it some 30 seconds ahead. Training finishes the present call of
+the compiled program (several processes: one of the next two, the same on all), saves and leaves.
+Everything else stops where it is, since nothing is lost by that. Either way `Preempted` is raised.
 """
 
 import contextlib
