@@ -56,9 +56,10 @@ get_fashion_mnist() {
         return
     fi
     say "Getting FashionMNIST (30 MB) from the package mirror"
-    temporary=$(mktemp -d)
+    mkdir -p "$(dirname "$manual_dir")"
+    # Beside its place, so that the move is all or nothing.
+    temporary=$(mktemp -d "$manual_dir.XXXXXX")
     if (cd "$temporary" && download_debian_package dataset-fashion-mnist); then
-        mkdir -p "$(dirname "$manual_dir")"
         mv "$temporary/usr/share/datasets/fashion-mnist" "$manual_dir"
     else
         echo "No such package there; it will be downloaded from the web."

@@ -77,6 +77,7 @@ class _Traced:
     def __init__(self, data: Dataset, num_steps: int, trace_dir: pathlib.Path) -> None:
         self._data, self._num_steps, self._trace_dir = data, num_steps, trace_dir
         self.num_images, self.image_shape = data.num_images, data.image_shape
+        self.fingerprint = data.fingerprint
 
     def batches(
         self, split: str, index_batches: Iterable[IndexBatch]

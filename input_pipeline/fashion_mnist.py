@@ -73,6 +73,7 @@ def load(
 
         images = fashion_mnist_tfds.download(root, num_images, f"{_FILES['train'][0]}.gz", _REMEDY)
     return ArrayDataset(
+        fingerprint="",
         train=images["train"][:NUM_TRAIN],
         validation=images["train"][NUM_TRAIN:],
         test=images["test"],

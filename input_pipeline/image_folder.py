@@ -24,7 +24,7 @@ from tqdm import tqdm
 from input_pipeline import image_files, prepare, shards
 from input_pipeline.host_tensorflow import tf
 from input_pipeline.pipeline import Pipeline
-from llvq.data.files import replacing
+from llvq.data.files import writing
 from llvq.data.image_files import SUFFIXES, find_files, read_image
 from llvq.errors import UserError
 
@@ -137,7 +137,9 @@ def load(
             about=_ABOUT,
         )
     records = prepare.open_prepared(directory, num_images)
-    return Pipeline(records, image_shape, tf.io.decode_png, flip=flip)
+    return Pipeline(
+        records, image_shape, tf.io.decode_png, flip=flip, fingerprint=_digest(by_split)
+    )
 
 
 def _name(folder: epath.Path, way: Way) -> str:
@@ -146,6 +148,15 @@ def _name(folder: epath.Path, way: Way) -> str:
     stem = re.sub(r"\W", "_", folder.name.lower(), flags=re.ASCII)
     digest = hashlib.sha256(json.dumps([os.fspath(folder), *way]).encode()).hexdigest()[:8]
     return f"image_folder_{stem}_{size}_{way.fit}_{digest}"
+
+
+def _digest(by_split: Mapping[str, Sequence[Source]]) -> str:
+    """Of the files' names and sizes, and of what each makes; a copy of the folder has the same."""
+    files = {
+        split: [(source.name, source.fingerprint[0], source.num_images) for source in sources]
+        for split, sources in by_split.items()
+    }
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _list(folder: epath.Path) -> list[Source]:
@@ -236,7 +247,7 @@ def _read_sources(directory: epath.Path) -> list[Source] | None:
 
 def _write_sources(directory: epath.Path, sources: Sequence[Source]) -> None:
     files = [(name, *fingerprint, *rest) for name, fingerprint, *rest in sources]
-    with replacing(directory / _SOURCES) as path:
+    with writing(directory / _SOURCES) as path:
         path.write_text(json.dumps(files))
 
 

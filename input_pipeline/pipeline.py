@@ -31,6 +31,7 @@ class Pipeline:
     Attributes:
       num_images: the number of images in each split.
       image_shape: the shape of every image, (height, width, channels).
+      fingerprint: see `llvq.data.Dataset`.
     """
 
     def __init__(
@@ -40,17 +41,20 @@ class Pipeline:
         decode: Callable[[tf.Tensor], tf.Tensor],
         *,
         flip: bool = True,
+        fingerprint: str = "",
     ) -> None:
         """Args:
         sources: for each split its encoded images.
         image_shape: the shape of every decoded image, (height, width, channels).
         decode: turns an encoded image (a string tensor) into its pixels (uint8), in TensorFlow.
         flip: whether images are mirrored where index batches say so.
+        fingerprint: see `llvq.data.Dataset`.
         """
         self._sources = sources
         self._decode = decode
         self._flip = flip
         self.image_shape = image_shape
+        self.fingerprint = fingerprint
         self.num_images = {split: len(source) for split, source in sources.items()}
 
     def batches(

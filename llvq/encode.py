@@ -110,6 +110,7 @@ def encode(
         "dataset": config.dataset.name,
         "num_images": dict(data.num_images),
         "fit": config.dataset.fit,
+        "images": data.fingerprint,
         "quantizer": config.quantizer.name,
         "step": int(found.state.step),
         "parameters": code_model.parameters,

@@ -77,7 +77,7 @@ def evaluate(
     train_state.fit_to_mesh(model, mesh, config.latent_shape)
     evaluator = Evaluator(nnx.graphdef(model), mesh)
 
-    split = "test" if "test" in data.num_images else "validation"
+    split = "test" if data.num_images.get("test") else "validation"
     logging.info("Evaluating %s on %d %s images", found.path, data.num_images[split], split)
     means = evaluator.measure(state, data, split, batch_size, CodebookUsage())
     assert means is not None  # nothing stops it

@@ -37,6 +37,8 @@ def export(workdir: epath.PathLike, command: str, name: str = "") -> str:
     """
     checkpoint = checkpointing.load(workdir)
     config, state = checkpoint.config, checkpoint.state
+    if "dataset" not in config:
+        raise UserError(f"{checkpoint.path} was imported: only runs of this program are exported")
     evaluation = read_evaluation(workdir, checkpoint.path)
     name = name or f"{config['dataset']['name']}/{config['quantizer']['name']}"
     if not re.fullmatch(r"\w+/\w+", name):

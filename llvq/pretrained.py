@@ -13,7 +13,7 @@ from etils import epath
 
 from llvq import checkpointing
 from llvq.codec import code_model
-from llvq.config import completed, require_x64
+from llvq.config import completed
 from llvq.errors import UserError
 from llvq.models.vqvae import VQVAE
 
@@ -49,7 +49,6 @@ def load_pretrained(name: epath.PathLike) -> VQVAE:
       UserError: if there is no such model, it is damaged, or it needs float64 and JAX lacks it.
     """
     checkpoint = checkpointing.load(find_pretrained(name))
-    require_x64(checkpoint.config.get("compute_dtype", ""))
     model = checkpointing.model_of(checkpoint)
     model.code_model = code_model.load(checkpoint.path, code_model.parameters_digest(model))
     return model

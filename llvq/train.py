@@ -125,7 +125,8 @@ def train_and_evaluate(
     """
     config = parse(config)
     check_data(config, data)
-    if config.init_from:  # before a workdir is made
+    is_new = not (epath.Path(workdir) / "checkpoints").exists()
+    if config.init_from and is_new:  # before a workdir is made
         checkpointing.find(config.init_from, "name another one with --config.init_from")
     checkpointing.require_writable(workdir)
     num_devices = jax.device_count()
@@ -133,7 +134,7 @@ def train_and_evaluate(
     def make_like(saved: Mapping[str, Any]) -> TrainState:
         would_use = derive(config, num_devices, of_saved(saved)["batch_size"])
         check_resumable(would_use, saved, os.fspath(workdir))
-        return checkpointing.abstract_state(saved)
+        return train_state.abstract_train_state(train_state.abstract_model(would_use.architecture))
 
     saved = checkpointing.resume(workdir, make_like)
     batch_size = of_saved(saved.config)["batch_size"] if saved else None

@@ -20,9 +20,9 @@ import matplotlib.pyplot as plt
 
 import input_pipeline
 from configs import fashion_mnist
-from llvq.config import TrainConfig, parse, to_dict
+from llvq.config import TrainConfig, parse
 from llvq.data import Dataset
-from llvq.errors import DivergenceError, one_line_exit
+from llvq.errors import one_line_exit
 from llvq.quantizers import QUANTIZERS
 from llvq.runtime.console import markdown_table
 from results import recorded
@@ -387,12 +387,7 @@ def _carry_out_once(run: Run, workdirs: pathlib.Path, data: Dataset) -> None:
     if run in read([run]):
         return
     print(run.name, flush=True)
-    try:
-        record = recorded.train(run.config(), workdirs / run.name, data)
-    except DivergenceError as error:
-        print(f"{run.name}: {error}", flush=True)
-        record = {"config": to_dict(run.config()), "diverged": str(error)}
-    recorded.keep(run.record, record)
+    recorded.keep(run.record, recorded.train(run.config(), workdirs / run.name, data))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from configs import image_folder
 from llvq import load_pretrained
 from llvq.config import TrainConfig, parse
 from llvq.data.image_files import SUFFIXES, find_files, read_image
-from llvq.errors import DivergenceError, UserError, one_line_exit
+from llvq.errors import UserError, one_line_exit
 from llvq.evaluation.pictures import write_png
 from llvq.import_torch import import_checkpoint
 from llvq.runtime.console import markdown_table
@@ -191,7 +191,7 @@ def carry_out(
         if not checkpoint.exists():
             import_checkpoint(weights, checkpoint, config.model.value_range)
         record = recorded.measure(config, workdir, data, checkpoint)
-    if task.whole:
+    if task.whole and "evaluation" in record:
         paths = sorted(find_files(epath.Path(images / "test"), SUFFIXES))
         photographs = [read_image(path, 3) for path in paths]
         model = load_pretrained(checkpoint)
@@ -328,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_exit(parser.prog):
         missing = [] if options.write else _carry_out_all(options)
         records = {run: recorded.read(run.record, run.config()) for run in RUNS}
-        write({run: record for run, record in records.items() if record})
+        write({run: record for run, record in records.items() if record and "evaluation" in record})
         if missing:
             raise UserError(
                 f"not found in {', '.join(map(str, options.sources))}: {', '.join(missing)}; "
@@ -354,10 +354,7 @@ def _carry_out_all(options: argparse.Namespace) -> list[str]:
         weights = find(run.weights) if run.weights else None
         if None not in folders and (weights is None) == (not run.weights):
             print(run.name, flush=True)
-            try:
-                carry_out(run, list(filter(None, folders)), weights, options.workdirs / run.name)
-            except DivergenceError as error:
-                print(f"{run.name}: {error}", flush=True)
+            carry_out(run, list(filter(None, folders)), weights, options.workdirs / run.name)
     return list(missing)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from llvq.config import TrainConfig, completed, parse, to_dict
 from llvq.data import Dataset
 from llvq.data.files import replacing
+from llvq.errors import DivergenceError
 from llvq.evaluate import evaluate
 from llvq.train import train_and_evaluate
 
@@ -25,12 +26,13 @@ def train(config: TrainConfig, workdir: pathlib.Path, data: Dataset) -> Record:
     """Trains and evaluates a model, or goes on with it.
 
     Returns:
-      The config and what evaluation gives.
-
-    Raises:
-      DivergenceError: as `train_and_evaluate` does.
+      The config and what evaluation gives, or why training diverged.
     """
-    train_and_evaluate(config, workdir, data)
+    try:
+        train_and_evaluate(config, workdir, data)
+    except DivergenceError as error:
+        print(f"{workdir}: {error}", flush=True)
+        return {"config": to_dict(config), "diverged": str(error)}
     return measure(config, workdir, data)
 
 

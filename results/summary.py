@@ -46,6 +46,7 @@ def cells(workdir: pathlib.Path) -> list[str]:
         raise UserError(f"{workdir}: must end in DATA SET/RECIPE/QUANTIZER/seed_SEED")
     evaluation = read_evaluation(workdir, checkpointing.load(workdir).path)
     codes = f"{evaluation['effective_codebook_size']:,}"
+    bits = evaluation.get("coded_bits_per_vector")
     is_exact = evaluation["effective_codebook_size_is_exact"]
     return [
         dataset,
@@ -53,9 +54,9 @@ def cells(workdir: pathlib.Path) -> list[str]:
         quantizer,
         seed.removeprefix("seed_"),
         evaluation["split"],
-        *(metric.text(evaluation[name]) for name, metric in METRICS.items()),
+        *(metric.text(evaluation.get(name)) for name, metric in METRICS.items()),
         codes if is_exact else f"≈ {codes}",
-        f"{evaluation['coded_bits_per_vector']:.3f}",
+        "" if bits is None else f"{bits:.3f}",
     ]
 
 

@@ -42,6 +42,7 @@ from llvq import checkpointing, evaluate, train
 from llvq.errors import UserError
 from llvq.runtime.background import BackgroundWriter
 from tests import tiny
+from tests.runs import abstract_state
 
 TIMEOUT = 300.0  # seconds for a single run: some 5 on a quiet machine
 SKIPPED = 77  # the exit code of a run that this machine does not allow
@@ -330,7 +331,7 @@ def damage_all(directory: Path, options) -> None:
         with recorded_warnings() as warnings:
             checkpoint, _, loaded = checkpointing.load(copy)
             assert steps(copy) == [4, 6, 7, 8]  # who evaluates changes nothing
-            resumed = checkpointing.resume(copy, checkpointing.abstract_state)
+            resumed = checkpointing.resume(copy, abstract_state)
             restored = arrays(resumed.state)
         if identical(restored, newest):
             assert (checkpoint.name, steps(copy), warnings) == ("8", [4, 6, 7, 8], []), path

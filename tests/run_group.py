@@ -30,6 +30,7 @@ class RecordingDataset:
     def __init__(self):
         self._data = tiny.dataset()
         self.image_shape, self.num_images = self._data.image_shape, self._data.num_images
+        self.fingerprint = ""
         self.read = []
 
     def batches(self, split, index_batches):

@@ -19,6 +19,7 @@ class SlowDataset:
     def __init__(self, seconds):
         self._data, self._seconds = tiny.dataset(), seconds
         self.image_shape, self.num_images = self._data.image_shape, self._data.num_images
+        self.fingerprint = ""
 
     def batches(self, split, index_batches):
         for batch in self._data.batches(split, index_batches):

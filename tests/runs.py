@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from llvq.config import parse
+from llvq.config import architecture_of, parse
 from llvq.data import order
 from llvq.runtime import sharding
 from llvq.training import schedules, train_state
@@ -47,7 +47,7 @@ class Recorder:
     def write_images(self, step, images):
         self.images[step] = images
 
-    def write_histograms(self, step, arrays, num_buckets=None):
+    def write_histograms(self, step, arrays):
         self.histograms[step] = arrays
 
     def write_texts(self, step, texts):
@@ -58,6 +58,11 @@ class Recorder:
 
     def close(self):
         pass
+
+
+def abstract_state(saved):
+    """The train state of a run, by the config that its checkpoint holds, without arrays."""
+    return train_state.abstract_train_state(train_state.abstract_model(architecture_of(saved)))
 
 
 def create_model(config):

@@ -205,15 +205,9 @@ def test_a_config_can_be_varied():
 
 
 PROGRAM = """
-import importlib.machinery, sys
+from tests.blocked import block
 
-class PathFinder(importlib.machinery.PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        blocked = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections", "constriction")
-        return None if name.split(".")[0] in blocked else super().find_spec(name, path, target)
-
-sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = PathFinder
+block("tensorflow", "tensorflow_datasets", "clu", "ml_collections", "constriction")
 from benchmarks import codebook_usage, quantizer, settings, sweep, train_step
 
 for dataset in settings.DATASETS:

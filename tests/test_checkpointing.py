@@ -16,7 +16,7 @@ from llvq.checkpointing import integrity, manager
 from llvq.errors import UserError
 from llvq.training import train_state
 from tests import tiny
-from tests.runs import assert_identical, create_model
+from tests.runs import abstract_state, assert_identical, create_model
 
 
 def write(directory, config):
@@ -106,7 +106,7 @@ def test_every_process_takes_the_checkpoint_of_the_first(tmp_path, as_second_pro
     as_second_process(4)  # of 6 steps
     path, _, state = checkpointing.load(tmp_path)
     assert (path.name, int(state.step)) == ("4", 4)
-    resumed = checkpointing.resume(tmp_path, checkpointing.abstract_state)
+    resumed = checkpointing.resume(tmp_path, abstract_state)
     assert (resumed.path.name, int(resumed.state.step)) == ("4", 4)
 
 
@@ -140,7 +140,7 @@ def test_a_file_in_place_of_the_checkpoints(tmp_path):
 
 def as_before_format_2(checkpoint):
     """Rewrites a checkpoint as version 0.1 wrote it: with the whole state of optax.adam."""
-    _, config, state = checkpointing.resume(checkpoint.parent.parent, checkpointing.abstract_state)
+    _, config, state = checkpointing.resume(checkpoint.parent.parent, abstract_state)
     schedule = optax.ScaleByScheduleState(np.asarray(state.step))
     old = jax.tree.map(np.asarray, state.replace(opt_state=(state.opt_state, schedule)))
     metrics = json.loads((checkpoint / "metrics/metrics").read_text())

@@ -251,7 +251,7 @@ def test_impossible_options(construct, words):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-@pytest.mark.parametrize("codebook_size", [5, 2100])  # in one block, and in three
+@pytest.mark.parametrize("codebook_size", [5, 2100])  # in one block, and in several
 def test_each_platforms_sums_by_code(platform, codebook_size, monkeypatch):
     monkeypatch.setattr(
         jax.lax,

@@ -1,6 +1,7 @@
 """The comparison of quantizers: its runs, and its figures from records."""
 
 import json
+from unittest import mock
 
 import pytest
 
@@ -8,8 +9,10 @@ pytest.importorskip("tensorflow_datasets", reason="the command reads FashionMNIS
 pytest.importorskip("bjontegaard", reason="the command computes delta rates with it")
 
 from llvq.config import to_dict
-from results import compare
+from llvq.errors import DivergenceError
+from results import compare, recorded
 from results.curves import CURVES
+from tests import tiny
 
 
 def test_every_run_has_a_name_and_a_possible_config():
@@ -81,3 +84,14 @@ def test_delta_rates_and_what_follows(tmp_path, monkeypatch):
     run.record.write_text(json.dumps(record))
     assert run not in compare.read(compare.FIRST)
     assert compare.further(compare.read(compare.FIRST)) == []
+
+
+def test_a_run_that_diverges_is_recorded_as_such(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        recorded, "train_and_evaluate", mock.Mock(side_effect=DivergenceError("nan"))
+    )
+    config = compare.FIRST[0].config()
+    recorded.keep(tmp_path / "a.json", recorded.train(config, tmp_path, tiny.dataset()))
+    record = recorded.read(tmp_path / "a.json", config)
+    assert record is not None
+    assert (record["diverged"], "evaluation" in record) == ("nan", False)

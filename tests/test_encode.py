@@ -227,6 +227,9 @@ def test_the_manifest_is_true(encoded):
         "dataset": "tiny",
         "num_images": {"train": 70, "validation": 21, "test": 19},
         "fit": "",
+        "images": hashlib.sha256(
+            b"".join(part.tobytes() for part in images().values())
+        ).hexdigest()[:16],
         "quantizer": {CODEBOOK: "vq", LATTICE: "dense_lattice"}[encoded.name],
         "step": 0,
         "image_shape": [12, 12, 1],
@@ -464,10 +467,13 @@ def test_tokens_of_another_model_are_left_alone(all_encoded, tmp_path):
     assert_same_files(directory, encoded.files)
 
 
-def test_tokens_of_other_images_are_left_alone(stopped, tmp_path):
+@pytest.mark.parametrize(
+    "changes", [{"train": images()["train"][::-1]}, {"test": images()["test"][:-1]}]
+)
+def test_tokens_of_other_images_are_left_alone(changes, stopped, tmp_path):
     workdir = shutil.copytree(stopped, tmp_path / "run")
     before = contents(workdir / "tokens")
-    data = ArrayDataset(train=images()["train"], validation=images()["test"])
+    data = ArrayDataset(**{**images(), **changes})
     with pytest.raises(UserError) as error:
         run(CODEBOOK, workdir, data=data)
     assert_says(error, workdir / "tokens", "data set", "move it away")

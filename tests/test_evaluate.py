@@ -154,7 +154,9 @@ def test_quantizer_losses_are_of_the_whole_split(run):
 
 def test_without_a_test_split_validation_stands_in(run, tmp_path):
     config, workdir, _ = run
-    data = ArrayDataset(train=tiny.images(70), validation=tiny.images(21, 1))
+    data = ArrayDataset(
+        train=tiny.images(70), validation=tiny.images(21, 1), test=tiny.images(21, 1)[:0]
+    )
     results = evaluate.evaluate(config, tmp_path, data, checkpoint=workdir)
     assert results["split"] == "validation"
     scaled, outputs, _ = by_hand(workdir, tiny.images(21, 1))

@@ -15,6 +15,7 @@ from jax import numpy as jnp
 
 from llvq import VQVAE, import_torch, quantizers
 from llvq.training import train_state
+from llvq.training.train_state import OPTIMIZER
 from tests import reference
 from tests.counting import count
 
@@ -146,9 +147,8 @@ def test_every_gradient(dataset, quantizer):
 def test_adam_step(dataset, quantizer):
     golden, _, params, _ = load(dataset, quantizer)
     grads, _ = forward_backward(dataset, quantizer)
-    optimizer = optax.adam(1e-3)
-    updates, _ = optimizer.update(grads, optimizer.init(params))
-    after = optax.apply_updates(params, updates)
+    updates, _ = OPTIMIZER.update(grads, OPTIMIZER.init(params))
+    after = optax.apply_updates(params, jax.tree.map(lambda update: -1e-3 * update, updates))
     assert_trees_close(after, subset(golden, "after_adam_step/")[0], "after Adam")
 
 

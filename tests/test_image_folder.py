@@ -84,6 +84,16 @@ def test_tiles_of_sub_folders(folder, tmp_path):
     np.testing.assert_array_equal(read_images(load(tmp_path), "train"), np.stack(train))
 
 
+def test_a_fingerprint_tells_folders_apart(folder, tmp_path):
+    first = load(tmp_path).fingerprint
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert load(tmp_path, copy).fingerprint == first
+    (copy / "train/b.png").rename(copy / "train/bb.png")  # the same number of images
+    shutil.rmtree(tmp_path / "data")
+    assert dict(load(tmp_path, copy).num_images) == dict(load(tmp_path).num_images)
+    assert load(tmp_path, copy).fingerprint != load(tmp_path).fingerprint
+
+
 def test_images_are_scaled_and_cropped(tmp_path):
     smooth = np.add.outer(np.linspace(0, 120, 64), np.linspace(0, 120, 96))
     image = np.repeat(smooth[..., None], 3, axis=-1).astype(np.uint8)

@@ -139,16 +139,22 @@ def test_stopped_in_the_last_validation(tmp_path, monkeypatch):
     """The run is at its end: what is saved stays, and the next call has nothing left to do."""
     config = tiny.config("vq", num_train_steps=4, eval_every_steps=4)
 
-    @contextlib.contextmanager
-    def in_the_first_validation(_):
-        calls = itertools.count(1)
-        yield lambda: next(calls) > 4  # asked after each of four steps, then after its first batch
+    def train_until(num_calls, workdir):
+        """It is asked after each of four steps, then after the first of two batches."""
 
-    with monkeypatch.context() as stopping:
-        stopping.setattr(preemption, "stop_at_a_step", in_the_first_validation)
-        with pytest.raises(preemption.Preempted, match="75"):
-            train.train_and_evaluate(config, tmp_path / "stopped", tiny.dataset())
-    whole = train.train_and_evaluate(config, tmp_path / "whole", tiny.dataset())
+        @contextlib.contextmanager
+        def stop_at_a_step(_):
+            calls = itertools.count(1)
+            yield lambda: next(calls) > num_calls
+
+        with monkeypatch.context() as stopping:
+            stopping.setattr(preemption, "stop_at_a_step", stop_at_a_step)
+            return train.train_and_evaluate(config, workdir, tiny.dataset())
+
+    with pytest.raises(preemption.Preempted, match="75"):
+        train_until(4, tmp_path / "stopped")
+    whole = train_until(5, tmp_path / "whole")  # in the last batch: the validation counts
+    assert checkpointing.find(tmp_path / "whole").joinpath("metrics").exists()
 
     def make_writer():
         raise AssertionError("there is nothing left to do")

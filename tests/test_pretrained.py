@@ -115,6 +115,11 @@ def test_what_cannot_be_exported_is_one_line(workdir, shipped, tmp_path):
 
     (tmp_path / "empty").mkdir()
     assert "no checkpoint in" in refusal(tmp_path / "empty")
+    loaded = checkpointing.load(workdir)
+    names = "model", "quantizer", "compute_dtype"
+    imported = {name: loaded.config[name] for name in names}
+    checkpointing.save_for_inference(tmp_path / "imported", loaded.state, imported)
+    assert "imported was imported: only runs" in refusal(tmp_path / "imported")
     unevaluated = tmp_path / "unevaluated"
     shutil.copytree(workdir, unevaluated)
     newest = checkpointing.find(unevaluated)

@@ -178,10 +178,13 @@ def test_the_summary_has_a_row_for_each_run(tmp_path, capsys, monkeypatch):
         "coded_bits_per_vector": 5.678,
     }
     estimated = {"effective_codebook_size": 2**25, "effective_codebook_size_is_exact": False}
-    workdirs = [tmp_path / f"fashion_mnist/long/vq/seed_{seed}" for seed in (2, 32)]
-    for workdir, changes in zip(workdirs, ({}, estimated), strict=True):
+    older = ("psnr", "coded_bits_per_vector")  # an evaluation from before these were measured
+    workdirs = [tmp_path / f"fashion_mnist/long/vq/seed_{seed}" for seed in (2, 32, 432)]
+    without = {name: value for name, value in figures.items() if name not in older}
+    evaluations = figures, figures | estimated, without
+    for workdir, evaluation in zip(workdirs, evaluations, strict=True):
         workdir.mkdir(parents=True)
-        evaluation = {**figures, **changes, "checkpoint": "checkpoints/860"}
+        evaluation = {**evaluation, "checkpoint": "checkpoints/860"}
         (workdir / "evaluation.json").write_text(json.dumps(evaluation))
 
     def load(workdir):
@@ -190,7 +193,7 @@ def test_the_summary_has_a_row_for_each_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(summary.checkpointing, "load", load)
     summary.main(list(map(str, workdirs)))
     lines = [re.sub(r" +", " ", line) for line in capsys.readouterr().out.splitlines()]
-    header, _, exact, estimate, *rest = lines
+    header, _, exact, estimate, old, *rest = lines
     assert header == (
         "| data set | recipe | quantizer | seed | split | MSE | PSNR | SSIM | codes in use "
         "| coded bits per vector |"
@@ -198,7 +201,8 @@ def test_the_summary_has_a_row_for_each_run(tmp_path, capsys, monkeypatch):
     start = "| fashion_mnist | long | vq | {} | test | 0.01235 | 20.12 | 0.988 | {} | 5.678 |"
     assert exact == start.format(2, "1,234")
     assert estimate == start.format(32, "≈ 33,554,432")
-    assert [line.strip() for line in rest[3:5]] == list(map(str, workdirs))
+    assert old == "| fashion_mnist | long | vq | 432 | test | 0.01235 | | 0.988 | 1,234 | |"
+    assert [line.strip() for line in rest[3:6]] == list(map(str, workdirs))
     assert rest[-1].endswith(f"--logdir={tmp_path / 'fashion_mnist/long/vq'}")
 
 

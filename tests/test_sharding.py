@@ -115,7 +115,7 @@ def crossing(step, *arguments):
 def test_gradients_sums_and_nothing_else_cross_between_devices(name, num_devices):
     config = tiny.config(name)
     if name == "vq_ema":
-        config["quantizer"]["codebook_size"] = 2_400  # three blocks
+        config["quantizer"]["codebook_size"] = 2_400  # several blocks
     mesh = sharding.make_mesh(jax.devices()[:num_devices])
     schedule = schedules.create("constant", 1e-3, 5, 10)
     graphdef = fitted_graphdef(config, mesh)

@@ -509,10 +509,23 @@ def test_a_run_may_start_from_a_models_parameters(quantizer, tmp_path):
         _, (_, images) = 0, next(data.batches("train", order.training_batches(70, 16, seed=4)))
         expected, _ = step(sharding.replicate(state, mesh), sharding.to_devices(images, mesh))
         assert_identical(found, expected)
-    # It resumes from its own checkpoints, not from that model.
-    resumed = train.train_and_evaluate(config, workdir, data)
+    # It resumes from its own checkpoints, not from that model, which it does not need any more.
     whole = train.train_and_evaluate(config, tmp_path / "whole", data)
+    shutil.rmtree(source)
+    resumed = train.train_and_evaluate(config, workdir, data)
     assert_identical(resumed, whole)
+
+
+@pytest.mark.slow
+def test_a_run_may_go_on_in_another_arithmetic(tmp_path):
+    config = tiny.config("vq_ema")
+    train.train_and_evaluate({**config, "num_train_steps": 3}, tmp_path, tiny.dataset())
+    with jax.enable_x64(True):
+        config = {**config, "compute_dtype": "float64"}
+        state = train.train_and_evaluate(config, tmp_path, tiny.dataset())
+    assert int(state.step) == 6
+    of_model = state.params, state.statistics
+    assert {leaf.dtype for leaf in jax.tree.leaves(of_model)} == {np.dtype(np.float64)}
 
 
 def test_another_models_parameters_are_refused(tmp_path):

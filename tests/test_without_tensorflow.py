@@ -7,24 +7,11 @@ from pathlib import Path
 import pytest
 
 PROGRAM = """
-import sys
+import importlib, pkgutil, sys
 
-import importlib.machinery, pkgutil
+from tests.blocked import block
 
-BLOCKED = ("tensorflow", "tensorflow_datasets", "clu", "ml_collections", "tensorboard")
-
-class PathFinder(importlib.machinery.PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.split(".")[0] in BLOCKED else super().find_spec(name, path, target)
-
-sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = PathFinder
-for name in BLOCKED:
-    try:
-        importlib.import_module(name)
-    except ModuleNotFoundError:
-        continue
-    sys.exit(f"{name} can still be imported")
+block("tensorflow", "tensorflow_datasets", "clu", "ml_collections", "tensorboard")
 
 import llvq
 for module in pkgutil.walk_packages(llvq.__path__, "llvq."):

@@ -5,7 +5,6 @@ from llvq.checkpointing.manager import describe_newest, open_manager, save, save
 from llvq.checkpointing.reading import (
     Checkpoint,
     absolute,
-    abstract_state,
     find,
     load,
     model_of,
@@ -15,7 +14,6 @@ from llvq.checkpointing.reading import (
 __all__ = [
     "Checkpoint",
     "absolute",
-    "abstract_state",
     "describe_newest",
     "find",
     "load",

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from orbax import checkpoint as ocp
 
 from llvq.checkpointing.integrity import DamageError, digests
-from llvq.config import architecture_of
+from llvq.config import architecture_of, require_x64
 from llvq.errors import UserError, first_line
 from llvq.models import VQVAE
 from llvq.training import train_state
@@ -28,8 +28,6 @@ from llvq.training.train_state import TrainState, Tree
 # The format of the checkpoints that are written today, kept beside their digests. In those without
 # a format, opt_state is that of optax.adam, which counts the steps once more beside Adam's moments.
 FORMAT = 2
-
-_TRAIN_FIRST = "train first, or name one with --checkpoint"
 
 SavedConfig = Mapping[str, Any]
 
@@ -59,7 +57,9 @@ def rank(metrics: Mapping[str, float]) -> float:
     return metrics["reconstruction_loss"]
 
 
-def find(path: epath.PathLike, remedy: str = _TRAIN_FIRST) -> epath.Path:
+def find(
+    path: epath.PathLike, remedy: str = "train first, or name one with --checkpoint"
+) -> epath.Path:
     """The checkpoint that a path means, by its name alone; see `load` for its contents.
 
     Args:
@@ -88,7 +88,7 @@ def load(path: epath.PathLike) -> Checkpoint:
         return {"step": np.zeros((), np.int32), "params": params, "statistics": statistics}
 
     candidates = _candidates(path)
-    found = _newest_sound(candidates[0].parent, candidates, like, "name another one (--checkpoint)")
+    found = _newest_sound(candidates[0].parent, candidates, like, "name another one")
     assert found is not None
     checkpoint, (config, state), damage = found
     for damaged, error in damage.items():
@@ -106,8 +106,8 @@ def resume(
 
     Args:
       workdir: of the run.
-      make_like: maps the config of a checkpoint to the structure, shapes and dtypes of its state
-        (see `abstract_state`); raises UserError if the run cannot resume from it.
+      make_like: maps the config of a checkpoint to the structure, shapes and dtypes of its state;
+        raises UserError if the run cannot resume from it.
 
     Raises:
       UserError: if `make_like` does, if no checkpoint is sound, or if the newest is for inference
@@ -138,16 +138,16 @@ def resume(
     return Checkpoint(newest, config, type(make_like(config))(**state))
 
 
-def abstract_state(config: SavedConfig) -> TrainState:
-    """The train state of a VQ-VAE's run, with shapes and dtypes in place of arrays."""
-    return train_state.abstract_train_state(_abstract_model(config))
-
-
 def model_of(checkpoint: Checkpoint, *, compute_dtype: str = "") -> VQVAE:
-    """The model that a checkpoint holds; `compute_dtype`, if given, replaces the checkpoint's."""
+    """The model that a checkpoint holds; `compute_dtype`, if given, replaces the checkpoint's.
+
+    Raises:
+      UserError: if the model needs float64 and JAX lacks it.
+    """
     config = checkpoint.config
     if compute_dtype:
         config = {**config, "compute_dtype": compute_dtype}
+    require_x64(config.get("compute_dtype", ""))
     graphdef, _, _ = train_state.split(_abstract_model(config))
     params, statistics = jax.device_put((checkpoint.state.params, checkpoint.state.statistics))
     return nnx.merge(graphdef, params, statistics)
@@ -182,7 +182,7 @@ def _set_aside(checkpoint: epath.Path, reason: DamageError, newest: epath.Path) 
     )
 
 
-def _candidates(path: epath.PathLike, remedy: str = _TRAIN_FIRST) -> list[epath.Path]:
+def _candidates(path: epath.PathLike, remedy: str = "train first") -> list[epath.Path]:
     """The checkpoints that a path may mean: itself, or those of a run, newest first."""
     root = absolute(path)
     if (root / "state").exists() and (root / "config").exists():

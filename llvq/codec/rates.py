@@ -72,7 +72,7 @@ def find_or_estimate(
     parameters = code_models.parameters_digest(model)
     shape = "×".join(map(str, data.image_shape))
     images = f"{data.num_images['train']:,} training images of {shape}"
-    source = " ".join(filter(None, (dataset.name, dataset.fit, images)))
+    source = " ".join(filter(None, (dataset.name, dataset.fit, images, data.fingerprint)))
     (found, *_) = all_gather(code_models.load(checkpoint, parameters))
     if found and found.source == source:
         return found

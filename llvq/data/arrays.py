@@ -1,5 +1,6 @@
 """A data set of NumPy arrays."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -18,9 +19,12 @@ class ArrayDataset:
       image_shape: the shape of every image, (height, width, channels).
     """
 
-    def __init__(self, *, flip: bool = False, **splits: Images) -> None:
+    def __init__(
+        self, *, flip: bool = False, fingerprint: str | None = None, **splits: Images
+    ) -> None:
         """Args:
           flip: whether training mirrors each image left to right with probability ½.
+          fingerprint: see `Dataset`; by default a digest of the images.
           **splits: the images of each split, uint8 [n, height, width, channels].
 
         Raises:
@@ -38,7 +42,18 @@ class ArrayDataset:
         (self.image_shape,) = shapes
         self._splits = splits
         self._flip = flip
+        self._fingerprint = fingerprint
         self.num_images = {split: len(images) for split, images in splits.items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Dataset`."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for images in self._splits.values():
+                digest.update(np.ascontiguousarray(images).data)
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
 
     def batches(
         self, split: str, index_batches: Iterable[IndexBatch]

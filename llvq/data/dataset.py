@@ -24,6 +24,11 @@ class Dataset(Protocol):
         """The shape of every image: (height, width, channels)."""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells these images from others of the same name, number and shape; "" if none exist."""
+        ...
+
     def batches(
         self, split: str, index_batches: Iterable[IndexBatch]
     ) -> Iterator[tuple[IndexBatch, Images]]:

@@ -43,7 +43,7 @@ class Evaluator:
     ) -> dict[str, float] | None:
         """The figures of a split, each image counted once; its codes go to `usage`.
 
-        Returns None if `is_time_to_stop` says so after a batch.
+        Returns None if `is_time_to_stop` says so after a batch that is not the last.
         """
         totals: dict[str, float] = {}
         num_batches = steps_per_epoch(data.num_images[split], batch_size)
@@ -54,7 +54,7 @@ class Evaluator:
                     totals[name] = totals.get(name, 0.0) + float(value)
                 usage.add(counts)
                 report(done)
-                if is_time_to_stop():
+                if done < num_batches and is_time_to_stop():
                     return None
         return metrics.finish(totals, data.num_images[split])
 

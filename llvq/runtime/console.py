@@ -184,9 +184,7 @@ class ConsoleWriter:
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
         """Ignored: a console shows no images."""
 
-    def write_histograms(
-        self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
-    ) -> None:
+    def write_histograms(self, step: int, arrays: Mapping[str, Any]) -> None:
         """Ignored."""
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
@@ -194,9 +192,6 @@ class ConsoleWriter:
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Ignored."""
-
-    def flush(self) -> None:
-        """Does nothing: nothing is buffered."""
 
     def close(self) -> None:
         """Does nothing."""
