@@ -4,186 +4,41 @@
 
 Trains FashionMNIST's network with each quantizer at several rates, evaluates it, and keeps one
 record for each finished run in results/compare. A run that has a record is skipped; one that was
-stopped is resumed. All runs together take some 9 hours on two quiet CPU cores; `--only` runs only
+stopped is resumed. All runs together take some 10 hours on two quiet CPU cores; `--only` runs only
 these curves, `--trials` the trials that came before.
 """
 
 import argparse
-import itertools
-import math
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import bjontegaard
 import matplotlib.pyplot as plt
 
 import input_pipeline
-from configs import fashion_mnist
-from llvq.config import TrainConfig, parse
 from llvq.data import Dataset
 from llvq.errors import one_line_exit
 from llvq.quantizers import QUANTIZERS
 from llvq.runtime.console import markdown_table
 from results import recorded
+from results.compared import (
+    BASELINE,
+    DIRECTORY,
+    FIRST,
+    SEED,
+    TRIALS,
+    Run,
+    bd_rate,
+    evaluated,
+    excess,
+    first_of,
+    further,
+    read,
+)
 from results.curves import CURVES, LATTICES
+from results.report import spread
 
-DIRECTORY = pathlib.Path(__file__).parent / "compare"
-
-SEED, MORE_SEEDS = 2, (32, 432)
-_EPOCHS, _STEPS_PER_EPOCH = 3, 860
-
-
-class Run(NamedTuple):
-    """One run of a curve; `changes` to its config are (dotted field, value)."""
-
-    curve: str
-    value: Any
-    seed: int = SEED
-    epochs: int = _EPOCHS
-    changes: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The run's place in the directories of records and workdirs."""
-        value = "x".join(map(str, self.value)) if isinstance(self.value, tuple) else self.value
-        changes = "".join(f"_{value}" for _, value in self.changes)
-        return f"{self.curve}/{value}{changes}_{self.epochs}_epochs_seed_{self.seed}"
-
-    @property
-    def record(self) -> pathlib.Path:
-        """The file of the finished run's figures."""
-        return DIRECTORY / f"{self.name}.json"
-
-    def config(self) -> TrainConfig:
-        """The run's config: recipe `long`, but shorter."""
-        curve = CURVES[self.curve]
-        config = curve.at(self.value, fashion_mnist.get_config(f"{curve.quantizer},long"))
-        config.seed, config.num_epochs = self.seed, self.epochs
-        config.eval_every_steps = _STEPS_PER_EPOCH
-        config.update_from_flattened_dict(dict(self.changes))
-        return parse(config)
-
-
-BASELINE = "vq_ema_restarts"
 _ANCHORS = (BASELINE, "sparse_lattice", "fsq")
-
-# They choose the latents and the weight of entropies, and show what γ does and how lattices with a
-# rate learn.
-_GAMMAS = (1.0, 0.1, 0.01, 0.001)
-_ENTROPY_WEIGHTS = (0.1, 0.01, 0.001)
-_LATENTS = ((8, "none"), (64, "none"))
-_TRIED = {
-    "vq_restarts": ((4, "none"), *_LATENTS, (64, "leaky_relu")),
-    "vq_ema_restarts": ((4, "none"), *_LATENTS),
-    "simvq": _LATENTS,
-    "residual_vq": _LATENTS,
-    "diagonal_lattice": ((8, "straight_through"), (8, "noise"), (4, "noise")),
-    "e8_lattice": ((8, "straight_through"), (8, "noise"), (8, "mixed"), (16, "noise")),
-    "learned_lattice": ((8, "noise"),),
-}
-
-
-def _trial(curve: str, *changes: tuple[str, Any]) -> Run:
-    return Run(curve, CURVES[curve].values[1], SEED, 1, changes)
-
-
-def _trial_of_latents(curve: str, latent_dim: int, choice: str) -> Run:
-    choices = "quantizer.training" if curve in LATTICES else "model.latent_activation"
-    return _trial(curve, ("model.latent_dim", latent_dim), (choices, choice))
-
-
-TRIALS = [
-    *(_trial("sparse_lattice", ("quantizer.gamma", gamma)) for gamma in _GAMMAS),
-    *(
-        _trial(curve, ("quantizer.entropy_weight", weight))
-        for curve, weight in itertools.product(("lfq", "bsq"), _ENTROPY_WEIGHTS)
-    ),
-    *(_trial_of_latents(curve, *tried) for curve, several in _TRIED.items() for tried in several),
-    Run("e8_lattice", 2.5e-4, changes=(("quantizer.training", "mixed"),)),
-]
-FIRST = [Run(name, value) for name, curve in CURVES.items() for value in curve.values]
-
-
-def read(runs: Sequence[Run]) -> dict[Run, dict[str, Any]]:
-    """The records of those of the runs that are finished, with the config of today."""
-    found = {run: recorded.read(run.record, run.config()) for run in runs}
-    return {run: record for run, record in found.items() if record is not None}
-
-
-def _evaluated(runs: Iterable[Run], records: Mapping[Run, Mapping[str, Any]]) -> list[Run]:
-    """Those of the runs that have figures: they are finished and did not diverge."""
-    return [run for run in runs if "evaluation" in records.get(run, {})]
-
-
-def _first(name: str) -> list[Run]:
-    return [run for run in FIRST if run.curve == name]
-
-
-def rate(record: Mapping[str, Any]) -> float:
-    """Coded bits per pixel."""
-    return record["evaluation"]["coded_bits_per_pixel"]
-
-
-def psnr(record: Mapping[str, Any]) -> float:
-    """PSNR over the test images, in dB."""
-    return record["evaluation"]["psnr"]
-
-
-def curve_of(name: str, records: Mapping[Run, Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """(rate, PSNR) of a curve's first runs, by ascending rate, where more bits give more PSNR."""
-    runs = _evaluated(_first(name), records)
-    curve: list[tuple[float, float]] = []
-    for point in sorted((rate(records[run]), psnr(records[run])) for run in runs):
-        if not curve or point[1] > curve[-1][1]:
-            curve.append(point)
-    return curve
-
-
-def bd_rate(
-    name: str, records: Mapping[Run, Mapping[str, Any]], anchor: str = BASELINE
-) -> float | None:
-    """How many percent more bits a curve takes than another one at equal PSNR, on average.
-
-    Bjøntegaard's delta rate, with piecewise cubic interpolation, over the PSNR that both curves
-    reach. None if a curve is not finished, or if they do not overlap.
-    """
-    if any(run not in records for run in (*_first(name), *_first(anchor))):
-        return None
-    ours, theirs = curve_of(name, records), curve_of(anchor, records)
-    if not (ours and theirs) or max(ours[0][1], theirs[0][1]) >= min(ours[-1][1], theirs[-1][1]):
-        return None
-    old, new = (list(zip(*points, strict=True)) for points in (theirs, ours))
-    return float(
-        bjontegaard.bd_rate(
-            *old, *new, method="pchip", require_matching_points=False, min_overlap=0
-        )
-    )
-
-
-def nearest(name: str, records: Mapping[Run, Mapping[str, Any]]) -> Run:
-    """The first run of a curve whose coded bits per vector are nearest to 5."""
-    runs = _evaluated(_first(name), records)
-    per_vector = "coded_bits_per_vector"
-    return min(runs, key=lambda run: abs(records[run]["evaluation"][per_vector] - 5.0))
-
-
-def further(records: Mapping[Run, Mapping[str, Any]]) -> list[Run]:
-    """The runs after the first ones: more seeds for six curves, and ten epochs for three."""
-    if any(run not in records for run in FIRST):
-        return []
-
-    def loss(name: str) -> float:
-        difference = bd_rate(name, records)
-        return math.inf if difference is None else difference
-
-    others = [name for name in CURVES if name not in (*LATTICES, "sparse_lattice")]
-    best, best_lattices = sorted(others, key=loss)[:3], sorted(LATTICES, key=loss)[:2]
-    chosen = {name: nearest(name, records) for name in (*best, "sparse_lattice", *best_lattices)}
-    longer = dict.fromkeys((nearest("vq", records), chosen[best[0]], chosen[best_lattices[0]]))
-    seeds = [run._replace(seed=seed) for run in chosen.values() for seed in MORE_SEEDS]
-    return [*seeds, *(run._replace(epochs=10) for run in longer)]
-
 
 _COLUMNS = (
     "quantizer",
@@ -223,6 +78,46 @@ def _cells(run: Run, record: Mapping[str, Any]) -> list[str]:
         f"{evaluation['reconstruction_loss']:.5f}",
         f"{evaluation['psnr']:.2f}",
         codes,
+    ]
+
+
+_SPREAD_COLUMNS = (
+    "quantizer",
+    "setting",
+    "seeds",
+    "coded bits per vector",
+    "test MSE",
+    "PSNR",
+    "codes in use",
+    f"bits against `{BASELINE}`",
+)
+
+
+def _of_several_seeds(records: Mapping[Run, Mapping[str, Any]]) -> list[list[Run]]:
+    """Runs that differ in their seeds alone."""
+    more = [run for run in further(records) if run.seed != SEED]
+    firsts = dict.fromkeys(run._replace(seed=SEED) for run in more)
+    groups = (
+        [first, *(run for run in more if run._replace(seed=SEED) == first)] for first in firsts
+    )
+    return [evaluated(runs, records) for runs in groups]
+
+
+def _spread_cells(runs: Sequence[Run], records: Mapping[Run, Mapping[str, Any]]) -> list[str]:
+    def figure(name: str, digits: str) -> str:
+        return spread((records[run]["evaluation"][name] for run in runs), digits)
+
+    found = [excess(run, records) for run in runs]
+    differences = [difference for difference in found if difference is not None]
+    return [
+        f"`{runs[0].curve}`",
+        f"{CURVES[runs[0].curve].knob} {runs[0].value}",
+        ", ".join(str(run.seed) for run in runs),
+        figure("coded_bits_per_vector", ".2f"),
+        figure("reconstruction_loss", ".5f"),
+        figure("psnr", ".2f"),
+        figure("effective_codebook_size", ",.0f"),
+        f"{spread(differences, '.1f')}%" if len(differences) == len(runs) else "",
     ]
 
 
@@ -266,7 +161,7 @@ def _plot(records: Mapping[Run, Mapping[str, Any]], path: pathlib.Path) -> None:
     others = [name for name in CURVES if name not in LATTICES]
     for names, style in ((others, "o-"), (LATTICES, "s--")):
         for i, name in enumerate(names):
-            found = [records[run]["evaluation"] for run in _evaluated(_first(name), records)]
+            found = [records[run]["evaluation"] for run in evaluated(first_of(name), records)]
             found.sort(key=lambda evaluation: evaluation["coded_bits_per_pixel"])
             rates = [evaluation["coded_bits_per_pixel"] for evaluation in found]
             for ax, figure_name in zip(axes, ("reconstruction_loss", "psnr"), strict=True):
@@ -300,6 +195,11 @@ share no range of PSNR.
 """
 
 
+_SEEDS = f"""\
+Mean ± standard deviation over the seeds. The last column says how many more bits than the curve of
+`{BASELINE}` with seed 2 a run takes at its PSNR.
+"""
+
 _LATTICES_TEXT = """\
 The rate is that of the points of the test images. It is exact for `diagonal_lattice`: a stream
 coded by the density takes as many bits, or less where rare codes are escaped, because counts code
@@ -314,14 +214,14 @@ def write(records: Mapping[Run, Mapping[str, Any]]) -> None:
     """Writes the page and the plot."""
 
     def table(runs: Sequence[Run]) -> str:
-        cells = [_cells(run, records[run]) for run in _evaluated(runs, records)]
+        cells = [_cells(run, records[run]) for run in evaluated(runs, records)]
         return markdown_table(_COLUMNS, cells)
 
     def lattices() -> str:
         runs = [run for run in (*FIRST, *further(records)) if run.curve in LATTICES]
         return markdown_table(
             _LATTICE_COLUMNS,
-            [_lattice_cells(run, records[run]) for run in _evaluated(runs, records)],
+            [_lattice_cells(run, records[run]) for run in evaluated(runs, records)],
         )
 
     def differences(name: str) -> list[str]:
@@ -337,6 +237,11 @@ def write(records: Mapping[Run, Mapping[str, Any]]) -> None:
             ("quantizer", *(f"against `{anchor}`" for anchor in _ANCHORS)), map(differences, CURVES)
         ),
         "\n## More seeds, and ten epochs\n",
+        _SEEDS,
+        markdown_table(
+            _SPREAD_COLUMNS, [_spread_cells(runs, records) for runs in _of_several_seeds(records)]
+        )
+        + "\n",
         table(further(records)),
         "\n## Lattices with a rate in the loss\n",
         _LATTICES_TEXT,

@@ -10,13 +10,13 @@ pytest.importorskip("bjontegaard", reason="the command computes delta rates with
 
 from llvq.config import to_dict
 from llvq.errors import DivergenceError
-from results import compare, recorded
+from results import compare, compared, recorded
 from results.curves import CURVES
 from tests import tiny
 
 
 def test_every_run_has_a_name_and_a_possible_config():
-    runs = [*compare.FIRST, *compare.TRIALS]
+    runs = [*compared.FIRST, *compared.TRIALS]
     assert len({run.name for run in runs}) == len(runs)
     for run in runs:
         config, curve = run.config(), CURVES[run.curve]
@@ -26,7 +26,7 @@ def test_every_run_has_a_name_and_a_possible_config():
 
 def write_records(directory, factors):
     """Records of curves at equal PSNR, whose bits are a multiple of the baseline's."""
-    for run in compare.FIRST:
+    for run in compared.FIRST:
         place = CURVES[run.curve].values.index(run.value)
         bits = factors.get(run.curve, 1.0) * (1.0, 2.0, 3.0, 4.0)[place]
         evaluation = {
@@ -47,50 +47,65 @@ def write_records(directory, factors):
 
 
 def test_delta_rates_and_what_follows(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "DIRECTORY", tmp_path / "compare")
+    for module in (compare, compared):
+        monkeypatch.setattr(module, "DIRECTORY", tmp_path / "compare")
     write_records(tmp_path, {"fsq": 0.9, "bsq": 1.1, "e8_lattice": 0.8})
-    records = compare.read(compare.FIRST)
-    assert compare.bd_rate("fsq", records) == pytest.approx(-10.0)
-    assert compare.bd_rate("bsq", records) == pytest.approx(10.0)
+    records = compared.read(compared.FIRST)
+    assert compared.bd_rate("fsq", records) == pytest.approx(-10.0)
+    assert compared.bd_rate("bsq", records) == pytest.approx(10.0)
     # A point that takes more bits for less does not count.
     worst = max(
-        (run for run in records if run.curve == "fsq"), key=lambda r: compare.rate(records[r])
+        (run for run in records if run.curve == "fsq"), key=lambda r: compared.rate(records[r])
     )
     falling = records[worst]["evaluation"] | {"psnr": 21.0}
-    found = compare.bd_rate("fsq", {**records, worst: {"evaluation": falling}})
+    found = compared.bd_rate("fsq", {**records, worst: {"evaluation": falling}})
     assert found == pytest.approx(-10.0, abs=0.5)  # three points are interpolated otherwise
-    further = compare.further(records)
+    further = compared.further(records)
     of_seeds = {run.curve for run in further if run.epochs == 3}
     assert of_seeds >= {"fsq", "sparse_lattice", "e8_lattice"}
     assert len(of_seeds) == 6
     assert {run.curve for run in further if run.epochs == 10} == {"vq", "fsq", "e8_lattice"}
+    for run in records:
+        if run.curve == "fsq":
+            assert compared.excess(run, records) == pytest.approx(-10.0)
+    # Between the baseline's points of 20 and 21 dB, which have 0.25 and 0.5 bits; and beyond all.
+    between = {"evaluation": falling | {"psnr": 20.5, "coded_bits_per_pixel": 0.25}}
+    assert -50 < compared.excess(worst, {**records, worst: between}) < 0
+    beyond = {"evaluation": falling | {"psnr": 24.0}}
+    assert compared.excess(worst, {**records, worst: beyond}) is None
+    seeds = [run for run in further if run.curve == "fsq" and run.epochs == 3]
+    for run, error in zip(seeds, (0.0035, 0.0045), strict=True):
+        evaluation = records[worst]["evaluation"] | {"reconstruction_loss": error}
+        records[run] = {**records[worst], "evaluation": evaluation}
     compare.write(records)
     page = (tmp_path / "compare.md").read_text()
     assert "| `fsq` | -10.0% |" in page
     assert "| `bsq` | +10.0% |" in page
+    cells = "2, 32, 432 | 3.60 ± 0.00 | 0.00350 ± 0.00100 | 23.00 ± 0.00 | 3 ± 0 | -10.0 ± 0.0%"
+    assert f"| `fsq` | levels (8, 8, 8, 6, 5) | {cells} |" in page
     # λ, seed, epochs, three rates, dimensions, bits per dimension, second moments: 1.6 / 7 = 0.23.
     cells = "0.0007 | 2 | 3 | 1.600 | 1.600 | 1.600 | 7.0 of 8 | 0.23 | 0.0700 | 0.0717"
     assert f"| `e8_lattice` | {cells} |" in page
     # A run that diverged is finished, and has no figures.
-    run = compare.FIRST[0]
+    run = compared.FIRST[0]
     record = json.loads(run.record.read_text())
     run.record.write_text(json.dumps({"config": record["config"], "diverged": "loss is nan"}))
-    without = compare.read(compare.FIRST)
-    assert len(compare.further(without)) == len(further)
-    assert compare.bd_rate(run.curve, without) is not None
+    without = compared.read(compared.FIRST)
+    assert len(compared.further(without)) == len(further)
+    assert compared.bd_rate(run.curve, without) is not None
     compare.write(without)
     # A record of another config does not count.
     record["config"]["model"]["latent_dim"] = 7
     run.record.write_text(json.dumps(record))
-    assert run not in compare.read(compare.FIRST)
-    assert compare.further(compare.read(compare.FIRST)) == []
+    assert run not in compared.read(compared.FIRST)
+    assert compared.further(compared.read(compared.FIRST)) == []
 
 
 def test_a_run_that_diverges_is_recorded_as_such(tmp_path, monkeypatch):
     monkeypatch.setattr(
         recorded, "train_and_evaluate", mock.Mock(side_effect=DivergenceError("nan"))
     )
-    config = compare.FIRST[0].config()
+    config = compared.FIRST[0].config()
     recorded.keep(tmp_path / "a.json", recorded.train(config, tmp_path, tiny.dataset()))
     record = recorded.read(tmp_path / "a.json", config)
     assert record is not None

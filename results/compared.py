@@ -1,0 +1,188 @@
+"""The runs of `results.compare`, and their figures at equal coded bits."""
+
+import math
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import bjontegaard
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+
+from configs import fashion_mnist
+from llvq.config import TrainConfig, parse
+from results import recorded
+from results.curves import CURVES, LATTICES
+
+DIRECTORY = pathlib.Path(__file__).parent / "compare"
+
+SEED, MORE_SEEDS = 2, (32, 432)
+_EPOCHS, _STEPS_PER_EPOCH = 3, 860
+
+
+class Run(NamedTuple):
+    """One run of a curve; `changes` to its config are (dotted field, value)."""
+
+    curve: str
+    value: Any
+    seed: int = SEED
+    epochs: int = _EPOCHS
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The run's place in the directories of records and workdirs."""
+        value = "x".join(map(str, self.value)) if isinstance(self.value, tuple) else self.value
+        changes = "".join(f"_{value}" for _, value in self.changes)
+        return f"{self.curve}/{value}{changes}_{self.epochs}_epochs_seed_{self.seed}"
+
+    @property
+    def record(self) -> pathlib.Path:
+        """The file of the finished run's figures."""
+        return DIRECTORY / f"{self.name}.json"
+
+    def config(self) -> TrainConfig:
+        """The run's config: recipe `long`, but shorter."""
+        curve = CURVES[self.curve]
+        config = curve.at(self.value, fashion_mnist.get_config(f"{curve.quantizer},long"))
+        config.seed, config.num_epochs = self.seed, self.epochs
+        config.eval_every_steps = _STEPS_PER_EPOCH
+        config.update_from_flattened_dict(dict(self.changes))
+        return parse(config)
+
+
+BASELINE = "vq_ema_restarts"
+
+# They choose the latents and the weight of entropies, and show what γ does and how lattices with a
+# rate learn.
+_GAMMAS = (1.0, 0.1, 0.01, 0.001)
+_ENTROPY_WEIGHTS = (0.1, 0.01, 0.001)
+_LATENTS = ((8, "none"), (64, "none"))
+_TRIED = {
+    "vq_restarts": ((4, "none"), *_LATENTS, (64, "leaky_relu")),
+    "vq_ema_restarts": ((4, "none"), *_LATENTS),
+    "simvq": _LATENTS,
+    "residual_vq": _LATENTS,
+    "diagonal_lattice": ((8, "straight_through"), (8, "noise"), (4, "noise")),
+    "e8_lattice": ((8, "straight_through"), (8, "noise"), (8, "mixed"), (16, "noise")),
+    "learned_lattice": ((8, "noise"),),
+}
+
+
+def _trial(curve: str, *changes: tuple[str, Any]) -> Run:
+    return Run(curve, CURVES[curve].values[1], SEED, 1, changes)
+
+
+def _trial_of_latents(curve: str, latent_dim: int, choice: str) -> Run:
+    choices = "quantizer.training" if curve in LATTICES else "model.latent_activation"
+    return _trial(curve, ("model.latent_dim", latent_dim), (choices, choice))
+
+
+TRIALS = [
+    *(_trial("sparse_lattice", ("quantizer.gamma", gamma)) for gamma in _GAMMAS),
+    *(
+        _trial(curve, ("quantizer.entropy_weight", weight))
+        for curve, weight in product(("lfq", "bsq"), _ENTROPY_WEIGHTS)
+    ),
+    *(_trial_of_latents(curve, *tried) for curve, several in _TRIED.items() for tried in several),
+    Run("e8_lattice", 2.5e-4, changes=(("quantizer.training", "mixed"),)),
+]
+FIRST = [Run(name, value) for name, curve in CURVES.items() for value in curve.values]
+
+
+def read(runs: Sequence[Run]) -> dict[Run, dict[str, Any]]:
+    """The records of those of the runs that are finished, with the config of today."""
+    found = {run: recorded.read(run.record, run.config()) for run in runs}
+    return {run: record for run, record in found.items() if record is not None}
+
+
+def evaluated(runs: Iterable[Run], records: Mapping[Run, Mapping[str, Any]]) -> list[Run]:
+    """Those of the runs that have figures: they are finished and did not diverge."""
+    return [run for run in runs if "evaluation" in records.get(run, {})]
+
+
+def first_of(name: str) -> list[Run]:
+    """The first runs of a curve."""
+    return [run for run in FIRST if run.curve == name]
+
+
+def rate(record: Mapping[str, Any]) -> float:
+    """Coded bits per pixel."""
+    return record["evaluation"]["coded_bits_per_pixel"]
+
+
+def psnr(record: Mapping[str, Any]) -> float:
+    """PSNR over the test images, in dB."""
+    return record["evaluation"]["psnr"]
+
+
+def curve_of(name: str, records: Mapping[Run, Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """(rate, PSNR) of a curve's first runs, by ascending rate, where more bits give more PSNR."""
+    runs = evaluated(first_of(name), records)
+    curve: list[tuple[float, float]] = []
+    for point in sorted((rate(records[run]), psnr(records[run])) for run in runs):
+        if not curve or point[1] > curve[-1][1]:
+            curve.append(point)
+    return curve
+
+
+def bd_rate(
+    name: str, records: Mapping[Run, Mapping[str, Any]], anchor: str = BASELINE
+) -> float | None:
+    """How many percent more bits a curve takes than another one at equal PSNR, on average.
+
+    Bjøntegaard's delta rate, with piecewise cubic interpolation, over the PSNR that both curves
+    reach. None if a curve is not finished, or if they do not overlap.
+    """
+    if any(run not in records for run in (*first_of(name), *first_of(anchor))):
+        return None
+    ours, theirs = curve_of(name, records), curve_of(anchor, records)
+    if not (ours and theirs) or max(ours[0][1], theirs[0][1]) >= min(ours[-1][1], theirs[-1][1]):
+        return None
+    old, new = (list(zip(*points, strict=True)) for points in (theirs, ours))
+    return float(
+        bjontegaard.bd_rate(
+            *old, *new, method="pchip", require_matching_points=False, min_overlap=0
+        )
+    )
+
+
+def excess(
+    run: Run, records: Mapping[Run, Mapping[str, Any]], anchor: str = BASELINE
+) -> float | None:
+    """How many percent more bits a run takes than a curve at the run's PSNR.
+
+    The logarithm of the curve's rate is interpolated over the PSNR as by `bd_rate`. None if the
+    curve does not reach it.
+    """
+    rates, psnrs = zip(*curve_of(anchor, records), strict=True)
+    of_run = records[run]
+    if not psnrs[0] <= psnr(of_run) <= psnrs[-1]:
+        return None
+    log_rate = PchipInterpolator(psnrs, np.log(rates))(psnr(of_run))
+    return float(100 * (rate(of_run) / np.exp(log_rate) - 1))
+
+
+def nearest(name: str, records: Mapping[Run, Mapping[str, Any]]) -> Run:
+    """The first run of a curve whose coded bits per vector are nearest to 5."""
+    runs = evaluated(first_of(name), records)
+    per_vector = "coded_bits_per_vector"
+    return min(runs, key=lambda run: abs(records[run]["evaluation"][per_vector] - 5.0))
+
+
+def further(records: Mapping[Run, Mapping[str, Any]]) -> list[Run]:
+    """The runs after the first ones: more seeds for six curves, and ten epochs for three."""
+    if any(run not in records for run in FIRST):
+        return []
+
+    def loss(name: str) -> float:
+        difference = bd_rate(name, records)
+        return math.inf if difference is None else difference
+
+    others = [name for name in CURVES if name not in (*LATTICES, "sparse_lattice")]
+    best, best_lattices = sorted(others, key=loss)[:3], sorted(LATTICES, key=loss)[:2]
+    chosen = {name: nearest(name, records) for name in (*best, "sparse_lattice", *best_lattices)}
+    longer = dict.fromkeys((nearest("vq", records), chosen[best[0]], chosen[best_lattices[0]]))
+    seeds = [run._replace(seed=seed) for run in chosen.values() for seed in MORE_SEEDS]
+    return [*seeds, *(run._replace(epochs=10) for run in longer)]
