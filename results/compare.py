@@ -30,9 +30,9 @@ from results.compared import (
     Run,
     bd_rate,
     evaluated,
-    excess,
     first_of,
     further,
+    gain,
     read,
 )
 from results.curves import CURVES, LATTICES
@@ -89,7 +89,7 @@ _SPREAD_COLUMNS = (
     "test MSE",
     "PSNR",
     "codes in use",
-    f"bits against `{BASELINE}`",
+    f"PSNR above `{BASELINE}`, dB",
 )
 
 
@@ -107,8 +107,7 @@ def _spread_cells(runs: Sequence[Run], records: Mapping[Run, Mapping[str, Any]])
     def figure(name: str, digits: str) -> str:
         return spread((records[run]["evaluation"][name] for run in runs), digits)
 
-    found = [excess(run, records) for run in runs]
-    differences = [difference for difference in found if difference is not None]
+    gains = [found for run in runs if (found := gain(run, records)) is not None]
     return [
         f"`{runs[0].curve}`",
         f"{CURVES[runs[0].curve].knob} {runs[0].value}",
@@ -117,7 +116,7 @@ def _spread_cells(runs: Sequence[Run], records: Mapping[Run, Mapping[str, Any]])
         figure("reconstruction_loss", ".5f"),
         figure("psnr", ".2f"),
         figure("effective_codebook_size", ",.0f"),
-        f"{spread(differences, '.1f')}%" if len(differences) == len(runs) else "",
+        spread(gains, ".2f") if len(gains) == len(runs) else "",
     ]
 
 
@@ -196,8 +195,8 @@ share no range of PSNR.
 
 
 _SEEDS = f"""\
-Mean ± standard deviation over the seeds. The last column says how many more bits than the curve of
-`{BASELINE}` with seed 2 a run takes at its PSNR.
+Mean ± standard deviation over the seeds. The last column says how far a run's PSNR is above the
+curve of `{BASELINE}` with seed 2 at the run's rate.
 """
 
 _LATTICES_TEXT = """\

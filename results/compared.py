@@ -148,20 +148,18 @@ def bd_rate(
     )
 
 
-def excess(
+def gain(
     run: Run, records: Mapping[Run, Mapping[str, Any]], anchor: str = BASELINE
 ) -> float | None:
-    """How many percent more bits a run takes than a curve at the run's PSNR.
+    """How many dB of PSNR a run is above a curve at the run's rate; None beyond the curve's rates.
 
-    The logarithm of the curve's rate is interpolated over the PSNR as by `bd_rate`. None if the
-    curve does not reach it.
+    The curve's PSNR is interpolated over the logarithm of its rate, as by `bd_rate`.
     """
     rates, psnrs = zip(*curve_of(anchor, records), strict=True)
     of_run = records[run]
-    if not psnrs[0] <= psnr(of_run) <= psnrs[-1]:
+    if not rates[0] <= rate(of_run) <= rates[-1]:
         return None
-    log_rate = PchipInterpolator(psnrs, np.log(rates))(psnr(of_run))
-    return float(100 * (rate(of_run) / np.exp(log_rate) - 1))
+    return psnr(of_run) - float(PchipInterpolator(np.log(rates), psnrs)(np.log(rate(of_run))))
 
 
 def nearest(name: str, records: Mapping[Run, Mapping[str, Any]]) -> Run:

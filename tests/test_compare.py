@@ -65,14 +65,13 @@ def test_delta_rates_and_what_follows(tmp_path, monkeypatch):
     assert of_seeds >= {"fsq", "sparse_lattice", "e8_lattice"}
     assert len(of_seeds) == 6
     assert {run.curve for run in further if run.epochs == 10} == {"vq", "fsq", "e8_lattice"}
-    for run in records:
-        if run.curve == "fsq":
-            assert compared.excess(run, records) == pytest.approx(-10.0)
-    # Between the baseline's points of 20 and 21 dB, which have 0.25 and 0.5 bits; and beyond all.
-    between = {"evaluation": falling | {"psnr": 20.5, "coded_bits_per_pixel": 0.25}}
-    assert -50 < compared.excess(worst, {**records, worst: between}) < 0
-    beyond = {"evaluation": falling | {"psnr": 24.0}}
-    assert compared.excess(worst, {**records, worst: beyond}) is None
+    # The baseline has 21 dB at 0.5 bits and 22 at 0.75.
+    for bits, dbs, least, most in ((0.5, 21.3, 0.3, 0.3), (0.6, 22.0, 0.0, 1.0)):
+        placed = {"evaluation": falling | {"psnr": dbs, "coded_bits_per_pixel": bits}}
+        found = compared.gain(worst, {**records, worst: placed})
+        assert least - 1e-9 <= found <= most + 1e-9
+    beyond = {"evaluation": falling | {"coded_bits_per_pixel": 1.1}}
+    assert compared.gain(worst, {**records, worst: beyond}) is None
     seeds = [run for run in further if run.curve == "fsq" and run.epochs == 3]
     for run, error in zip(seeds, (0.0035, 0.0045), strict=True):
         evaluation = records[worst]["evaluation"] | {"reconstruction_loss": error}
@@ -81,7 +80,8 @@ def test_delta_rates_and_what_follows(tmp_path, monkeypatch):
     page = (tmp_path / "compare.md").read_text()
     assert "| `fsq` | -10.0% |" in page
     assert "| `bsq` | +10.0% |" in page
-    cells = "2, 32, 432 | 3.60 ± 0.00 | 0.00350 ± 0.00100 | 23.00 ± 0.00 | 3 ± 0 | -10.0 ± 0.0%"
+    gain = f"{compared.gain(worst, records):.2f}"
+    cells = f"2, 32, 432 | 3.60 ± 0.00 | 0.00350 ± 0.00100 | 23.00 ± 0.00 | 3 ± 0 | {gain} ± 0.00"
     assert f"| `fsq` | levels (8, 8, 8, 6, 5) | {cells} |" in page
     # λ, seed, epochs, three rates, dimensions, bits per dimension, second moments: 1.6 / 7 = 0.23.
     cells = "0.0007 | 2 | 3 | 1.600 | 1.600 | 1.600 | 7.0 of 8 | 0.23 | 0.0700 | 0.0717"
