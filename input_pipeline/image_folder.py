@@ -151,7 +151,7 @@ def _name(folder: epath.Path, way: Way) -> str:
 
 
 def _digest(by_split: Mapping[str, Sequence[Source]]) -> str:
-    """Of the files' names and sizes, and of what each makes; a copy of the folder has the same."""
+    """A digest of the files' names, sizes and numbers of images; a copy has the same."""
     files = {
         split: [(source.name, source.fingerprint[0], source.num_images) for source in sources]
         for split, sources in by_split.items()

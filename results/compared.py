@@ -148,14 +148,13 @@ def bd_rate(
     )
 
 
-def gain(
-    run: Run, records: Mapping[Run, Mapping[str, Any]], anchor: str = BASELINE
-) -> float | None:
-    """How many dB of PSNR a run is above a curve at the run's rate; None beyond the curve's rates.
+def gain(run: Run, records: Mapping[Run, Mapping[str, Any]]) -> float | None:
+    """How many dB the PSNR of a run is above the baseline's curve at the run's rate.
 
-    The curve's PSNR is interpolated over the logarithm of its rate, as by `bd_rate`.
+    The curve's PSNR is interpolated over the logarithm of its rate, as by `bd_rate`. None beyond
+    the curve's rates.
     """
-    rates, psnrs = zip(*curve_of(anchor, records), strict=True)
+    rates, psnrs = zip(*curve_of(BASELINE, records), strict=True)
     of_run = records[run]
     if not rates[0] <= rate(of_run) <= rates[-1]:
         return None

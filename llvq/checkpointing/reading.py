@@ -87,7 +87,7 @@ def load(path: epath.PathLike) -> Checkpoint:
         _, params, statistics = train_state.split(_abstract_model(config))
         return {"step": np.zeros((), np.int32), "params": params, "statistics": statistics}
 
-    candidates = _candidates(path)
+    candidates = _candidates(path, "train first")
     found = _newest_sound(candidates[0].parent, candidates, like, "name another one")
     assert found is not None
     checkpoint, (config, state), damage = found
@@ -182,7 +182,7 @@ def _set_aside(checkpoint: epath.Path, reason: DamageError, newest: epath.Path) 
     )
 
 
-def _candidates(path: epath.PathLike, remedy: str = "train first") -> list[epath.Path]:
+def _candidates(path: epath.PathLike, remedy: str) -> list[epath.Path]:
     """The checkpoints that a path may mean: itself, or those of a run, newest first."""
     root = absolute(path)
     if (root / "state").exists() and (root / "config").exists():
