@@ -27,6 +27,7 @@ from llvq.import_torch import import_checkpoint
 from llvq.runtime.console import markdown_table
 from results import other_codecs, recorded
 from results.curves import CURVES
+from results.report import spread
 
 DIRECTORY = pathlib.Path(__file__).parent / "photos"
 
@@ -137,9 +138,11 @@ _AT_12_BITS = (
     ("fsq", (8, 8, 8, 6, 5)),
     ("e8_lattice", 5e-5),
 )
+_BEST = (("residual_vq", 2), ("e8_lattice", 2.5e-4))
 
 RUNS = [
     *(Run("photographs", *model) for model in (*_AT_5_BITS, *_AT_12_BITS)),
+    *(Run("photographs", *model, seed=seed) for model in _BEST for seed in (32, 432)),
     *(Run("photographs_celeba", *model) for model in _AT_5_BITS[:2]),
     *(Run("faces", *model) for model in _AT_5_BITS[:3]),
     Run("faces", "vq", 512, weights="ffhq1024/vq.ckpt"),
@@ -220,12 +223,13 @@ the data set `image_folder`, with the schedule of the recipe `long`, and the lat
 [compare.md](compare.md). Coded bits are the size of files: over the test split at the training size
 as one stream of order 0, and over whole test photographs as one file each. JPEG and WebP (Pillow)
 have for each photograph the quality whose file has the nearest size. MS-SSIM is by TensorFlow.
+Where a setting has several seeds, figures are means ± standard deviations over them.
 """
 
 _COLUMNS = (
     "quantizer",
     "setting",
-    "seed",
+    "seeds",
     "coded bits per vector",
     "coded bits per pixel",
     "test MSE",
@@ -236,7 +240,7 @@ _COLUMNS = (
 _WHOLE_COLUMNS = (
     "quantizer",
     "setting",
-    "seed",
+    "seeds",
     "file",
     "coded bits per pixel",
     "PSNR",
@@ -245,36 +249,50 @@ _WHOLE_COLUMNS = (
 )
 
 
-def _name_cells(run: Run) -> list[str]:
-    curve = CURVES[run.curve]
-    seed = "the authors' weights for FFHQ" if run.weights else str(run.seed)
-    return [f"`{run.curve}`", f"{curve.knob} {run.value}", seed]
-
-
-def _cells(run: Run, record: Record) -> list[str]:
-    evaluation = record["evaluation"]
+def _name_cells(runs: Sequence[Run]) -> list[str]:
+    curve = CURVES[runs[0].curve]
+    seeds = ", ".join(str(run.seed) for run in runs)
     return [
-        *_name_cells(run),
-        f"{evaluation['coded_bits_per_vector']:.3f}",
-        f"{evaluation['coded_bits_per_pixel']:.3f}",
-        f"{evaluation['reconstruction_loss']:.5f}",
-        f"{evaluation['psnr']:.2f}",
-        f"{evaluation['ssim']:.3f}",
-        f"{evaluation['effective_codebook_size']:,}",
+        f"`{runs[0].curve}`",
+        f"{curve.knob} {runs[0].value}",
+        "the authors' weights for FFHQ" if runs[0].weights else seeds,
     ]
 
 
-def _whole_cells(run: Run, record: Record) -> list[list[str]]:
+def _cells(records: dict[Run, Record]) -> list[str]:
+    """A row for runs that differ in their seeds alone."""
+
+    def figure(name: str, digits: str) -> str:
+        return spread((record["evaluation"][name] for record in records.values()), digits)
+
+    return [
+        *_name_cells(list(records)),
+        figure("coded_bits_per_vector", ".3f"),
+        figure("coded_bits_per_pixel", ".3f"),
+        figure("reconstruction_loss", ".5f"),
+        figure("psnr", ".2f"),
+        figure("ssim", ".3f"),
+        figure("effective_codebook_size", ",.0f"),
+    ]
+
+
+def _whole_cells(records: dict[Run, Record]) -> list[list[str]]:
+    """The rows of their files, one for each format."""
+
+    def figure(file: str, name: str, digits: str) -> str:
+        return spread((record["photographs"][file][name] for record in records.values()), digits)
+
+    files = next(iter(records.values()))["photographs"]
     return [
         [
-            *(_name_cells(run) if i == 0 else [""] * 3),
-            name,
-            f"{figures['coded_bits_per_pixel']:.3f}",
-            f"{figures['psnr']:.2f}",
-            f"{figures['ssim']:.3f}",
-            f"{figures['ms_ssim']:.3f}",
+            *(_name_cells(list(records)) if i == 0 else [""] * 3),
+            file,
+            figure(file, "coded_bits_per_pixel", ".3f"),
+            figure(file, "psnr", ".2f"),
+            figure(file, "ssim", ".3f"),
+            figure(file, "ms_ssim", ".3f"),
         ]
-        for i, (name, figures) in enumerate(record["photographs"].items())
+        for i, file in enumerate(files)
     ]
 
 
@@ -291,21 +309,24 @@ def write(records: dict[Run, Record]) -> None:
     """Writes the page."""
     parts = [_HEADER]
     for name, task in TASKS.items():
-        of_task = {run: record for run, record in records.items() if run.task == name}
-        if not of_task:
+        settings: dict[Run, dict[Run, Record]] = {}  # by the run with seed 0
+        for run, record in records.items():
+            if run.task == name:
+                settings.setdefault(run._replace(seed=0), {})[run] = record
+        if not settings:
             continue
         parts.append(f"## {task.title}\n")
         parts.append(
             f"{task.num_epochs} epochs of {task.size}×{task.size} images (`{task.fit}`), "
             f"{task.batch_size} at a time.\n"
         )
-        parts.append(markdown_table(_COLUMNS, [_cells(*item) for item in of_task.items()]) + "\n")
+        parts.append(markdown_table(_COLUMNS, [_cells(same) for same in settings.values()]) + "\n")
         if task.whole:
-            rows = [cells for item in of_task.items() for cells in _whole_cells(*item)]
+            rows = [cells for same in settings.values() for cells in _whole_cells(same)]
             parts.append("Whole test photographs:\n")
             parts.append(markdown_table(_WHOLE_COLUMNS, rows) + "\n")
-            if _first(name) in of_task:
-                parts.append(_shown(name, of_task[_first(name)]["shown"]))
+            if first := records.get(_first(name)):
+                parts.append(_shown(name, first["shown"]))
     (DIRECTORY.parent / "photos.md").write_text("\n".join(parts))
 
 
