@@ -142,7 +142,7 @@ _BEST = (("residual_vq", 2), ("e8_lattice", 2.5e-4))
 
 RUNS = [
     *(Run("photographs", *model) for model in (*_AT_5_BITS, *_AT_12_BITS)),
-    *(Run("photographs", *model, seed=seed) for model in _BEST for seed in (32, 432)),
+    *(Run("photographs", curve, value, seed) for curve, value in _BEST for seed in (32, 432)),
     *(Run("photographs_celeba", *model) for model in _AT_5_BITS[:2]),
     *(Run("faces", *model) for model in _AT_5_BITS[:3]),
     Run("faces", "vq", 512, weights="ffhq1024/vq.ckpt"),
