@@ -465,7 +465,10 @@ def check_data(config: TrainConfig, data: Dataset) -> None:
 
 
 def check_same_model(
-    config: TrainConfig, saved: Mapping[str, Any], where: str, *, dataset: bool = True
+    config: TrainConfig,
+    saved: Mapping[str, Any],
+    where: str,
+    names: tuple[str, ...] = ("dataset.name", "model", "quantizer"),
 ) -> None:
     """Raises UserError, naming the first field that differs, if `saved` describes another model.
 
@@ -476,10 +479,9 @@ def check_same_model(
       config: of the model wanted.
       saved: a checkpoint's config.
       where: the checkpoint, for the message.
-      dataset: whether the name of the data set has to agree, too.
+      names: of the fields and sections that have to agree.
     """
     theirs = {name: value for name, value in of_saved(saved).items() if name != "quantizer.decay"}
-    names = ("dataset.name", "model", "quantizer") if dataset else ("model", "quantizer")
     _check_same(config, theirs, names, where)
 
 

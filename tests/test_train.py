@@ -533,6 +533,20 @@ def test_another_models_parameters_are_refused(tmp_path):
     config = tiny.config("vq_ema", init_from=str(tmp_path / "vq"))
     with pytest.raises(UserError, match=r"init_from=.* holds a run with quantizer.name='vq'"):
         train.train_and_evaluate(config, tmp_path / "run", tiny.dataset())
+    smaller = {"quantizer.codebook_size": 8, "init_from": str(tmp_path / "vq")}
+    with pytest.raises(UserError, match=r"init_from=.* holds a run with quantizer.codebook_size="):
+        train.train_and_evaluate(tiny.config("vq", **smaller), tmp_path / "run", tiny.dataset())
+
+
+def test_a_run_may_start_from_parameters_that_were_trained_with_other_options(tmp_path):
+    data, config = tiny.dataset(), tiny.config("d4_lattice", num_train_steps=1)
+    first = train.train_and_evaluate(config, tmp_path / "first", data)
+    options = {"quantizer.rate_weight": 0.1, "quantizer.training": "mixed", "learning_rate": 1e-30}
+    config = tiny.config(
+        "d4_lattice", init_from=str(tmp_path / "first"), num_train_steps=1, **options
+    )
+    found = train.train_and_evaluate(config, tmp_path / "second", data)
+    assert_identical(found.params, first.params)  # such a step is smaller than float32 can add
 
 
 class Descent(struct.PyTreeNode):
