@@ -464,12 +464,21 @@ def check_data(config: TrainConfig, data: Dataset) -> None:
     )
 
 
-def check_same_model(
-    config: TrainConfig,
-    saved: Mapping[str, Any],
-    where: str,
-    names: tuple[str, ...] = ("dataset.name", "model", "quantizer"),
-) -> None:
+# Options that change how a quantizer learns, and neither its parameters nor what they mean.
+_OF_TRAINING = (
+    "commitment_cost",
+    "decay",
+    "dropout",
+    "entropy_weight",
+    "gamma",
+    "gradient",
+    "rate_weight",
+    "training",
+    "warmup",
+)
+
+
+def check_same_model(config: TrainConfig, saved: Mapping[str, Any], where: str) -> None:
     """Raises UserError, naming the first field that differs, if `saved` describes another model.
 
     A field that an imported checkpoint does not know agrees with everything. The EMA decay matters
@@ -479,10 +488,24 @@ def check_same_model(
       config: of the model wanted.
       saved: a checkpoint's config.
       where: the checkpoint, for the message.
-      names: of the fields and sections that have to agree.
     """
     theirs = {name: value for name, value in of_saved(saved).items() if name != "quantizer.decay"}
-    _check_same(config, theirs, names, where)
+    _check_same(config, theirs, ("dataset.name", "model", "quantizer"), where)
+
+
+def check_initial(config: TrainConfig, saved: Mapping[str, Any], where: str) -> None:
+    """Raises UserError, naming the first field that differs, if a run cannot start from `saved`.
+
+    What only matters in training may differ, and the data set.
+
+    Args:
+      config: of the run.
+      saved: the config of the checkpoint with the parameters.
+      where: that checkpoint, for the message.
+    """
+    ignored = [f"quantizer.{name}" for name in _OF_TRAINING]
+    theirs = {name: value for name, value in of_saved(saved).items() if name not in ignored}
+    _check_same(config, theirs, ("model", "quantizer"), where)
 
 
 def check_resumable(config: TrainConfig, saved: Mapping[str, Any], where: str) -> None:

@@ -20,8 +20,8 @@ from llvq.config import (
     ConfigLike,
     TrainConfig,
     check_data,
+    check_initial,
     check_resumable,
-    check_same_model,
     derive,
     num_train_steps,
     of_saved,
@@ -152,10 +152,7 @@ def _start(config: TrainConfig) -> TrainState:
     if not config.init_from:
         return state
     found = checkpointing.load(config.init_from)
-    where = f"init_from={found.path}"
-    check_same_model(config, found.config, where, ("model", "quantizer.name"))
-    if _shapes(found.state) != _shapes(state):
-        check_same_model(config, found.config, where, ("quantizer",))  # names what differs
+    check_initial(config, found.config, f"init_from={found.path}")
     logging.info("Starting from the parameters of %s", found.path)
     params, statistics = jax.tree.map(
         lambda loaded, fresh: loaded.astype(fresh.dtype),
@@ -163,11 +160,6 @@ def _start(config: TrainConfig) -> TrainState:
         (state.params, state.statistics),
     )
     return state.replace(params=params, statistics=statistics)
-
-
-def _shapes(state: TrainState) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree.leaves_with_path((state.params, state.statistics))
-    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
 
 
 class VQVAETask:
