@@ -473,6 +473,7 @@ _OF_TRAINING = (
     "gamma",
     "gradient",
     "rate_weight",
+    "temperature",
     "training",
     "warmup",
 )
@@ -496,7 +497,7 @@ def check_same_model(config: TrainConfig, saved: Mapping[str, Any], where: str) 
 def check_initial(config: TrainConfig, saved: Mapping[str, Any], where: str) -> None:
     """Raises UserError, naming the first field that differs, if a run cannot start from `saved`.
 
-    What only matters in training may differ, and the data set.
+    The data set may differ, and so may options that only matter in training.
 
     Args:
       config: of the run.

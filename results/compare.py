@@ -181,8 +181,8 @@ split's codes as one file, each coded by how often it occurs in the training spl
 contexts", its neighbours predict it. `vq_restarts` and `vq_ema_restarts` are `vq` and `vq_ema`
 with dead codes restarted and the codebook initialised from the first batch.
 
-Most runs were trained on CPUs. Of those with seed 2 and three epochs, these were trained on a GPU,
-in float32: `vq` with 64 vectors or more, `lfq` with up to 64 codes, `multirate_lattice`, and
+Most runs were trained on CPUs. These runs of three epochs with seed 2 were trained on a GPU, in
+float32: `vq` with 64 vectors or more, `lfq` with up to 64 codes, `multirate_lattice`, and
 `d4_lattice` at the two largest λ. `lfq` with more codes, `learned_lattice` at the three largest λ
 and `leech_lattice` were trained on both.
 """

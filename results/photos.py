@@ -9,215 +9,16 @@ for each finished run; a run that was stopped is resumed. What is missing is nam
 """
 
 import argparse
-import itertools
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
-from etils import epath
-
-import input_pipeline
-from configs import image_folder
-from llvq import load_pretrained
-from llvq.config import TrainConfig, parse
-from llvq.data.image_files import SUFFIXES, find_files, read_image
 from llvq.errors import UserError, one_line_exit
-from llvq.evaluation.pictures import write_png
-from llvq.import_torch import import_checkpoint
 from llvq.runtime.console import markdown_table
-from results import other_codecs, recorded
+from results import recorded
 from results.curves import CURVES
+from results.photo_runs import DIRECTORY, RUNS, TASKS, Run, carry_out, first_of, picture_of
+from results.recorded import Record
 from results.report import spread
-
-DIRECTORY = pathlib.Path(__file__).parent / "photos"
-
-Record = recorded.Record
-
-
-class Task(NamedTuple):
-    """Images and a network for them.
-
-    Attributes:
-      title: of its section.
-      folders: of its images, with sub-folders train, validation and test.
-      size: height and width of the images to train on.
-      fit: how they come to that size.
-      hidden_dims: of the network.
-      batch_size: in training.
-      num_epochs: likewise.
-      whole: whether its test images are compressed as they are, and not only at `size`.
-      shown: the name of the test image in the task's picture; "" is the first one.
-    """
-
-    title: str
-    folders: tuple[str, ...]
-    size: int = 64
-    fit: str = "tiles"
-    hidden_dims: tuple[int, ...] = (16, 32)
-    batch_size: int = 64
-    num_epochs: int = 20
-    whole: bool = True
-    shown: str = ""
-
-
-class Run(NamedTuple):
-    """A model: the quantizer of a curve of results.curves, with the value of its knob.
-
-    `weights` names a file of the authors' program that is imported instead of training.
-    """
-
-    task: str
-    curve: str
-    value: Any
-    seed: int = 2
-    weights: str = ""
-
-    @property
-    def name(self) -> str:
-        """The run's place in the directories of records and workdirs."""
-        if self.weights:
-            return f"{self.task}/authors_{self.curve}"
-        value = "x".join(map(str, self.value)) if isinstance(self.value, tuple) else self.value
-        return f"{self.task}/{self.curve}_{value}_seed_{self.seed}"
-
-    @property
-    def record(self) -> pathlib.Path:
-        """The file of the finished run's figures."""
-        return DIRECTORY / f"{self.name}.json"
-
-    def config(self) -> TrainConfig:
-        """The run's config, without the place of its images."""
-        task, curve = TASKS[self.task], CURVES[self.curve]
-        config = curve.at(self.value, image_folder.get_config(f"{curve.quantizer},long"))
-        config.dataset.fit = task.fit
-        config.model.image_shape = (task.size, task.size, 3)
-        config.model.hidden_dims = task.hidden_dims
-        config.batch_size, config.num_epochs = task.batch_size, task.num_epochs
-        config.seed = self.seed
-        return parse(config)
-
-
-TASKS = {
-    "photographs": Task("Photographs of BSDS500, FFHQ's network", ("bsds500",)),
-    "photographs_celeba": Task(
-        "Photographs of BSDS500, CelebA's network", ("bsds500",), hidden_dims=(64,)
-    ),
-    "faces": Task(
-        "Faces of CelebA at 80×80, FFHQ's network",
-        ("celeba_half",),
-        size=80,
-        fit="resize",
-        whole=False,
-    ),
-    "full_size": Task(
-        "Photographs of Debian in tiles of 1024×1024, FFHQ's network",
-        ("debian_photos",),
-        size=1024,
-        batch_size=8,
-        num_epochs=40,
-    ),
-    "shipped": Task(
-        "The models that ship: photographs of BSDS500 and of Debian, FFHQ's network",
-        ("bsds500", "debian_photos"),
-        num_epochs=5,
-        shown="life.jpg",
-    ),
-}
-
-_AT_5_BITS = (
-    ("e8_lattice", 2.5e-4),
-    ("residual_vq", 2),
-    ("sparse_lattice", 512),
-    ("vq_restarts", 32),
-    ("fsq", (8, 5)),
-)
-_AT_12_BITS = (
-    ("e8_lattice", 5e-5),
-    ("residual_vq", 3),
-    ("sparse_lattice", 2**16),
-    ("vq_restarts", 4096),
-    ("fsq", (8, 8, 8, 6, 5)),
-)
-
-RUNS = [
-    *(Run("photographs", *model) for model in (*_AT_5_BITS, *_AT_12_BITS)),
-    *(
-        Run("photographs", curve, value, seed)
-        for curve, value in _AT_5_BITS[:2]
-        for seed in (32, 432)
-    ),
-    *(Run("photographs_celeba", *model) for model in _AT_5_BITS[2:4]),
-    *(Run("faces", *model) for model in _AT_5_BITS[2:]),
-    Run("faces", "vq", 512, weights="ffhq1024/vq.ckpt"),
-    Run("faces", "sparse_lattice", 512, weights="ffhq1024/sparse_lattice.ckpt"),
-    Run("full_size", "sparse_lattice", 512),
-    Run("shipped", "sparse_lattice", 512),
-]
-
-
-def _joined(folders: Sequence[pathlib.Path], directory: pathlib.Path) -> pathlib.Path:
-    """A folder with the images of several, split by split."""
-    if len(folders) == 1:
-        return folders[0]
-    for folder, split in itertools.product(folders, ("train", "validation", "test")):
-        link = directory / split / folder.name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)  # of an earlier run, whose folder may have moved
-        link.symlink_to((folder / split).resolve(), target_is_directory=True)
-    return directory
-
-
-def carry_out(
-    run: Run,
-    folders: Sequence[pathlib.Path],
-    weights: pathlib.Path | None,
-    workdir: pathlib.Path,
-) -> None:
-    """Trains and measures a model, or goes on with it, and keeps its record.
-
-    Args:
-      run: of RUNS.
-      folders: of its task.
-      weights: a file of the authors' program to import instead, or None.
-      workdir: of the model.
-    """
-    task, config = TASKS[run.task], run.config()
-    images = _joined(folders, workdir.parent / "images")
-    data = input_pipeline.load(
-        "image_folder",
-        manual_dir=str(images),
-        image_shape=config.model.image_shape,
-        fit=task.fit,
-        flip=config.dataset.flip,
-    )
-    if weights is None:
-        checkpoint, record = workdir, recorded.train(config, workdir, data)
-    else:
-        checkpoint = workdir / "imported"
-        if not checkpoint.exists():
-            import_checkpoint(weights, checkpoint, config.model.value_range)
-        record = recorded.measure(config, workdir, data, checkpoint)
-    if task.whole and "evaluation" in record:
-        paths = sorted(find_files(epath.Path(images / "test"), SUFFIXES))
-        photographs = [read_image(path, 3) for path in paths]
-        model = load_pretrained(checkpoint)
-        record["photographs"] = other_codecs.measure(model, photographs)
-        if run == _first(run.task):
-            names = [path.name for path in paths]
-            index = names.index(task.shown) if task.shown else 0
-            picture, num_bytes = other_codecs.compared(model, photographs[index])
-            record["shown"] = {"name": names[index], "bytes": num_bytes}
-            write_png(_picture(run.task), picture)
-    recorded.keep(run.record, record)
-
-
-def _picture(task: str) -> pathlib.Path:
-    return DIRECTORY / f"{task}.png"
-
-
-def _first(task: str) -> Run:
-    return next(run for run in RUNS if run.task == task)
-
 
 _HEADER = """# Models of photographs and faces
 
@@ -228,9 +29,9 @@ as one stream of order 0, and over whole test photographs as one file each. JPEG
 have for each photograph the quality whose file has the nearest size. MS-SSIM is by TensorFlow.
 Where a setting has several seeds, figures are means ± standard deviations over them.
 
-On a GPU, in float32, were trained: with FFHQ's network on BSDS500 and seed 2, `e8_lattice`,
-`residual_vq`, and the others with more than 512 codes; with CelebA's network both; at full size the
-first 342 of 520 steps. The other models were trained on CPUs.
+Most models were trained on CPUs. These were trained on a GPU, in float32: with FFHQ's network on
+BSDS500 and seed 2, `e8_lattice`, `residual_vq` and the others with more than 512 codes; with
+CelebA's network, both; and at full size, the first 342 of 520 steps.
 """
 
 _COLUMNS = (
@@ -306,9 +107,9 @@ def _whole_cells(records: dict[Run, Record]) -> list[list[str]]:
 def _shown(task: str, shown: Record) -> str:
     sizes = [f"{name} {num_bytes:,}" for name, num_bytes in shown["bytes"].items()]
     return (
-        f"The centre of `{shown['name']}` at 1:1: the original beside `{_first(task).curve}`, "
+        f"The centre of `{shown['name']}` at 1:1: the original beside `{first_of(task).curve}`, "
         f"above JPEG and WebP. Bytes of the whole photograph: {', '.join(sizes)}.\n\n"
-        f"![{shown['name']}]({DIRECTORY.name}/{_picture(task).name})\n"
+        f"![{shown['name']}]({DIRECTORY.name}/{picture_of(task).name})\n"
     )
 
 
@@ -332,7 +133,7 @@ def write(records: dict[Run, Record]) -> None:
             rows = [cells for same in settings.values() for cells in _whole_cells(same)]
             parts.append("Whole test photographs:\n")
             parts.append(markdown_table(_WHOLE_COLUMNS, rows) + "\n")
-            if first := records.get(_first(name)):
+            if first := records.get(first_of(name)):
                 parts.append(_shown(name, first["shown"]))
     (DIRECTORY.parent / "photos.md").write_text("\n".join(parts))
 

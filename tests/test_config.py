@@ -17,6 +17,7 @@ from llvq.config import (
     RECIPES,
     TrainConfig,
     architecture_of,
+    check_initial,
     check_resumable,
     check_same_model,
     derive,
@@ -341,6 +342,30 @@ def test_what_was_asked_for_is_saved_beside_what_was_derived():
     check_same_model(config, saved, "here")
     with pytest.raises(UserError, match="batch_size=32, not 8"):
         check_resumable(config, saved, "here")
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "option", "value", "accepted"),
+    [
+        ("sparse_lattice", "gamma", 0.5, True),
+        ("vq_ema", "decay", 0.5, True),
+        ("vq", "gradient", "rotation", True),
+        ("e8_lattice", "rate_weight", 0.5, True),
+        ("bsq", "entropy_weight", 0.5, True),
+        ("vq", "codebook_size", 8, False),
+        ("vq", "restart_threshold", 0.1, False),
+        ("fsq", "levels", (4, 3, 2, 5, 3, 2, 8, 3), False),
+        ("e8_lattice", "initial_step", 0.5, False),
+    ],
+)
+def test_a_run_may_start_from_other_options_of_training(quantizer, option, value, accepted):
+    saved = json.loads(json.dumps(to_dict(parse(tiny.config(quantizer)))))
+    config = tiny.config(quantizer, **{f"quantizer.{option}": value})
+    if accepted:
+        check_initial(parse(config), saved, "here")
+    else:
+        with pytest.raises(UserError, match=rf"here holds a run with quantizer\.{option}="):
+            check_initial(parse(config), saved, "here")
 
 
 def test_a_config_from_before_this_schema_agrees_with_its_run():

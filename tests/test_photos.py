@@ -11,7 +11,7 @@ from PIL import Image
 
 from llvq import checkpointing, codec, load_pretrained
 from llvq.training import train_state
-from results import other_codecs, photos
+from results import other_codecs, photo_runs, photos
 from results.curves import CURVES
 from tests import tiny
 from tests.runs import create_model
@@ -84,10 +84,28 @@ def test_what_is_measured(tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(photos, "DIRECTORY", tmp_path / "photos")
+    for module in (photos, photo_runs):
+        monkeypatch.setattr(module, "DIRECTORY", tmp_path / "photos")
     with pytest.raises(SystemExit, match=r"not found in .*: bsds500, .*; docs/data\.md says"):
         photos.main([f"--sources={tmp_path}", "--only", "photographs", "faces"])
     assert (tmp_path / "photos.md").read_text().startswith("# Models of photographs")
+
+
+def test_seeds_share_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(photos, "DIRECTORY", tmp_path / "photos")
+    names = ("coded_bits_per_vector", "coded_bits_per_pixel", "reconstruction_loss", "psnr", "ssim")
+    runs = [photos.Run("faces", "fsq", (8, 5), seed) for seed in (2, 32)]
+    photos.write(
+        {
+            run: {"evaluation": dict.fromkeys((*names, "effective_codebook_size"), value)}
+            for run, value in zip(runs, (1, 3), strict=True)
+        }
+    )
+    rows = (tmp_path / "photos.md").read_text().split("| --- |")[-1].splitlines()[1:]
+    assert rows == [  # the deviation of a sample is sqrt(2)
+        "| `fsq` | levels (8, 5) | 2, 32 | 2.000 ± 1.414 | 2.000 ± 1.414 | 2.00000 ± 1.41421 "
+        "| 2.00 ± 1.41 | 2.000 ± 1.414 | 2 ± 1 |"
+    ]
 
 
 def test_folders_are_joined_split_by_split(tmp_path):
@@ -96,7 +114,7 @@ def test_folders_are_joined_split_by_split(tmp_path):
             (tmp_path / folder / split).mkdir(parents=True)
             (tmp_path / folder / split / f"{folder}.png").write_bytes(b"")
     for _ in range(2):  # a second run finds the first one's links
-        joined = photos._joined([tmp_path / "a", tmp_path / "b"], tmp_path / "joined")
+        joined = photo_runs._joined([tmp_path / "a", tmp_path / "b"], tmp_path / "joined")
     found = sorted(path.relative_to(joined).as_posix() for path in joined.glob("*/*/*.png"))
     assert found == [f"{s}/{f}/{f}.png" for s in ("test", "train", "validation") for f in "ab"]
-    assert photos._joined([tmp_path / "a"], tmp_path / "joined") == tmp_path / "a"
+    assert photo_runs._joined([tmp_path / "a"], tmp_path / "joined") == tmp_path / "a"

@@ -544,11 +544,6 @@ def test_a_run_may_start_from_parameters_that_were_trained_with_other_options(tm
     )
     found = train.train_and_evaluate(config, tmp_path / "second", data)
     assert_identical(found.params, first.params)  # such a step is smaller than float32 can add
-    # What the lattice's parameters are relative to.
-    config = tiny.config("d4_lattice", init_from=str(tmp_path / "first"))
-    config["quantizer"]["initial_step"] = 0.3
-    with pytest.raises(UserError, match=r"init_from=.* holds a run with quantizer.initial_step="):
-        train.train_and_evaluate(config, tmp_path / "third", data)
 
 
 class Descent(struct.PyTreeNode):

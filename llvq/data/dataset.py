@@ -26,7 +26,7 @@ class Dataset(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Tells these images from others of the same name, number and shape, if any; else ""."""
+        """A string that other images of this name, number and shape lack; "" if there are none."""
         ...
 
     def batches(
