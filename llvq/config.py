@@ -22,7 +22,7 @@ from llvq.data.dataset import Dataset
 from llvq.data.order import steps_per_epoch
 from llvq.errors import UserError
 from llvq.fields import Choice, Flag, Integer, Number, Several, Text, flatten, plain
-from llvq.models.encoder import ACTIVATIONS
+from llvq.models.layers import ACTIVATIONS
 from llvq.models.vqvae import NUM_RESIDUAL_BLOCKS
 from llvq.quantizers import check_options, default_options
 from llvq.quantizers.registry import QUANTIZERS, quantizer_class, resolve_latent_dim
@@ -77,8 +77,8 @@ class ModelConfig:
       hidden_dims: the width of the network after each halving of the image.
       num_residual_blocks: in the encoder, and as many in the decoder.
       latent_dim: the number of entries of a latent vector; 0: as many as the quantizer needs.
-      latent_activation: at the end of the encoder: leaky_relu, as in the paper, or none. Empty:
-        the quantizer's own default.
+      latent_activation: at the end of the encoder: leaky_relu, as in the paper, or none.
+      output_activation: at the end of the decoder, likewise.
     """
 
     image_shape: Annotated[tuple[int, int, int], Several(Integer(1), 3)] = (0, 0, 0)
@@ -86,7 +86,8 @@ class ModelConfig:
     hidden_dims: Annotated[tuple[int, ...], Several(Integer(1, 2**16))] = (64,)
     num_residual_blocks: Annotated[int, Integer(0, 100)] = NUM_RESIDUAL_BLOCKS
     latent_dim: Annotated[int, Integer(0, 2**16)] = 0
-    latent_activation: Annotated[str, Choice("", *ACTIVATIONS)] = ""
+    latent_activation: Annotated[str, Choice(*ACTIVATIONS)] = "none"
+    output_activation: Annotated[str, Choice(*ACTIVATIONS)] = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,9 +177,10 @@ ConfigLike = TrainConfig | Mapping[str, Any]
 def _paper(quantizer: str) -> dict[str, Any]:
     # The authors ran 5 epochs with a learning rate of exactly 0 from the second on. Only what is
     # learned without gradients notices those.
+    network = {"latent_activation": "leaky_relu", "output_activation": "leaky_relu"}
     if quantizer_class(quantizer).learns_without_gradients:
-        return {"num_epochs": 5, "schedule": "first_epoch"}
-    return {"num_epochs": 1, "schedule": "constant"}
+        return {**network, "num_epochs": 5, "schedule": "first_epoch"}
+    return {**network, "num_epochs": 1, "schedule": "constant"}
 
 
 def _long(_: str) -> dict[str, Any]:
@@ -214,11 +216,10 @@ def make_config(quantizer_name: str, /, recipe: str = "paper", **overrides: Any)
     if "model" in overrides:
         raise UserError("make_config takes the fields of config.model by their own names")
     options = default_options(quantizer_name) | plain(overrides.pop("quantizer", {}))
-    of_model = {field.name for field in dataclasses.fields(ModelConfig)} & overrides.keys()
-    model = {name: overrides.pop(name) for name in of_model}
-    values = {
-        **RECIPES[recipe](quantizer_name),
-        **overrides,
+    values = {**RECIPES[recipe](quantizer_name), **overrides}
+    of_model = {field.name for field in dataclasses.fields(ModelConfig)} & values.keys()
+    model = {name: values.pop(name) for name in of_model}
+    values |= {
         "model": model,
         "quantizer": {**options, "name": quantizer_name},
     }
@@ -290,11 +291,9 @@ def parse(config: ConfigLike) -> TrainConfig:
 
 
 def _resolve(model: ModelConfig, quantizer: QuantizerConfig) -> ModelConfig:
-    """A network with nothing left to its quantizer's defaults."""
-    name, options = quantizer.name, quantizer.options
-    activation = model.latent_activation or quantizer_class(name).latent_activation
-    latent_dim = resolve_latent_dim(name, options, model.latent_dim)
-    return dataclasses.replace(model, latent_dim=latent_dim, latent_activation=activation)
+    """Fills in a latent_dim that is left to the quantizer."""
+    latent_dim = resolve_latent_dim(quantizer.name, quantizer.options, model.latent_dim)
+    return dataclasses.replace(model, latent_dim=latent_dim)
 
 
 def to_dict(config: ConfigLike) -> dict[str, Any]:
@@ -394,20 +393,29 @@ def of_saved(saved: Mapping[str, Any]) -> dict[str, Any]:
     return flatten(values) | derived
 
 
+# Where a saved config names no activation, an encoder ended in none for these quantizers.
+_ONCE_WITHOUT_ACTIVATION = (
+    *("fsq", "lfq", "bsq", "diagonal_lattice", "d4_lattice", "e8_lattice", "leech_lattice"),
+    *("learned_lattice", "multirate_lattice"),
+)
+
+
 def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint's config, completed with fields newer than the version that saved it.
 
-    These are the encoder's last activation and the quantizer's newer options. Their defaults
-    reproduce what the older version did.
+    These are the last activations of encoder and decoder and the quantizer's newer options. The
+    values reproduce what the older version did.
     """
     values = plain(saved)
     name = values.get("quantizer", {}).get("name")
     if name not in QUANTIZERS:
         return values
-    activation = values["model"].get("latent_activation") or QUANTIZERS[name].latent_activation
+    of_quantizer = "none" if name in _ONCE_WITHOUT_ACTIVATION else "leaky_relu"
+    model = {"output_activation": "leaky_relu", **values["model"]}
+    model["latent_activation"] = model.get("latent_activation") or of_quantizer
     return {
         **values,
-        "model": {**values["model"], "latent_activation": activation},
+        "model": model,
         "quantizer": default_options(name) | values["quantizer"],
     }
 

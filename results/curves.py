@@ -29,6 +29,7 @@ class Curve(NamedTuple):
         """A config of this quantizer, with these latents, and with the knob at a value."""
         config.model.latent_dim = self.latent_dim
         config.model.latent_activation = self.latent_activation
+        config.model.output_activation = "leaky_relu"
         config.quantizer.update({**self.options, self.knob: value})
         return config
 

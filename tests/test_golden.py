@@ -49,6 +49,8 @@ def load(dataset: str, quantizer: str):
         quantizers.create(quantizer, 64, rngs=nnx.Rngs(0)),
         image_channels=golden["images"].shape[-1],
         hidden_dims=HIDDEN_DIMS[dataset],
+        latent_activation="leaky_relu",
+        output_activation="leaky_relu",
         rngs=nnx.Rngs(0),
     )
     graphdef, ours_params, ours_statistics = train_state.split(model)

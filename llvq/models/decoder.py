@@ -14,7 +14,10 @@ from llvq.models import layers
 class Decoder(nnx.Module):
     """Refines the latents, then doubles height and width once for each of `hidden_dims`.
 
-    Every activation is a LeakyReLU of slope 0.01; the last layer, too, ends in one.
+    Every activation is a LeakyReLU of slope 0.01.
+
+    Attributes:
+      output_activation: what follows the last layer, "leaky_relu" or "none".
     """
 
     def __init__(
@@ -24,10 +27,12 @@ class Decoder(nnx.Module):
         image_channels: int,
         num_residual_blocks: int,
         *,
+        output_activation: str,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
+        self.output_activation = layers.check_activation("output_activation", output_activation)
         width = hidden_dims[-1]
         common: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.mix = layers.Conv(latent_dim, width, 3, **common)
@@ -49,6 +54,7 @@ class Decoder(nnx.Module):
         for block in self.residual_blocks:
             x = block(x)
         x = nnx.leaky_relu(x)
-        for upsample in self.upsample:
+        *hidden, last = self.upsample
+        for upsample in hidden:
             x = nnx.leaky_relu(upsample(x))
-        return x
+        return layers.ACTIVATIONS[self.output_activation](last(x))

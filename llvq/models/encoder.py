@@ -2,19 +2,13 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from llvq.models import layers
-
-# What may follow the projection to latents.
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "leaky_relu": nnx.leaky_relu,
-    "none": lambda latents: latents,
-}
 
 
 class Encoder(nnx.Module):
@@ -52,11 +46,7 @@ class Encoder(nnx.Module):
             for _ in range(num_residual_blocks)
         )
         self.project = conv(width, latent_dim, 1)
-        if latent_activation not in ACTIVATIONS:
-            raise ValueError(
-                f"latent_activation={latent_activation!r}: must be one of {', '.join(ACTIVATIONS)}"
-            )
-        self.latent_activation = latent_activation
+        self.latent_activation = layers.check_activation("latent_activation", latent_activation)
 
     def __call__(
         self, images: Float[Array, "batch height width channels"]
@@ -69,4 +59,4 @@ class Encoder(nnx.Module):
         for block in self.residual_blocks:
             x = block(x)
         x = nnx.leaky_relu(x)
-        return ACTIVATIONS[self.latent_activation](self.project(x))
+        return layers.ACTIVATIONS[self.latent_activation](self.project(x))

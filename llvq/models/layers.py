@@ -6,6 +6,7 @@ comparable with the authors'. All images are NHWC, all kernels [height, width, i
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 from flax import nnx
@@ -14,6 +15,23 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from llvq.models import convolution
+
+# What may end a network: the paper's LeakyReLU of slope 0.01, or nothing.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "leaky_relu": nnx.leaky_relu,
+    "none": lambda x: x,
+}
+
+
+def check_activation(argument: str, name: str) -> str:
+    """Returns the name of an activation.
+
+    Raises:
+      ValueError: if there is none of that name; the message names the argument.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{argument}={name!r}: must be one of {', '.join(ACTIVATIONS)}")
+    return name
 
 
 def _uniform(fan_in: int) -> nnx.Initializer:

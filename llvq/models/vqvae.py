@@ -41,7 +41,8 @@ class VQVAE(nnx.Module):
         image_channels: int,
         hidden_dims: Sequence[int],
         num_residual_blocks: int = NUM_RESIDUAL_BLOCKS,
-        latent_activation: str | None = None,
+        latent_activation: str = "none",
+        output_activation: str = "none",
         value_range: tuple[float, float] | None = (0.0, 1.0),
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
@@ -52,8 +53,8 @@ class VQVAE(nnx.Module):
         image_channels: of the images, 1 or 3 as a rule.
         hidden_dims: the width of the network after each halving of the image.
         num_residual_blocks: in the encoder, and as many in the decoder.
-        latent_activation: at the end of the encoder, "leaky_relu" or "none"; the quantizer's own
-          default if None.
+        latent_activation: at the end of the encoder, "leaky_relu" or "none".
+        output_activation: at the end of the decoder, likewise.
         value_range: what 0 … 255 is mapped to; None if that is not known.
         dtype: of the convolutions' arithmetic.
         param_dtype: of the convolutions' parameters.
@@ -64,7 +65,7 @@ class VQVAE(nnx.Module):
             hidden_dims,
             quantizer.latent_dim,
             num_residual_blocks,
-            latent_activation=latent_activation or quantizer.latent_activation,
+            latent_activation=latent_activation,
             dtype=dtype,
             param_dtype=param_dtype,
             rngs=rngs,
@@ -75,6 +76,7 @@ class VQVAE(nnx.Module):
             hidden_dims,
             image_channels,
             num_residual_blocks,
+            output_activation=output_activation,
             dtype=dtype,
             param_dtype=param_dtype,
             rngs=rngs,

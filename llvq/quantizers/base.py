@@ -43,8 +43,6 @@ class Quantizer(nnx.Module):
     """How many values each integer of a code takes, from 0 on; None if any int32 is possible."""
     param_dtype: DTypeLike
 
-    latent_activation = "leaky_relu"
-    """The default activation at the end of an encoder before this quantizer: leaky_relu or none."""
     default_latent_dim = 64
     """The latent_dim of a config that names none, if the options do not determine it."""
     loss_warmup: float = 0.0

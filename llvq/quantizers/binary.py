@@ -21,8 +21,6 @@ _PRECISION = lax.Precision.HIGHEST
 class BinaryQuantizer(Quantizer):
     """Replaces each coordinate by ±scale. Codes are bits: int32 [batch, ..., num_bits], 0 or 1."""
 
-    latent_activation = "none"
-
     scale: float
 
     def _set_up(self, num_bits: int) -> None:

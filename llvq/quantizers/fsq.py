@@ -25,8 +25,6 @@ class FSQ(Quantizer):
     int32 [batch, ..., len(levels)]. Nothing is learned, and there is no loss.
     """
 
-    latent_activation = "none"
-
     def __init__(
         self,
         levels: Annotated[Sequence[int], Several(Integer(2, _MOST_LEVELS))] = (8, 5, 5, 5),

@@ -49,7 +49,6 @@ class MultirateLattice(Quantizer):
       rates: the lattices.
     """
 
-    latent_activation = RateLattice.latent_activation
     default_latent_dim = RateLattice.default_latent_dim
 
     def __init__(

@@ -50,7 +50,6 @@ class RateLattice(Quantizer):
         2020, arXiv 2007.08739).
     """
 
-    latent_activation = "none"
     default_latent_dim = 8
 
     lattice: Lattice

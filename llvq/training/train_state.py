@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 from llvq import quantizers
 from llvq.config import DTYPES, Architecture
 from llvq.models import VQVAE, packing
+from llvq.training import streams
 
 Tree = dict[str, Any]
 
@@ -41,23 +42,27 @@ def create_model(architecture: Architecture, seed: int) -> VQVAE:
     """
     model, quantizer, compute_dtype = architecture
     dtype, param_dtype = DTYPES[compute_dtype]
-    rngs = nnx.Rngs(seed)
+    of_network, of_quantizer = (
+        nnx.Rngs(params=streams.key(seed, stream))
+        for stream in (streams.NETWORK, streams.QUANTIZER)
+    )
     return VQVAE(
         quantizers.create(
             quantizer.name,
             model.latent_dim,
             param_dtype=param_dtype,
-            rngs=rngs,
+            rngs=of_quantizer,
             **quantizer.options,
         ),
         image_channels=model.image_shape[-1],
         hidden_dims=model.hidden_dims,
         num_residual_blocks=model.num_residual_blocks,
         latent_activation=model.latent_activation,
+        output_activation=model.output_activation,
         value_range=model.value_range,
         dtype=dtype,
         param_dtype=param_dtype,
-        rngs=rngs,
+        rngs=of_network,
     )
 
 

@@ -12,11 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from llvq.models import VQVAE
 from llvq.runtime import sharding
-from llvq.training import train_state
+from llvq.training import streams, train_state
 from llvq.training.train_state import OPTIMIZER, TrainState, Tree
-
-# Folded into the seed's key. The numbers of parameters, which nnx.Rngs folds in, are far below.
-_TRAINING = 2**31 - 1
 
 Metrics = dict[str, Float[Array, "*steps"]]
 # Takes (state, images), or (state, all images, index) if it takes several steps: see
@@ -59,7 +56,7 @@ def make_train_step(
         """(loss, (metrics, params, statistics)), the last two as the forward pass leaves them."""
         model = nnx.merge(graphdef, params, statistics)
         targets = model.to_floats(model.pack(images))
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _TRAINING), step)
+        key = jax.random.fold_in(streams.key(seed, streams.TRAINING), step)
         reconstructions, _, quantizer_losses = model(targets, train=True, key=key)
         reconstructions = reconstructions.astype(targets.dtype)
         reconstruction_loss = jnp.mean((reconstructions - targets) ** 2)
