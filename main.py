@@ -155,7 +155,7 @@ def _make_writer() -> Any:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Does what the flags say; a user's mistake or a lost process ends it with one line."""
+    """Does what the flags say. A user's mistake ends it with one line."""
     del argv
     preemption.stop_at_once()
     console.set_up()

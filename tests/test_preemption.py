@@ -113,25 +113,47 @@ def test_two_processes_stop_at_one_step_and_go_on(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "lost"), [pytest.param(4, 3, marks=pytest.mark.long), (2, 0)])
-def test_where_a_process_is_lost_the_others_end_in_one_line(count, lost, tmp_path):
-    """The last of four, and of two the first, which JAX's clients cannot do without."""
+def test_one_of_two_processes_is_told_to_stop_while_it_evaluates(tmp_path):
+    """It waits for the other, which cannot know, and leaves without it."""
+    run(tmp_path, 1)
+    options = [(*x, "--mode=evaluate") for x in groups.options(2)]
+    with group(*(command(tmp_path, 1, 3, *x) for x in options)) as processes:
+        wait_for(processes[0], "Evaluating")
+        processes[0].send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        (code, errors), (other, _) = finish(processes)
+        assert time.monotonic() - start < 45
+    assert code == 75
+    (line,) = last_lines(errors)
+    assert "stopped by SIGTERM" in line
+    assert errors.endswith(f"{line}\n")
+    assert other != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "lost", "how"),
+    [
+        (2, 0, signal.SIGKILL),  # JAX's clients cannot do without the first process
+        (2, 1, signal.SIGSTOP),  # the connection stays, the heartbeats do not
+        pytest.param(4, 3, signal.SIGKILL, marks=pytest.mark.long),
+    ],
+)
+def test_a_lost_process_ends_the_run_and_the_same_commands_resume_it(count, lost, how, tmp_path):
+    run(tmp_path, 2)
     commands = [command(tmp_path, 10_000, SLOW, *options) for options in groups.options(count)]
     with group(*commands) as processes:
         wait_for(processes[0], "[5] train:")
-        processes[lost].kill()
+        processes[lost].send_signal(how)
         start = time.monotonic()
-        ended = finish(processes)
-        # LOST_SECONDS and what it takes to leave; at once where the connection breaks.
-        assert time.monotonic() - start < 45
-    for i, (code, errors) in enumerate(ended):
-        if i != lost:
-            assert code == 1, errors
-            (line,) = last_lines(errors)
-            assert "another process of this run has ended" in line
-            assert errors.rstrip().endswith(line)
-            assert "Traceback" not in errors
-            assert "stack trace" not in errors
+        ended = finish([x for i, x in enumerate(processes) if i != lost])
+        assert time.monotonic() - start < 45  # LOST_SECONDS, and the time to leave
+    for code, errors in ended:
+        assert code in (1, -signal.SIGABRT), errors
+        assert "another process of this run has ended" in errors or "another task died" in errors
+        assert "Traceback" not in errors
+    with group(*commands) as processes:
+        wait_for(processes[0], "Resuming at step 2 of 10000")
 
 
 @pytest.mark.slow

@@ -9,15 +9,17 @@ from llvq.errors import UserError, first_line
 
 
 class BackgroundWriter:
-    """Makes a metric writer (see clu) and writes to it, in a thread of its own and in order.
+    """Makes a metric writer (see clu) and calls it from another thread, in order.
 
-    What goes wrong there is raised by a later call, or by `close`: a UserError where something
-    cannot be written.
+    A later call, or `close`, raises the errors of that thread: UserError if metrics cannot be
+    written.
     """
 
     def __init__(self, make_writer: Callable[[], Any]) -> None:
-        """Args:
-        make_writer: makes the writer. It may take seconds.
+        """Starts the thread.
+
+        Args:
+          make_writer: makes the writer. It may take seconds.
         """
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._writer = self._thread.submit(make_writer)
@@ -69,5 +71,5 @@ class BackgroundWriter:
 
 
 def _reason(error: Exception) -> str:
-    """An error's message, without the names of TensorFlow's operations."""
+    """Shortens an error's message: drops the names of TensorFlow's operations."""
     return first_line(error).rpartition("}} ")[2]

@@ -30,7 +30,7 @@ _SHOWN = {
 
 
 def set_up() -> None:
-    """Logs short lines that leave a progress bar whole; of libraries' messages, only warnings."""
+    """Logs short lines that do not break a progress bar; shows only warnings of libraries."""
     handler = _Handler()
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.addFilter(_concerns_user)
@@ -53,10 +53,10 @@ class _Handler(python_logging.Handler):
 
 def _concerns_user(record: python_logging.LogRecord) -> bool:
     if record.name == "asyncio" or ("/orbax/" in record.pathname and record.exc_info):
-        return False  # tracebacks of errors that Orbax also raises, and that we report in one line
+        return False  # tracebacks of errors that Orbax also raises; we report them in one line
     if "site-packages" not in record.pathname:
         return True
-    is_tensorflow = "/tensorflow" in record.pathname  # it warns of much that is in order
+    is_tensorflow = "/tensorflow" in record.pathname  # its warnings are often about nothing
     return record.levelno >= (python_logging.ERROR if is_tensorflow else python_logging.WARNING)
 
 
@@ -67,7 +67,7 @@ def _show_exception(kind: type[BaseException], error: BaseException, trace: Any)
 
 
 def _is_terminal() -> bool:
-    """Whether the standard error is a terminal of known width; tqdm draws nothing on another."""
+    """Checks for a terminal of known width on standard error; tqdm draws nothing on another."""
     return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
@@ -93,7 +93,7 @@ class Progress:
         self._waiting = ""  # the line that is not logged yet
 
     def __enter__(self) -> Callable[..., None]:
-        """Returns `report`, to be called after every step or few: see its arguments."""
+        """Returns `report`. Call it after each step, or after every few steps."""
         if self._is_shown and _is_terminal():
             from tqdm import tqdm
 
@@ -153,19 +153,19 @@ class Progress:
 
 
 def _duration(seconds: float) -> str:
-    """E.g. "1m18s" or "2h05m"."""
+    """Formats seconds, e.g. as "1m18s" or "2h05m"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
 def _format(value: float) -> str:
-    """Four digits, and all those before the decimal point."""
+    """Formats a number with four significant digits, and with all digits of its integer part."""
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
 class ConsoleWriter:
-    """A metric writer (see clu) that logs the scalars that matter most, and nothing else."""
+    """A metric writer (see clu) that logs only the most important scalars."""
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Logs e.g. "[50] train: loss 0.0312, reconstruction 0.0291, codes 57".
@@ -200,12 +200,12 @@ class ConsoleWriter:
 def markdown_table(
     header: Sequence[str], rows: Iterable[Sequence[object]], *, aligned: bool = False
 ) -> str:
-    """A table in Markdown, without a final line break.
+    """Formats a table in Markdown, without a final line break.
 
     Args:
       header: the columns' names.
-      rows: cells, as many as the header has; anything that has a `str`.
-      aligned: whether all cells of a column are as wide, to be read in a terminal.
+      rows: each has one cell per column: anything that has a `str`.
+      aligned: whether to pad the cells of a column to one width, for a terminal.
     """
     cells = [[*header], *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
     widths = [max(3, *map(len, column)) if aligned else 0 for column in zip(*cells, strict=True)]

@@ -1,4 +1,4 @@
-"""Several processes in one run: how they find each other, and how they end when one is lost."""
+"""Several processes in one run: they find each other, and all end when one is lost."""
 
 import contextlib
 import importlib.util
@@ -6,9 +6,7 @@ import os
 import pathlib
 import pickle
 import re
-import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -19,16 +17,14 @@ from jax.experimental import multihost_utils
 from orbax import checkpoint as ocp
 
 from llvq.errors import UserError, first_line
-from llvq.runtime import relay
 
 CONNECT_SECONDS = 120  # within which all processes must have started
 LOST_SECONDS = 30  # after which a silent process counts as lost
 
 _PATIENCE_SECONDS = 7 * 24 * 3600  # another process may be downloading a data set
-_SAY_SECONDS = 10  # the last words may have to wait for a slow terminal
 
 LOST = (
-    "another process of this run has ended or cannot be reached (its own last line says why): "
+    "another process of this run has ended or cannot be reached (its own output says why): "
     "start every process again with the same command, and the run resumes from its last checkpoint"
 )
 
@@ -42,8 +38,9 @@ def initialize(
     MPI, Kubernetes (a Job with completionMode Indexed) and Cloud TPU set variables for that. A
     process on its own initialises nothing and waits for nothing.
 
-    From here on, the process ends with one line (LOST) and exit code 1 when another process is
-    lost: at once if that is the first process, otherwise within LOST_SECONDS.
+    If the processes do not all connect within CONNECT_SECONDS, or if one of them is lost later,
+    JAX aborts the others with a report: at once where it sees the connection break, otherwise
+    after LOST_SECONDS.
 
     Args:
       coordinator_address: "host:port" of the first process; any free port.
@@ -53,7 +50,6 @@ def initialize(
     Raises:
       UserError: if an argument is missing or impossible, or if the environment says too little.
     """
-    global _relay
     given = {
         "coordinator_address": coordinator_address or None,
         "num_processes": num_processes,
@@ -79,11 +75,6 @@ def initialize(
         # If it detected Slurm, JAX would let each process see one device only.
         options = {**given, "cluster_detection_method": "deactivate"}
     logging.info("Waiting up to %d s for all processes, %s", CONNECT_SECONDS, where)
-    _relay = _Relay()
-    _relay.set_last_words(
-        f"the processes, {where}, did not all connect within {CONNECT_SECONDS} s: start each of "
-        "them, the first at that address, each with a process id of its own"
-    )
     # The service would take SIGTERM for itself: see preemption.py.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -98,7 +89,6 @@ def initialize(
             f"the processes of this run, {where}, cannot be joined ({first_line(error)}): give "
             "--coordinator_address, --num_processes and --process_id"
         ) from error
-    _relay.set_last_words(LOST)
 
 
 def _check(coordinator_address: str, num_processes: int, process_id: int) -> None:
@@ -117,7 +107,7 @@ def _check(coordinator_address: str, num_processes: int, process_id: int) -> Non
 
 
 def _cluster() -> str | None:
-    """The name of what started this process as one of several, or None."""
+    """Names what started this process as one of several, or returns None."""
     variables = os.environ
     if "SLURM_STEP_NODELIST" in variables and int(variables.get("SLURM_NTASKS", 1)) > 1:
         return "Slurm"
@@ -125,8 +115,8 @@ def _cluster() -> str | None:
         return "Open MPI"
     if "," in variables.get("TPU_WORKER_HOSTNAMES", ""):
         return "Cloud TPU on Kubernetes"
-    # JAX sets this variable if it finds no chips. Google's metadata server knows the rest, and it
-    # also describes a single host.
+    # JAX sets this variable if it finds no chips. Otherwise JAX asks Google's metadata server for
+    # the processes, also on a single host.
     if importlib.util.find_spec("libtpu") and "TPU_SKIP_MDS_QUERY" not in variables:
         return "Cloud TPU (on this host alone: set TPU_SKIP_MDS_QUERY=1)"
     if "KUBERNETES_SERVICE_HOST" in variables and "JOB_COMPLETION_INDEX" in variables:
@@ -134,84 +124,31 @@ def _cluster() -> str | None:
     return None
 
 
-class _Relay(threading.Thread):
-    """Passes on native error output through another process, and ends this one when a loss is seen.
-
-    JAX's C++ client aborts the process, with a stack trace, when it cannot connect or when another
-    process is lost. Python cannot prevent that, but the client first says so on the standard error:
-    then the relay prints the last words, and this thread ends the process before JAX does. (If JAX
-    is faster, the exit code is SIGABRT's.) All other native output is passed on, also what a crash
-    writes last: a thread could not do that, since it dies in the crash. Python's own output does
-    not go through the relay.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", relay.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        self._are_said = threading.Event()
-        self.exit_code = 1
-        sys.stderr.flush()
-        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
-        assert self._process.stdin
-        os.dup2(self._process.stdin.fileno(), 2)
-        self._process.stdin.close()
-        self.start()
-
-    def set_last_words(self, message: str) -> None:
-        """Sets what the relay prints when another process is lost."""
-        os.write(2, relay.MARK + f"{_program()}: {message}\n".encode(errors="backslashreplace"))
-
-    def say_last_words(self) -> None:
-        """Prints them now, unless they have been printed."""
-        os.write(2, relay.MARK + b"\n")
-        self._are_said.wait(_SAY_SECONDS)
-
-    def run(self) -> None:
-        """Ends the process once the relay has seen that JAX is about to."""
-        assert self._process.stdout
-        while reason := self._process.stdout.read(1):
-            if reason == relay.LOST:
-                os._exit(self.exit_code)
-            self._are_said.set()
-
-
-_relay: _Relay | None = None
-
-
-def _program() -> str:
-    return pathlib.Path(sys.argv[0]).name
-
-
 def leave(message: str, code: int = 1, *, together: bool = False) -> NoReturn:
-    """Ends the process, with the message as its last line.
+    """Prints a message and ends the process.
 
     Args:
       message: what is wrong, or why the run stops.
       code: the exit code, above 0.
-      together: whether all processes of the run leave now and may wait for each other. Otherwise
-        this one ends at once, so that the others notice as soon as possible.
+      together: whether to wait for the other processes, up to LOST_SECONDS, because they probably
+        leave as well. Otherwise this one ends at once, so that the others notice it soon.
     """
-    if _relay is None:
-        sys.exit(_fail(message, code))
-    _relay.exit_code = code
-    try:
-        _relay.set_last_words(message)
-        _relay.say_last_words()
-    except OSError:  # somebody has ended the relay
-        _fail(message, code)
-    if together:
+    print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    if not jax.distributed.is_initialized() or (together and _all_leave()):
         sys.exit(code)
     os._exit(code)
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"{_program()}: {message}", file=sys.stderr, flush=True)
-    return code
+def _all_leave() -> bool:
+    """Waits for the other processes. Without them, JAX would abort in an ordinary exit."""
+    try:
+        barrier("all leave", LOST_SECONDS)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
-# The coordination service, Gloo (CPU) and NCCL (GPU) say one of these when a process is gone.
+# The coordination service, Gloo (CPU) and NCCL (GPU) report a lost process with one of these.
 _LOSS = re.compile(
     r"connection (closed|reset|refused)|socket closed|broken pipe|remote process exited"
     r"|ncclRemoteError|heartbeat|(UNAVAILABLE|DEADLINE_EXCEEDED).*(coordination|barrier)",
@@ -220,7 +157,7 @@ _LOSS = re.compile(
 
 
 def is_loss(error: Exception) -> bool:
-    """Whether an error says that the connection to another process of the run is broken."""
+    """Says whether an error means that the connection to another process of the run is broken."""
     if not jax.distributed.is_initialized():
         return False
     is_communication = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
@@ -231,8 +168,8 @@ def is_loss(error: Exception) -> bool:
 def first_process_first() -> Iterator[None]:
     """Runs the context in the first process alone, and then in all the others.
 
-    The processes may share a disk or have one each. Either way, what the first one prepares is
-    prepared once where it is shared, and by everyone where it is not. Returns when all are done.
+    On a disk that they share, the others find what the first one has prepared; each process with a
+    disk of its own prepares everything itself. Returns when all are done.
     """
     is_first = jax.process_index() == 0
     if not is_first:
@@ -243,14 +180,14 @@ def first_process_first() -> Iterator[None]:
     barrier("after all processes")
 
 
-def barrier(name: str) -> None:
-    """Waits until all processes are here, however long that takes; a lost one ends the wait."""
+def barrier(name: str, seconds: int = _PATIENCE_SECONDS) -> None:
+    """Waits until all processes are here. By default, only a lost process ends the wait early."""
     wait = ocp.multihost.get_barrier_sync_fn()  # does nothing for a process on its own
-    wait(key=name, timeout_ms=_PATIENCE_SECONDS * 1000)
+    wait(key=name, timeout_ms=seconds * 1000)
 
 
 def all_gather(value: Any) -> list[Any]:
-    """The values of all processes, in their order. All must call it at the same time.
+    """Returns the values of all processes, in their order. All must call it at the same time.
 
     Args:
       value: anything that pickle can store, e.g. a pytree of NumPy arrays.

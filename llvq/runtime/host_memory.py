@@ -1,4 +1,4 @@
-"""How the C library manages the host's memory, which matters for steps on a CPU."""
+"""Sets how the C library manages the host's memory, which matters for steps on a CPU."""
 
 import ctypes
 import importlib.util
@@ -14,10 +14,10 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 def keep_freed_memory() -> None:
     """Lets the C library keep freed memory, if JAX uses the CPU only.
 
-    XLA allocates what a step needs when the step begins and frees it when the step ends. Getting
-    all of it from the kernel again each time takes a tenth to a quarter of the step. In exchange,
-    memory in use never shrinks, and its peak may grow by half because of fragmentation. Call this
-    before JAX starts its threads. Only glibc can be told; other C libraries are left alone.
+    XLA allocates memory when a step begins and frees it when the step ends. Getting it from the
+    kernel again each time takes a tenth to a quarter of the step. In exchange, the memory in use
+    never shrinks, and fragmentation may raise its peak by half. Call this before JAX starts its
+    threads. It sets options of glibc and does nothing with other C libraries.
     """
     if not _has_cpu_only():
         return
@@ -31,10 +31,10 @@ def keep_freed_memory() -> None:
 
 
 def _has_cpu_only() -> bool:
-    """Whether JAX is configured or installed for the CPU only.
+    """Says whether JAX is configured or installed for the CPU only.
 
-    Asking JAX for its devices would start its threads. So on a machine that has a plugin for
-    accelerators but no accelerator, the answer is true only if JAX_PLATFORMS=cpu is set.
+    It cannot ask JAX for its devices, because that starts JAX's threads. So on a machine with a
+    plugin for accelerators but no accelerator, it returns True only if JAX_PLATFORMS=cpu is set.
     """
     config: Any = jax.config  # its attributes are made at run time
     if config.jax_platforms:

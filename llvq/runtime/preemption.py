@@ -1,8 +1,8 @@
 """SIGTERM: the owner of a machine sends it before taking the machine away.
 
 Cloud TPU, Slurm and Kubernetes send it some 30 seconds ahead. Training finishes the present call of
-the compiled program (several processes: one of the next two, the same on all), saves and leaves.
-Everything else stops where it is, since nothing is lost by that. Either way `Preempted` is raised.
+the compiled program (several processes: one of the next two, the same on all), saves and raises
+`Preempted`. Everything else raises it at once, since it has nothing to save.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ EXIT_CODE = os.EX_TEMPFAIL  # 75: the same command, given again, resumes the run
 
 
 class Preempted(SystemExit):
-    """The program was asked to stop, and has saved what it had to; exits with EXIT_CODE.
+    """Exits with EXIT_CODE: the program was asked to stop and has saved what it had to save.
 
     Attributes:
       message: what has been saved and how to resume, in one line.
@@ -35,7 +35,7 @@ class Preempted(SystemExit):
 
 
 def stop_at_once() -> None:
-    """From here on SIGTERM raises Preempted wherever the program is; a second one does nothing."""
+    """Makes SIGTERM raise Preempted wherever the program is; a second SIGTERM does nothing."""
 
     def stop(signal_number: int, _: Any) -> None:
         signal.signal(signal_number, signal.SIG_IGN)
@@ -45,7 +45,7 @@ def stop_at_once() -> None:
 
 
 class _Request:
-    """Whether SIGTERM has arrived, in any of the processes of a mesh."""
+    """Notes SIGTERM; tells whether it has arrived in any process of a mesh."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.is_noted = False  # by this process
@@ -71,27 +71,27 @@ class _Request:
 
 @contextlib.contextmanager
 def stop_at_a_step(mesh: Mesh) -> Iterator[Callable[[], bool]]:
-    """In this context SIGTERM is only noted, for a loop that asks whether to stop.
+    """Only notes SIGTERM in this context, for a loop that asks whether to stop.
 
-    JAX's own `multihost_utils.reached_preemption_sync_point` works with several processes only,
-    and it would handle the signal outside of training, too.
+    JAX's own `multihost_utils.reached_preemption_sync_point` needs several processes, and it would
+    also handle the signal outside of training.
 
     Args:
       mesh: the devices of all processes that are to stop together.
 
     Yields:
       A function that says whether to stop now. All processes must call it equally often, e.g.
-      after every step, and get the same answers. With several processes, an answer is one call
+      after every step, and get the same answers. With several processes, an answer comes one call
       late, so that nothing waits for the devices.
     """
     request = _Request(mesh)
     if threading.current_thread() is not threading.main_thread():
-        yield request.is_time_to_stop  # Python lets only the main thread have signal handlers
+        yield request.is_time_to_stop  # Python allows signal handlers only in the main thread
         return
     previous = signal.signal(signal.SIGTERM, request.note)
     try:
         yield request.is_time_to_stop
     finally:
-        # A second signal would make nothing faster. A handler that is not Python's is None.
+        # A second signal would change nothing. `previous` is None for a handler outside of Python.
         handler = signal.SIG_IGN if request.is_noted else previous or signal.SIG_DFL
         signal.signal(signal.SIGTERM, handler)

@@ -1,8 +1,8 @@
-"""Devices and how arrays are split over them: a mesh of the axes `data` and `height`.
+"""Meshes of devices with the axes `data` and `height`, and how arrays are split over them.
 
 Images and their codes are sharded; everything else is replicated. Batches are split along `data`.
-Where the batch size is not a multiple of the number of devices, each image is split along `height`
-as well: XLA exchanges the rows that a convolution needs from either side.
+If the batch size is not a multiple of the number of devices, each image is split along `height`
+as well, and XLA exchanges the rows that a convolution needs from both sides.
 """
 
 import collections
@@ -23,16 +23,16 @@ from llvq.errors import UserError
 
 # Experimental options of XLA's compilers: another version may lack them.
 _COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
-    # XLA may use YNNPACK for products and sums, but, unlike by default, not for convolutions:
-    # the gradients of their kernels take far longer than Eigen's. In jaxlib 0.10.2 and 0.11.2.
+    # By default, XLA also uses YNNPACK for convolutions. There, gradients of kernels take far
+    # longer than with Eigen. In jaxlib 0.10.2 and 0.11.2.
     "cpu": {
         "xla_cpu_experimental_ynn_fusion_type": (
             "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
         )
     },
-    # Space-to-batch turns the strips of a few images into one batch around every layer, and back.
-    # For FFHQ's packed images (see `models.packing`), four per chip, that triples the traffic, as
-    # the compiler counts it. In libtpu of jax 0.10.2 and 0.11.2.
+    # Space-to-batch turns the strips of a few images into one batch before every layer, and back
+    # after it. By the compiler's count, that triples the traffic for FFHQ's packed images (see
+    # `models.packing`), four per chip. In libtpu of jax 0.10.2 and 0.11.2.
     "tpu": {
         "xla_tpu_run_space_to_batch": False,
         "xla_tpu_run_space_to_batch_on_new_platforms": False,
@@ -41,7 +41,7 @@ _COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, *, height: int = 1) -> Mesh:
-    """A mesh of devices.
+    """Arranges devices in a mesh.
 
     Args:
       devices: the devices to use; by default, all devices of all hosts.
@@ -54,7 +54,7 @@ def make_mesh(devices: Sequence[jax.Device] | None = None, *, height: int = 1) -
 def mesh_for_batches(
     batch_size: int, latent_height: int, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """The mesh on which every device gets an equal share of a batch.
+    """Makes the mesh on which every device gets an equal share of a batch.
 
     Args:
       batch_size: the number of images over all devices. Images are split only if this is not a
@@ -85,7 +85,7 @@ def mesh_for_batches(
 
 
 def describe(mesh: Mesh) -> str:
-    """The machine in words, e.g. "8 × NVIDIA H100 80GB HBM3" or "2 CPU cores"."""
+    """Describes the machine, e.g. as "8 × NVIDIA H100 80GB HBM3" or "2 CPU cores"."""
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
         return f"{os.cpu_count()} CPU cores"
@@ -93,14 +93,14 @@ def describe(mesh: Mesh) -> str:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any]:
-    """Options for compiling steps on images for a mesh's devices, which need not exist."""
+    """Returns the options for compiling steps on images for a mesh; its devices need not exist."""
     here = [x for x in mesh.devices.flat if x.process_index == jax.process_index()]
     return _known_options(here[0])
 
 
 @functools.cache
 def _known_options(device: jax.Device) -> dict[str, Any]:
-    """The options for a device that its compiler knows; an unknown one would be an error."""
+    """Returns the options that a device's compiler knows; it would reject an unknown one."""
     options = _COMPILER_OPTIONS.get(device.platform, {})
     unknown = {name for name, value in options.items() if not _is_known(device, name, value)}
     if unknown:
@@ -125,43 +125,43 @@ def _is_known(device: jax.Device, name: str, value: Any) -> bool:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """Puts a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """A pytree of arrays, the same in all processes, on every device."""
-    # Through the host, because processes on CPUs cannot copy from device to device.
+    """Puts a pytree of arrays, the same in all processes, on every device."""
+    # This goes through the host, because processes on CPUs cannot copy from device to device.
     return jax.device_put(jax.device_get(tree), replicated(mesh))
 
 
 def batch_sharded(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over the groups of devices that share images."""
+    """Splits the leading axis over the groups of devices that share images."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def images_sharded(mesh: Mesh) -> NamedSharding:
-    """For images and their codes: the leading two axes split over the devices."""
+    """Splits the leading two axes over the devices: for images and their codes."""
     return NamedSharding(mesh, PartitionSpec("data", "height"))
 
 
 def steps_sharded(mesh: Mesh) -> NamedSharding:
-    """For a sequence of batches: the second axis split like a batch's leading one."""
+    """Splits the second axis as `batch_sharded` splits the first: for a sequence of batches."""
     return NamedSharding(mesh, PartitionSpec(None, "data"))
 
 
 def device_sharded(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over the devices."""
+    """Splits the leading axis over the devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "height")))
 
 
 def to_devices(
     local: Shaped[np.ndarray, "local_batch ..."], mesh: Mesh
 ) -> Shaped[Array, "global_batch ..."]:
-    """One global array, split over the mesh, from each host's share of it.
+    """Makes one global array, split over the mesh, from each host's share of it.
 
     Args:
-      local: this host's part; if it has several axes, the second one is the images' height.
+      local: this host's share; if it has several axes, the second one is the images' height.
       mesh: the devices.
     """
     split = batch_sharded(mesh) if local.ndim == 1 else images_sharded(mesh)
