@@ -35,13 +35,12 @@ from jaxtyping import Array, Int32
 sys.path.insert(0, os.fspath(pathlib.Path(__file__).parents[1]))
 
 from benchmarks import measure
-from benchmarks.settings import get_config
+from benchmarks.settings import create_model, get_config
 from benchmarks.train_step import random_images
 from llvq.evaluation.steps import measure_images
 from llvq.models import VQVAE
 from llvq.runtime import sharding
 from llvq.runtime.console import markdown_table
-from llvq.training import train_state
 from llvq.usage import CodebookUsage, CodeCounts, count_codes
 
 _STREAM_BATCH = 2**21
@@ -63,7 +62,7 @@ def _skewed(cardinality: int) -> Iterator[Codes]:
 
 
 def _entropy(stream: Iterator[Codes], cardinality: int) -> float:
-    """The entropy of ascending codes in bits, with a counter for each code."""
+    """Computes the entropy of ascending codes in bits, with a counter for each code."""
     counts = np.zeros(cardinality, np.int32)
     for codes in stream:
         first = int(codes[0])
@@ -94,7 +93,7 @@ def _count_stream(
 
 
 def measure_accuracy(max_cardinality: int) -> None:
-    """Prints a row for each stream: figures, their errors, and the standard errors stated."""
+    """Prints a row for each stream: counts, their errors, and the standard errors stated."""
     mesh = sharding.make_mesh(jax.local_devices()[:1])
     step = jax.jit(functools.partial(count_codes, code_width=1, mesh=mesh))
     _count_stream(step, _each_once(1), mesh)  # compiles
@@ -144,8 +143,7 @@ def _cost(
     """
     config = get_config("ffhq1024", "sparse_lattice", batch_size=batch_size)
     mesh = sharding.make_mesh(jax.local_devices()[:1])
-    model = train_state.create_model(config.architecture, config.seed)
-    train_state.fit_to_mesh(model, mesh, config.latent_shape)
+    model = create_model(config, mesh)
     quantizer: Any = model.quantizer
     quantizer.basis[...] = jnp.full_like(quantizer.basis[...], basis)
     graphdef, params = nnx.split(model)

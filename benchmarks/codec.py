@@ -14,7 +14,7 @@ of the test images under the project's models, in three parts, there and back:
 
 The cross-entropy is what the tables say that the codes cost: with an ideal coder, and without any
 header. If a model has no code model yet, it gets one of the first 3,000 training images. The
-process has a single core, where the operating system can see to that, and keeps freed memory, as
+process is pinned to a single core, where the system allows that, and keeps freed memory, as
 main.py does (llvq/runtime/host_memory.py). Times are medians of runs in turns; what comes back is
 compared with what was encoded.
 """
@@ -31,7 +31,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-# The figures are a CPU core's, whatever else the machine has.
+# One CPU core is measured, whatever else the machine has.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -41,8 +41,8 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int32
 
-from benchmarks import figures, measure
-from benchmarks.figures import Row
+from benchmarks import comparison, measure, store
+from benchmarks.store import Row
 from llvq import codec, load_pretrained
 from llvq.codec import container, integers
 from llvq.codec.code_model import TOTAL, CodeModel
@@ -59,6 +59,7 @@ PROGRAM = "codec.py"
 
 _FITTED_TO = 3_000
 _ZSTD_LEVELS = (3, 19)
+_IDENTITY = ("machine", "model", "vectors", "between", "by")
 _CODERS = {"llvq, order 0": False, "llvq, with contexts": True}
 
 Codes = Int32[np.ndarray, "n height width ..."]
@@ -97,7 +98,7 @@ class Way(NamedTuple):
 
 
 def cross_entropy(code_model: CodeModel, block: Block, *, with_contexts: bool) -> float:
-    """The bits that a block costs under the tables."""
+    """Returns the bits that a block costs under the tables."""
     costs = _costs(code_model.frequencies)
     if with_contexts:
         bits = _bits_in_context(code_model, block.ids, costs)
@@ -117,7 +118,7 @@ def _bits_in_context(
     ids: Int32[np.ndarray, "n height width"],
     costs: Float[np.ndarray, "codes+1"],
 ) -> float:
-    """The bits of ids given their neighbours, where one without an entry has `costs` besides."""
+    """Returns the bits of ids given their neighbours; one without an entry also costs `costs`."""
     tables, size = code_model.contexts, len(code_model.vocabulary)
     padded = np.pad(ids, ((0, 0), (1, 0), (1, 0)), constant_values=-1)
     classes = tables.classes(size)[padded]
@@ -152,7 +153,7 @@ def _general_way(
     compress: Callable[[bytes], bytes],
     decompress: Callable[[bytes], bytes],
 ) -> Way:
-    """A compressor of bytes, on ids in as few bytes as hold `num_ids` of them."""
+    """Applies a compressor of bytes to ids, each in the fewest bytes that hold `num_ids` values."""
     dtype = np.min_scalar_type(num_ids - 1).newbyteorder("<")
 
     def encode(block: Block) -> Coded:
@@ -181,7 +182,7 @@ def _stream_way(model: VQVAE, codes: Codes, by: str) -> Way:
 
 
 def ways(model: VQVAE, codes: Codes) -> Iterator[Way]:
-    """All that is measured of a model with a code model.
+    """Yields every way to measure with a model that has a code model.
 
     Args:
       model: made the codes.
@@ -207,7 +208,7 @@ def ways(model: VQVAE, codes: Codes) -> Iterator[Way]:
 
 
 def load(name: str, num_images: int) -> tuple[VQVAE, Codes]:
-    """A model of the project with a code model, and the codes of FashionMNIST's test images."""
+    """Loads a shipped model with a code model, and encodes FashionMNIST's test images."""
     import input_pipeline
 
     model = load_pretrained(name)
@@ -227,13 +228,13 @@ def _repeat(convert: Callable[[Any], Any], items: Sequence[Any]) -> measure.Run:
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Whether two lists of codes or blocks are equal."""
+    """Says whether two lists of codes or blocks are equal."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(np.array_equal(x, y) for x, y in pairs)
 
 
 def _measure(name: str, options: argparse.Namespace) -> list[Row]:
-    """The rows of a model."""
+    """Measures all ways of a model."""
     model, codes = load(name, options.images)
     num_vectors = math.prod(codes.shape[:3])
     rows: list[Row] = []
@@ -258,7 +259,7 @@ def _measure(name: str, options: argparse.Namespace) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """All rows in Markdown."""
+    """Makes a table of all rows."""
     header = ["model", "vectors", "between", "by", "million codes/s encoded", "decoded"]
     lines = []
     for row in rows:
@@ -278,7 +279,7 @@ benchmarks/codec.py wrote this page and says what is measured; do not edit it by
 
 def _report(rows: Sequence[Row]) -> str:
     sections = [_HEADER]
-    for where, part in figures.by_source(rows):
+    for where, part in store.by_source(rows):
         cores = "one core" if all(row["is_pinned"] for row in part) else "all cores"
         load = max(row["load"] for row in part)
         sections.append(
@@ -289,24 +290,18 @@ def _report(rows: Sequence[Row]) -> str:
 
 
 def _pin_to_one_core() -> bool:
-    """Leaves the process one core, if the system can; call it before JAX starts its threads."""
+    """Pins the process to one core, if the system can; call it before JAX starts its threads."""
     if not hasattr(os, "sched_setaffinity"):
         return False
     os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
     return True
 
 
-def _identity(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("machine", "model", "vectors", "between", "by"))
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    title, *_ = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=title)
+    parser = comparison.make_parser(PROGRAM, __doc__)
     default = ["vq", "sparse_lattice"]
     parser.add_argument("--quantizers", nargs="+", choices=list(QUANTIZERS), default=default)
     parser.add_argument("--images", type=int, default=10_000, help="of the test split, at most")
-    figures.add_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -317,19 +312,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_exit(PROGRAM):
         if importlib.util.find_spec("zstandard") is None:
             raise UserError('zstandard is not installed: pip install "zstandard>=0.25,<0.26"')
-        figures.check_options(options, "images")
-        kept = figures.read_rows(options.output, _report) if options.output else []
+        comparison.check_options(options, "images")
+        kept = store.Store(options.output, _report, _IDENTITY)
         facts: Row = {"load": os.getloadavg()[0], "is_pinned": _pin_to_one_core()}
-        facts |= figures.source(PROGRAM, "jax", "numpy", "constriction", "zstandard")
+        facts |= store.source(PROGRAM, "jax", "numpy", "constriction", "zstandard")
         measured: list[Row] = []
-        for quantizer in options.quantizers:
-            print(quantizer, file=sys.stderr, flush=True)
+        for quantizer in store.progress(options.quantizers, str):
             rows = [{**facts, **row} for row in _measure(f"fashion_mnist/{quantizer}", options)]
             measured += rows
-            new = {_identity(row) for row in rows}
-            kept = [old for old in kept if _identity(old) not in new] + rows
-            if options.output:
-                figures.write_rows(options.output, kept, _report(kept))
+            kept.add(*rows)
         print(table(measured))
 
 

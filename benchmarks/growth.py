@@ -8,8 +8,8 @@ process: the steps of train_step.py, from training to the codec's passes. On a C
 address as much memory as is free. Where a step needs more, or takes too long, larger images are not
 tried, and the table has the message that the process ended with. Memory is XLA's plan for a step,
 and the most that the process held; bytes are what the step reads and writes, as XLA counts them.
---output keeps each figure as soon as it is known, with a table and a plot beside it; a second call
-goes on.
+--output keeps each number as soon as it is known, with a table and a plot beside it; a second call
+continues.
 """
 
 import argparse
@@ -30,11 +30,11 @@ sys.path.insert(0, os.fspath(ROOT))
 import jax
 import numpy as np
 
-from benchmarks import figures, measure
-from benchmarks.figures import Row
+from benchmarks import measure, store
 from benchmarks.settings import get_config
+from benchmarks.store import Row, number
 from benchmarks.train_step import STEPS, prepare
-from llvq.errors import UserError, naming_lack_of_memory, one_line_exit
+from llvq.errors import naming_lack_of_memory, one_line_exit
 from llvq.runtime import host_memory
 from llvq.runtime.console import markdown_table
 
@@ -44,7 +44,7 @@ _TOOK_LONG = "took more than"
 
 
 def run_once(step: str, batch_size: int, size: int) -> Row:
-    """The figures of a step, measured in this process."""
+    """Measures a step in this process."""
     config = get_config("ffhq1024", "sparse_lattice", batch_size=batch_size, image_size=size)
     contender = prepare(config, step)
     seconds = measure.interleave({step: contender.run}, _REPEATS)[step]
@@ -57,7 +57,7 @@ def run_once(step: str, batch_size: int, size: int) -> Row:
 
 
 def run_apart(step: str, batch_size: int, size: int, seconds: int) -> Row:
-    """The figures of a step in a process of its own, or what it ended with."""
+    """Measures a step in a process of its own, or returns the message that it ended with."""
     command = [sys.executable, __file__, f"--steps={step}", f"--sizes={size}", "--here"]
     try:
         result = subprocess.run(
@@ -86,7 +86,7 @@ def _limit_memory() -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """All rows in Markdown."""
+    """Makes a table of all rows."""
     header = ["step", "images per step", "image", "images/s", "megapixels/s", "memory, MB"]
     header += ["process, MB", "GB accessed per image"]
     lines = []
@@ -97,13 +97,11 @@ def table(rows: Sequence[Row]) -> str:
             lines.append([*line, f"**{row['ended'].removeprefix('  what():  ')}**", *[""] * 4])
             continue
         rate = batch_size / statistics.median(row["seconds"])
-        line += [figures.number(rate), figures.number(rate * size**2 / 1e6, 3)]
+        line += [number(rate), number(rate * size**2 / 1e6, 3)]
         for name in ("memory_bytes", "peak_bytes"):
-            line.append("" if row[name] is None else figures.number(row[name] / 1e6))
+            line.append("" if row[name] is None else number(row[name] / 1e6))
         accessed = row["bytes_accessed"]
-        lines.append(
-            [*line, "" if accessed is None else figures.number(accessed / batch_size / 1e9, 3)]
-        )
+        lines.append([*line, "" if accessed is None else number(accessed / batch_size / 1e9, 3)])
     return markdown_table(header, lines)
 
 
@@ -117,15 +115,15 @@ a step, "process" the most that the whole process held.
 """
 
 
-def _report(rows: Sequence[Row], picture: str = "growth.png") -> str:
+def _report(rows: Sequence[Row], picture: str) -> str:
     sections = [_HEADER]
-    for where, part in figures.by_source(rows):
+    for where, part in store.by_source(rows):
         sections.append(f"\n{where['machine']}; {where['versions']}\n\n{table(part)}\n")
     return "".join([*sections, f"\n![megapixels per second, and memory]({picture})\n"])
 
 
 def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
-    """Speed and memory against size on one machine, a column per batch and a line per step."""
+    """Plots speed and memory against size on one machine: a column per batch, a line per step."""
     import matplotlib.pyplot as plt
 
     lines: dict[int, dict[str, list[Row]]] = {}
@@ -156,14 +154,12 @@ def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    title, *_ = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=title)
+    parser = store.make_parser(PROGRAM, __doc__)
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     sizes = [28, 64, 128, 256, 512, 1024, 2048]
     parser.add_argument("--sizes", type=int, nargs="+", default=sizes)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--seconds", type=int, default=300, help="the most that a process may take")
-    parser.add_argument("--output", type=pathlib.Path, help="a JSON file to keep the figures in")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -179,32 +175,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps(run_once(*cases)))
         return
     with one_line_exit(PROGRAM):
-        for name in ("sizes", "batch_sizes", "seconds"):
-            if min(np.ravel(getattr(options, name))) < 1:
-                raise UserError(f"--{name.replace('_', '-')}: must be at least 1")
-        rows = figures.read_rows(options.output, _report) if options.output else []
-        where = figures.source(PROGRAM, "jax", "flax")
+        store.check_positive(options, "sizes", "batch_sizes", "seconds")
+        picture = (options.output or pathlib.Path(PROGRAM)).with_suffix(".png")
+        kept = store.Store(options.output, lambda rows: _report(rows, picture.name))
+        where = store.source(PROGRAM, "jax", "flax")
         for step, batch_size in itertools.product(options.steps, options.batch_sizes):
             for size in sorted(options.sizes):
                 setting = {"step": step, "batch": batch_size, "size": size}
-                row = figures.kept({**where, "setting": setting}, rows)
+                row = kept.find({**where, "setting": setting})
                 if row is None or row.get("ended", "").startswith(_TOOK_LONG):
                     print(*setting.values(), file=sys.stderr, flush=True)
                     row = {**where, "setting": setting}
                     row |= run_apart(step, batch_size, size, options.seconds)
-                    rows = _keep(rows, row, options.output)
+                    kept.add(row)
+                    if options.output:
+                        here = [other for other in kept.rows if other["machine"] == row["machine"]]
+                        plot(here, picture)
                 if "ended" in row:
                     break
-        print(table(rows))
-
-
-def _keep(rows: list[Row], row: Row, output: pathlib.Path | None) -> list[Row]:
-    rows = figures.replaced(rows, row)
-    if output:
-        picture = output.with_suffix(".png")
-        figures.write_rows(output, rows, _report(rows, picture.name))
-        plot([other for other in rows if other["machine"] == row["machine"]], picture)
-    return rows
+        print(table(kept.rows))
 
 
 if __name__ == "__main__":

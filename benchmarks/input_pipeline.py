@@ -4,8 +4,8 @@
 
 Makes small data sets in the official layouts, with images that are as large as the real ones and
 compress about as well, and reads them in the random order of training: decode, crop, flip, stack
-into batches. Every reader runs in a process of its own that may use `--cores` cores, in turns. The
-figures are medians. Memory is that process's, without the DataLoader's workers. The files are in
+into batches. Every reader runs in a process of its own that may use `--cores` cores, in turns. All
+rates are medians. Memory is that process's, without the DataLoader's workers. The files are in
 the page cache; reading them from a disk comes on top. Only the DataLoader's rows need PyTorch.
 """
 
@@ -111,7 +111,7 @@ def _photo(seed: int, height: int, width: int) -> Image.Image:
 
 
 def _path(kind: Kind, directory: pathlib.Path, index: int) -> pathlib.Path:
-    """The file of an image, as in the official release."""
+    """Returns the file of an image, as in the official release."""
     if kind.module == "celeba":
         return directory / f"img_align_celeba/{index + 1:06d}.jpg"
     return directory / f"images1024x1024/{index - index % 1000:05d}/{index:05d}.png"
@@ -140,7 +140,7 @@ def _pixels(kind: Kind) -> np.ndarray:
 
 
 def open_pipeline(kind: Kind, directory: pathlib.Path) -> Any:
-    """The data set as main.py would open it; the first call prepares it."""
+    """Opens the data set as main.py does; the first call prepares it."""
     from input_pipeline import celeba, ffhq1024
 
     manual_dir = os.fspath(directory)
@@ -164,7 +164,7 @@ def _prepare(kind: Kind, directory: pathlib.Path) -> float:
 
 
 def _read_one(kind: Kind, directory: pathlib.Path, index: int, flip: bool) -> np.ndarray:
-    """One image, with Pillow and NumPy."""
+    """Reads one image with Pillow and NumPy."""
     top, left, height, width = kind.crop
     with Image.open(_path(kind, directory, index)) as image:
         pixels = np.asarray(image)[top : top + height, left : left + width]

@@ -22,15 +22,13 @@ from typing import Any, NamedTuple
 import jax
 from jax import numpy as jnp
 
-from llvq.runtime import sharding
-
 Run = Callable[[int], None]
-"""Makes so many calls, usually of one step each, and returns when the last one is done."""
+"""Makes this number of calls, usually of one step each, and returns when the last is done."""
 
 
 class Contender(NamedTuple):
     """Attributes:
-    run: see `Run`. Whatever compiles or tunes itself has already done so.
+    run: see `Run`. It has already compiled and tuned itself.
     memory_bytes: of a call, including parameters, optimizer and inputs; None if unknown.
     steps_per_call: how many steps a call takes.
     work: what a step does, in the units of `ceilings`, as XLA counts it.
@@ -44,7 +42,7 @@ class Contender(NamedTuple):
 
 class Case(NamedTuple):
     """Attributes:
-    setting: what distinguishes it from other cases; each entry is a column of the table.
+    setting: distinguishes it from other cases; each entry is a column of the table.
     amount: what a step handles, e.g. how many images.
     contenders: by name; all others are compared with those that have "llvq" in their names.
     """
@@ -54,15 +52,12 @@ class Case(NamedTuple):
     contenders: dict[str, Callable[[], Contender]]
 
 
-# Vector instructions of x86, the widest first, by the kernel's names.
-_VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}
-
 # The threads of the library that ran before may go on spinning for some milliseconds.
 _PAUSE_SECONDS = 0.02
 
 
 def calls(step: Callable[[], Any]) -> Run:
-    """A `Run` of a step in JAX that returns its results."""
+    """Makes a `Run` of a step in JAX that returns its results."""
     is_cpu = jax.default_backend() == "cpu"
 
     def run(num_calls: int) -> None:
@@ -76,7 +71,7 @@ def calls(step: Callable[[], Any]) -> Run:
 
 
 def torch_calls(step: Callable[[], Any]) -> Run:
-    """A `Run` of a step in PyTorch, on the kind of device that JAX uses."""
+    """Makes a `Run` of a step in PyTorch, on the kind of device that JAX uses."""
     import torch
 
     def run(num_calls: int) -> None:
@@ -89,14 +84,14 @@ def torch_calls(step: Callable[[], Any]) -> Run:
 
 
 def torch_device() -> str:
-    """PyTorch's name of the kind of device that JAX uses."""
+    """Returns PyTorch's name of the kind of device that JAX uses."""
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
 def interleave(
     runs: Mapping[str, Run], repeats: int, min_seconds: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds that a call of each contender takes, measured `repeats` times in turns.
+    """Measures `repeats` times, in turns, the seconds that a call of each contender takes.
 
     Args:
       runs: by name; each has run before.
@@ -124,7 +119,7 @@ def interleave(
 def compare(
     contenders: Mapping[str, Callable[[], Contender]], repeats: int, min_seconds: float
 ) -> tuple[dict[str, list[float] | None], dict[str, Contender]]:
-    """Seconds per step of each contender, None if memory is too small; and those that ran."""
+    """Returns seconds per step by contender, None if memory is too small, and those that ran."""
     prepared: dict[str, Contender] = {}
     for name, prepare in contenders.items():
         try:
@@ -142,14 +137,14 @@ def compare(
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an exception of JAX or PyTorch says that memory is too small."""
+    """Says whether an exception of JAX or PyTorch says that memory is too small."""
     text = str(error).lower()
     signs = ("out of memory", "resource_exhausted", "allocate memory")
     return isinstance(error, MemoryError) or any(sign in text for sign in signs)
 
 
 def ceilings() -> dict[str, float]:
-    """What the first device reaches, per second.
+    """Measures what the first device reaches per second.
 
     Returns:
       `memory`: bytes read and written by a copy. `float32`, `tf32` and `bfloat16`: floating-point
@@ -175,9 +170,10 @@ def ceilings() -> dict[str, float]:
 
 
 def work(compiled: jax.stages.Compiled, arithmetic: str) -> dict[str, float]:
-    """What a step of a compiled program does; XLA counts the body of a loop over steps once.
+    """Returns what a step of a compiled program does, as XLA counts it.
 
-    On a GPU it does not count the arithmetic of cuDNN's convolutions, which is nearly all of it.
+    The body of a loop over steps counts once. On a GPU XLA does not count the arithmetic of
+    cuDNN's convolutions, which is nearly all of it.
     """
     cost: Any = compiled.cost_analysis()
     counted = {"memory": cost["bytes accessed"]}
@@ -185,7 +181,7 @@ def work(compiled: jax.stages.Compiled, arithmetic: str) -> dict[str, float]:
 
 
 def compiled_memory(compiled: jax.stages.Compiled) -> int:
-    """Bytes that XLA has planned for a call: arguments, results and temporaries."""
+    """Adds up the bytes that XLA has planned for a call: arguments, results and temporaries."""
     memory: Any = compiled.memory_analysis()
     return (
         memory.temp_size_in_bytes
@@ -197,9 +193,9 @@ def compiled_memory(compiled: jax.stages.Compiled) -> int:
 
 
 def torch_memory(run: Run, tensors: Iterable[Any]) -> int:
-    """The same for PyTorch: the tensors that stay, and the most that a step allocates besides.
+    """Does the same for PyTorch: the tensors that stay, and the most that a step allocates besides.
 
-    Neither figure counts what libraries allocate by other means, such as oneDNN's scratch memory.
+    Neither function counts what libraries allocate by other means, such as oneDNN's scratch memory.
     """
     import torch
 
@@ -221,21 +217,7 @@ def torch_memory(run: Run, tensors: Iterable[Any]) -> int:
     return total + max(sizes, default=0)
 
 
-def machine() -> str:
-    """The machine in words: "1 × NVIDIA H100 80GB HBM3", "2 CPU cores (AMD EPYC 7B13, AVX2)"."""
-    words = sharding.describe(sharding.make_mesh(jax.devices()[:1]))
-    if jax.default_backend() != "cpu":
-        return words
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    flags = next((line for line in lines if line.startswith("flags")), "").split()
-    widest = next((name for flag, name in _VECTORS.items() if flag in flags), "")
-    processor = names[0] if names else platform.machine()
-    return f"{words} ({', '.join(filter(None, (processor, widest)))})"
-
-
 def versions(*packages: str) -> str:
-    """The versions of Python and of installed packages."""
+    """Lists the versions of Python and of installed packages."""
     found = (f"{package} {metadata.version(package)}" for package in packages)
     return ", ".join((f"Python {platform.python_version()}", *found))

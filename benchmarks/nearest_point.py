@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from benchmarks import figures, measure
+from benchmarks import comparison, measure
 from benchmarks.measure import Case, Contender
 from llvq.errors import one_line_exit
 from llvq.quantizers.nearest_point import A2, D4, E8, LEECH, Lattice
@@ -64,13 +64,11 @@ def _case(name: str, num_vectors: int) -> Case:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    title, *_ = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=title)
+    parser = comparison.make_parser(PROGRAM, __doc__)
     parser.add_argument("--lattices", nargs="+", choices=list(LATTICES), default=list(LATTICES))
     parser.add_argument(
         "--vectors", type=int, default=2**21, help="of 64 entries; Leech takes a 1,024th of them"
     )
-    figures.add_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -79,12 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     host_memory.keep_freed_memory()  # as main.py does
     options = _parse(arguments)
     with one_line_exit(PROGRAM):
-        figures.check_options(options, "vectors")
+        comparison.check_options(options, "vectors")
         cases = [
             _case(name, max(options.vectors // 1024, 256) if name == "Leech" else options.vectors)
             for name in options.lattices
         ]
-        figures.record(PROGRAM, ("jax",), cases, "vectors", options)
+        comparison.record(PROGRAM, ("jax",), cases, "vectors", options)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 
-from benchmarks import figures, measure
+from benchmarks import comparison, measure
 from benchmarks.measure import Case, Contender
 from llvq import quantizers
 from llvq.errors import UserError, one_line_exit
@@ -85,7 +85,7 @@ def fsq_levels(codebook_size: int) -> list[int]:
 
 
 def _options(quantizer: str, codebook_size: int) -> dict[str, Any]:
-    """The options of a quantizer with so many codes."""
+    """Returns the options of a quantizer with this number of codes."""
     options = quantizers.default_options(quantizer)
     wanted = {
         "codebook_size": codebook_size,
@@ -106,7 +106,7 @@ def _random(num_vectors: int, latent_dim: int) -> np.ndarray:
 
 
 def prepare_llvq(quantizer: str, codebook_size: int, num_vectors: int) -> Contender:
-    """A quantizer of this project."""
+    """Prepares a quantizer of this project."""
     model = quantizers.create(quantizer, 0, rngs=nnx.Rngs(0), **_options(quantizer, codebook_size))
     graphdef, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
     params, statistics = map(nnx.to_pure_dict, states)
@@ -137,7 +137,7 @@ def prepare_llvq(quantizer: str, codebook_size: int, num_vectors: int) -> Conten
 
 
 def prepare_torch(kind: str, quantizer: str, codebook_size: int, num_vectors: int) -> Contender:
-    """A quantizer of the package, or the same quantizer in this project's PyTorch."""
+    """Prepares a quantizer of the package, or the same quantizer in this project's PyTorch."""
     import torch
 
     from benchmarks import torch_model
@@ -195,8 +195,7 @@ def _empty_cache() -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     is_cpu = jax.default_backend() == "cpu"
-    title, *_ = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(prog="quantizer.py", description=title)
+    parser = comparison.make_parser("quantizer.py", __doc__)
     parser.add_argument(
         "--quantizers", nargs="+", choices=list(QUANTIZERS), default=list(QUANTIZERS)
     )
@@ -207,7 +206,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--vectors", type=int, nargs="+", default=[2048] if is_cpu else [2**17, 2**21]
     )
     parser.add_argument("--without-package", action="store_true", help=f"leave out {PACKAGE}")
-    figures.add_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -216,14 +214,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     host_memory.keep_freed_memory()  # as main.py does
     options = _parse(arguments)
     with one_line_exit("quantizer.py"):
-        figures.require_torch()
+        comparison.require_torch()
         package = () if options.without_package else (PACKAGE,)
         if package and importlib.util.find_spec("vector_quantize_pytorch") is None:
             raise UserError(
                 f"{PACKAGE} is not installed: pip install {PACKAGE}, or leave it out with "
                 "--without-package"
             )
-        figures.check_options(options, "vectors")
+        comparison.check_options(options, "vectors")
         for size in options.codebook_sizes:
             if not 4 <= size <= 2**24 or size.bit_count() != 1:
                 raise UserError(
@@ -235,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 options.quantizers, options.codebook_sizes, options.vectors
             )
         ]
-        figures.record(
+        comparison.record(
             "quantizer.py", ("jax", "torch", *package), cases, "vectors", options, _empty_cache
         )
 

@@ -1,4 +1,4 @@
-"""Which data sets, and which configs, the benchmarks measure."""
+"""The data sets, configs and models that the benchmarks measure."""
 
 import dataclasses
 import importlib
@@ -8,14 +8,18 @@ import sys
 import types
 from typing import Any
 
+from jax.sharding import Mesh
+
 from llvq.config import TrainConfig, parse
+from llvq.models import VQVAE
+from llvq.training import train_state
 
 _FILES = (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
 DATASETS = tuple(sorted({path.stem for path in _FILES} - {"__init__", "default"}))
 
 
 class _Fields(dict):
-    """As much of ml_collections.ConfigDict as the files of configs/ use."""
+    """The part of ml_collections.ConfigDict that the files of configs/ use."""
 
     def __init__(self, fields: dict[str, Any]) -> None:
         super().__init__(
@@ -41,7 +45,7 @@ def get_config(
     compute_dtype: str = "float32",
     options: dict[str, Any] | None = None,
 ) -> TrainConfig:
-    """The config of the paper's recipe.
+    """Returns the config of the paper's recipe.
 
     Args:
       dataset: of DATASETS.
@@ -68,3 +72,19 @@ def get_config(
             quantizer=dataclasses.replace(chosen, options={**chosen.options, **(options or {})}),
         )
     )
+
+
+def create_model(config: TrainConfig, mesh: Mesh | None = None) -> VQVAE:
+    """Initializes a config's model, in the form that suits a mesh if there is one."""
+    model = train_state.create_model(config.architecture, config.seed)
+    if mesh is not None:
+        train_state.fit_to_mesh(model, mesh, config.latent_shape)
+    return model
+
+
+def abstract_model(config: TrainConfig, mesh: Mesh | None = None) -> VQVAE:
+    """Makes the model of `create_model` with shapes instead of arrays."""
+    model = train_state.abstract_model(config.architecture)
+    if mesh is not None:
+        train_state.fit_to_mesh(model, mesh, config.latent_shape)
+    return model

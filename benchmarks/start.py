@@ -3,13 +3,14 @@ r"""The time from starting a training run to the end of its first step, by what 
     python benchmarks/start.py [--datasets fashion_mnist] [--repeats=5] \
         [--output=results/start.json]
 
-Starts `python main.py` anew each time and stops it after its first step, without any compiled
-program in the cache, and with all of them. Where main.py lacks a package (on a bare machine with a
-GPU, say), and for data sets that are not at hand, `llvq.train` trains on random images instead.
+Starts `python main.py` in a new process each time and stops it after its first step: with no
+compiled program in the cache, and with all of them. Where main.py lacks a package (on a bare
+machine with a GPU, say), and for data sets that are not at hand, `llvq.train` trains on random
+images instead.
 
-The phases are: imports; data, until it can be read; model, until the first call of the step, with
-the state, the directory of checkpoints and the first batch; compilation of that step, or getting it
-from the cache; and the step itself.
+The phases are: imports; data, until it can be read; model, until the first call of the step (state,
+directory of checkpoints and first batch); compilation of that step, or reading it from the cache;
+and the step itself.
 """
 
 import argparse
@@ -33,7 +34,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, os.fspath(ROOT))
 
-from benchmarks import figures
+from benchmarks import comparison, store
 from benchmarks.settings import DATASETS, get_config
 from llvq.errors import one_line_exit
 
@@ -104,7 +105,7 @@ def start(dataset: str, workdir: str, started: float) -> dict[str, float]:
 
 
 def _is_whole(dataset: str) -> bool:
-    """Whether main.py can train on the data set here."""
+    """Says whether main.py can train on the data set here."""
     return dataset == "fashion_mnist" and all(map(importlib.util.find_spec, _PACKAGES))
 
 
@@ -124,7 +125,7 @@ def _train_on_random_images(dataset: str, workdir: str) -> None:
 
 
 def measure_once(dataset: str, cache: str) -> dict[str, float]:
-    """The phases of a run in a process of its own."""
+    """Returns the seconds of each phase of a run in a process of its own."""
     with tempfile.TemporaryDirectory() as workdir:
         child = [sys.executable, __file__, f"--child={dataset}", f"--workdir={workdir}"]
         environment = {**os.environ, "XDG_CACHE_HOME": cache}
@@ -138,13 +139,11 @@ def measure_once(dataset: str, cache: str) -> dict[str, float]:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    title, *_ = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(prog="start.py", description=title)
+    parser = comparison.make_parser("start.py", __doc__)
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=["fashion_mnist"])
     for name in ("child", "workdir"):
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
-    figures.add_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -155,20 +154,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(start(options.child, options.workdir, options.started)))
         return
     with one_line_exit("start.py"):
-        figures.check_options(options)
-        rows = figures.read_rows(options.output, figures.report) if options.output else []
-        where = figures.source("start.py", "jax", "flax")
-        for dataset, programs in itertools.product(options.datasets, _PROGRAMS):
-            setting = {"data set": dataset, "programs": programs}
-            row = {**where, "setting": setting, "unit": "runs", "amount": 1, "memory_bytes": {}}
-            if options.resume and figures.kept(row, rows):
-                continue
+        comparison.check_options(options)
+        kept = store.Store(options.output, comparison.report)
+        where = store.source("start.py", "jax", "flax")
+        cases: list[store.Row] = [
+            {**where, "setting": {"data set": dataset, "programs": programs}}
+            for dataset, programs in itertools.product(options.datasets, _PROGRAMS)
+        ]
+        if options.resume:
+            cases = [case for case in cases if not kept.find(case)]
+        for case in store.progress(cases, lambda case: store.words(case["setting"])):
+            row = {**case, "unit": "runs", "amount": 1, "memory_bytes": {}}
             row["load"] = os.getloadavg()[0]
+            dataset, programs = case["setting"].values()
             runs = _runs(dataset, programs, options.repeats)
             row["seconds"] = {phase: [run[phase] for run in runs] for phase in PHASES}
             row["seconds"]["all"] = [sum(run.values()) for run in runs]
-            rows = figures.keep(rows, row, options.output)
-            print(figures.comparison_table([row]))
+            kept.add(row)
+            print(comparison.comparison_table([row]))
 
 
 def _runs(dataset: str, programs: str, repeats: int) -> list[dict[str, float]]:

@@ -5,11 +5,9 @@
 Times whole training steps of FashionMNIST's network (Adam, random images). By default the codebook
 has 512 vectors and a step takes 64 images of 28×28; each of the three varies over a range, with 8
 images per step where their size varies. The two quantizers run in turns. For a lattice, the
-codebook size only sets the initial basis. results/README.md shows the figures of the file named
-above.
+codebook size only sets the initial basis. results/README.md plots the file named above.
 """
 
-import argparse
 import functools
 import os
 import pathlib
@@ -18,9 +16,9 @@ from collections.abc import Callable, Sequence
 
 sys.path.insert(0, os.fspath(pathlib.Path(__file__).parents[1]))
 
-from benchmarks import figures
+from benchmarks import comparison
 from benchmarks.measure import Case, Contender
-from benchmarks.settings import get_config
+from benchmarks.settings import abstract_model, get_config
 from benchmarks.train_step import prepare_llvq
 from llvq.config import TrainConfig
 from llvq.errors import one_line_exit
@@ -38,7 +36,7 @@ _QUANTIZERS = ("vq", "sparse_lattice")
 
 
 def make_config(quantizer: str, varied: str, value: int) -> TrainConfig:
-    """FashionMNIST's config with one value of a sweep."""
+    """Returns FashionMNIST's config with one value of a sweep."""
     if varied == CODEBOOK_SIZE:
         return get_config("fashion_mnist", quantizer, options={"codebook_size": value})
     if varied == BATCH_SIZE:
@@ -47,9 +45,9 @@ def make_config(quantizer: str, varied: str, value: int) -> TrainConfig:
 
 
 def num_parameters(quantizer: str, codebook_size: int) -> int:
-    """How many parameters the quantizer of a sweep has."""
+    """Counts the parameters the quantizer of a sweep."""
     config = make_config(quantizer, CODEBOOK_SIZE, codebook_size)
-    model = train_state.abstract_model(config.architecture)
+    model = abstract_model(config)
     return train_state.num_quantizer_parameters(train_state.abstract_train_state(model))
 
 
@@ -66,13 +64,11 @@ def _case(varied: str, value: int) -> Case:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     host_memory.keep_freed_memory()  # as main.py does
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=(__doc__ or "").splitlines()[0])
-    figures.add_options(parser)
-    options = parser.parse_args(arguments)
+    options = comparison.make_parser(PROGRAM, __doc__).parse_args(arguments)
     with one_line_exit(PROGRAM):
-        figures.check_options(options)
+        comparison.check_options(options)
         cases = [_case(varied, value) for varied, values in SWEEPS.items() for value in values]
-        figures.record(PROGRAM, ("jax", "flax"), cases, "images", options)
+        comparison.record(PROGRAM, ("jax", "flax"), cases, "images", options)
 
 
 if __name__ == "__main__":

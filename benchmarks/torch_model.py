@@ -36,7 +36,7 @@ class ResidualBlock(nn.Module):
 
 
 class _Codebook(nn.Module):
-    """What VQ and VQ-EMA share."""
+    """Base class of VQ and VQ-EMA."""
 
     def __init__(self, codebook_size: int, latent_dim: int, commitment_cost: float) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ _LACKING = ("distance", "gradient", "initialisation", "restart_threshold")
 
 
 def create_quantizer(name: str, latent_dim: int, options: Mapping[str, Any]) -> nn.Module:
-    """The counterpart of a quantizer, with the same options."""
+    """Creates the counterpart of a quantizer, with the same options."""
     known = {option: value for option, value in options.items() if option not in _LACKING}
     return QUANTIZERS[name](latent_dim, **known)
 
@@ -195,7 +195,7 @@ class VQVAE(nn.Module):
 
 
 def create(architecture: Architecture) -> VQVAE:
-    """A freshly initialised model with the architecture of a config."""
+    """Initializes a model with the architecture of a config."""
     model, quantizer, _ = architecture
     return VQVAE(
         create_quantizer(quantizer.name, model.latent_dim, quantizer.options),
@@ -207,7 +207,7 @@ def create(architecture: Architecture) -> VQVAE:
 
 
 def make_losses(model: nn.Module, value_range: Sequence[float], *, amp: bool) -> Callable[..., Any]:
-    """A function from images, uint8 NHWC, to (reconstruction loss, quantizer loss).
+    """Makes a function from images, uint8 NHWC, to (reconstruction loss, quantizer loss).
 
     Args:
       model: a VQVAE.
@@ -228,7 +228,7 @@ def make_losses(model: nn.Module, value_range: Sequence[float], *, amp: bool) ->
 
 
 def make_train_step(losses: Callable[..., Any], optimizer: torch.optim.Optimizer) -> Step:
-    """A training step, which maps images, uint8 NHWC, to the loss."""
+    """Makes a training step, which maps images, uint8 NHWC, to the loss."""
 
     def train_step(images: torch.Tensor) -> torch.Tensor:
         loss = sum(losses(images))
@@ -241,5 +241,5 @@ def make_train_step(losses: Callable[..., Any], optimizer: torch.optim.Optimizer
 
 
 def make_evaluate_step(losses: Callable[..., Any]) -> Step:
-    """A step that maps images, uint8 NHWC, to the reconstruction and the quantizer loss."""
+    """Makes a step that maps images, uint8 NHWC, to the reconstruction and the quantizer loss."""
     return torch.inference_mode()(losses)

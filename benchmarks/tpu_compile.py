@@ -15,7 +15,7 @@ A batch is the config's, over all chips of the slice. If it cannot be shared by 
 chip gets an eighth of it. Efficiency (weak scaling) is the time of one chip with as many images
 over the time of the slice; the program of that one chip is compiled, too.
 
-Compiling takes from seconds to minutes per step. --output keeps every figure as soon as it is
+Compiling takes from seconds to minutes per step. --output keeps every number as soon as it is
 known, and a table beside it in Markdown. A second call compiles only what the same compiler has not
 compiled yet. Delete the file after a change to the network.
 """
@@ -49,9 +49,9 @@ from flax import nnx
 from jax import numpy as jnp
 from jax.experimental import topologies
 
-from benchmarks import figures, measure
-from benchmarks.figures import Row
-from benchmarks.settings import DATASETS, get_config
+from benchmarks import measure, store
+from benchmarks.settings import DATASETS, abstract_model, get_config
+from benchmarks.store import Row
 from llvq.errors import UserError, first_line, one_line_exit
 from llvq.evaluation.steps import make_steps
 from llvq.quantizers import QUANTIZERS
@@ -105,7 +105,7 @@ _SECONDS_PER_HOP = 1e-6  # https://jax-ml.github.io/scaling-book/sharding
 
 
 def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """The chip and the slice's shape of a name like "v5e:2x4".
+    """Returns the chip and the slice's shape of a name like "v5e:2x4".
 
     Raises:
       UserError: if there is no such chip, or no such slice of its pods.
@@ -121,7 +121,7 @@ def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
 
 
 def get_devices(topology: str) -> Sequence[jax.Device]:
-    """All chips of a slice that need not exist.
+    """Returns all chips of a slice that need not exist.
 
     Raises:
       UserError: if the compiler knows no such slice.
@@ -140,7 +140,7 @@ def get_devices(topology: str) -> Sequence[jax.Device]:
 
 
 def lower(row: Row) -> jax.stages.Lowered:
-    """The step of a row, ready to be compiled."""
+    """Lowers the step of a row, ready to be compiled."""
     config = get_config(
         row["dataset"],
         row["quantizer"],
@@ -149,8 +149,7 @@ def lower(row: Row) -> jax.stages.Lowered:
     )
     devices = get_devices(row["topology"])
     mesh = sharding.mesh_for_batches(config.batch_size, config.latent_shape[0], devices)
-    model = train_state.abstract_model(config.architecture)
-    train_state.fit_to_mesh(model, mesh, config.latent_shape)
+    model = abstract_model(config, mesh)
     graphdef, state = nnx.graphdef(model), train_state.abstract_train_state(model)
     images = jax.ShapeDtypeStruct((config.batch_size, *config.model.image_shape), jnp.uint8)
     step: Any
@@ -163,7 +162,7 @@ def lower(row: Row) -> jax.stages.Lowered:
 
 
 def count_collectives(program: str) -> dict[str, dict[str, int]]:
-    """How many collectives of each kind a compiled program has, and the bytes of their results."""
+    """Counts the collectives of each kind in a compiled program, and the bytes of their results."""
     counted: dict[str, dict[str, int]] = {}
     # An asynchronous collective counts where it ends; its start returns the operands, too.
     pattern = rf" = (.*?) ({'|'.join(_COLLECTIVES)})(?:-done)?\("
@@ -177,7 +176,7 @@ def count_collectives(program: str) -> dict[str, dict[str, int]]:
 
 
 def count_cycles(program: str) -> int:
-    """The cycles of a compiled program's instructions, without the collectives."""
+    """Adds up the cycles of a compiled program's instructions, without the collectives."""
     return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', program)))
 
 
@@ -197,7 +196,7 @@ def _collective_seconds(
 
 
 def compile_row(setting: Row) -> Row:
-    """A setting with the compiler's figures."""
+    """Compiles the step of a setting, and adds what the compiler reports."""
     chip, shape = parse_topology(setting["topology"])
     start = time.monotonic()
     try:
@@ -230,13 +229,13 @@ def compile_row(setting: Row) -> Row:
 
 
 def _one_chip(topology: str) -> str:
-    """A single chip of a slice's kind, e.g. "v5e:1x1"."""
+    """Names a single chip of a slice's kind, e.g. "v5e:1x1"."""
     kind, _, shape = topology.partition(":")
     return f"{kind}:{re.sub(r'[0-9]+', '1', shape)}"
 
 
 def settings(options: argparse.Namespace) -> Iterator[Row]:
-    """All settings asked for, and the one chip that each slice's training step is compared with.
+    """Yields all settings asked for, and the one chip that each slice's training is compared with.
 
     Raises:
       UserError: if a batch cannot be split over the chips.
@@ -273,7 +272,7 @@ def _roofline_seconds(row: Row) -> float:
 
 
 def _efficiency(row: Row, by_key: Mapping[tuple[Any, ...], Row]) -> float | None:
-    """Time of one chip with as many images over the slice's; None if either is unknown."""
+    """Divides the time of one chip with as many images by the slice's; None if one is unknown."""
     chips = math.prod(parse_topology(row["topology"])[1])
     alone = {"topology": _one_chip(row["topology"]), "batch_size": row["batch_size"] / chips}
     one_chip = by_key.get(_key({**row, **alone}))
@@ -283,7 +282,7 @@ def _efficiency(row: Row, by_key: Mapping[tuple[Any, ...], Row]) -> float | None
 
 
 def _position(row: Row) -> tuple[Any, ...]:
-    """The key that sorts the table."""
+    """Returns the key that sorts the table."""
     chips = math.prod(parse_topology(row["topology"])[1])
     kind, _, _ = row["topology"].partition(":")
     places = ((DATASETS, "dataset"), (STEPS, "step"), (tuple(QUANTIZERS), "quantizer"))
@@ -312,7 +311,7 @@ _COLUMNS = (
 
 
 def table(rows: Sequence[Row]) -> str:
-    """All rows in Markdown; bytes, FLOPs and times are per chip and step."""
+    """Makes a table of all rows; bytes, FLOPs and times are per chip and step."""
     by_key = {_key(row): row for row in rows}
     lines = []
     for row in sorted(rows, key=_position):
@@ -353,8 +352,7 @@ def _report(rows: Sequence[Row]) -> str:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    title, *_ = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(prog="tpu_compile.py", description=title)
+    parser = store.make_parser("tpu_compile.py", __doc__)
     for name, choices in (("datasets", DATASETS), ("quantizers", QUANTIZERS), ("steps", STEPS)):
         parser.add_argument(f"--{name}", nargs="+", choices=list(choices), default=list(choices))
     parser.add_argument(
@@ -364,7 +362,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compute-dtype", choices=["float32", "bfloat16"], default="float32", metavar="DTYPE"
     )
-    parser.add_argument("--output", type=pathlib.Path, help="a JSON file to keep the figures in")
     return parser.parse_args(arguments)
 
 
@@ -376,17 +373,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parse_topology(topology)
         if importlib.util.find_spec("libtpu") is None:
             raise UserError('the TPU compiler is not installed: pip install "jax[tpu]"')
-        rows = figures.read_rows(options.output, _report) if options.output else []
-        done = {_key(row) for row in rows}
-        wanted = {_key(setting): setting for setting in settings(options)}
-        for number, (key, setting) in enumerate(wanted.items(), start=1):
-            if key in done:
-                continue
-            print(f"{number}/{len(wanted)}", *key, file=sys.stderr, flush=True)
-            rows.append(compile_row(setting))
-            if options.output:
-                figures.write_rows(options.output, rows, _report(rows))
-        print(table([row for row in rows if _key(row) in wanted]))
+        kept = store.Store(options.output, _report, _SETTING)
+        wanted = {_key(setting): setting for setting in settings(options)}.values()
+        missing = [setting for setting in wanted if not kept.find(setting)]
+        for setting in store.progress(missing, store.words):
+            kept.add(compile_row(setting))
+        print(table([row for setting in wanted if (row := kept.find(setting))]))
 
 
 if __name__ == "__main__":

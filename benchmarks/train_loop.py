@@ -15,7 +15,7 @@ background, and on few cores the steps meanwhile take longer, which counts as we
 checkpoint takes longer than the steps up to the next one here, its share comes out too high. JAX
 must see one CPU device; the batches are those of train_step.py. Traces of GPUs cannot be read yet.
 
---output keeps the figures, and a table beside it in Markdown; figures of other data sets and
+--output keeps the numbers, and a table beside them in Markdown; those of other data sets and
 machines stay. --trace-dir keeps the traces for https://ui.perfetto.dev (*.trace.json.gz) or
 TensorBoard, which show what the host does in the gaps.
 """
@@ -37,10 +37,10 @@ sys.path.insert(0, os.fspath(pathlib.Path(__file__).parents[1]))
 
 import jax
 
-from benchmarks import figures
-from benchmarks.figures import Row
+from benchmarks import store
 from benchmarks.input_pipeline import KINDS, Kind, open_pipeline, write_files
 from benchmarks.settings import get_config
+from benchmarks.store import Row
 from benchmarks.train_step import default_sizes
 from llvq.data import Dataset, Images, IndexBatch
 from llvq.errors import UserError, one_line_exit
@@ -124,7 +124,7 @@ def record(kind: Kind, num_steps: int, directory: pathlib.Path, trace_dir: pathl
 
 
 def read(trace_dir: pathlib.Path) -> dict[int, Span]:
-    """The programs of the training steps, by the step's number, in the newest trace of `record`.
+    """Finds the programs of the training steps, by the step's number, in `record`'s newest trace.
 
     Raises:
       UserError: if programs of steps that the trace knows of are missing.
@@ -162,7 +162,7 @@ def read(trace_dir: pathlib.Path) -> dict[int, Span]:
 
 
 def summarise(steps: dict[int, Span], log_every: int, save_every: int) -> dict[str, float]:
-    """Seconds of a step and of the gaps after it, and the loop's share of the time.
+    """Computes the seconds of a step and of the gaps after it, and the loop's share of the time.
 
     All are medians, except that the steps that a checkpoint slows down are averaged.
 
@@ -205,7 +205,7 @@ def summarise(steps: dict[int, Span], log_every: int, save_every: int) -> dict[s
 
 
 def table(rows: Sequence[Row]) -> str:
-    """All rows in Markdown."""
+    """Makes a table of all rows."""
     header = ["data set", "batch", *_TIMES.values()]
     header += ["logs every", "checkpoints every", "loop's share"]
     lines = []
@@ -226,17 +226,15 @@ benchmarks/train_loop.py wrote this page and says what is measured; do not edit 
 def _report(rows: Sequence[Row]) -> str:
     return _HEADER + "".join(
         f"\n    {where['command']}\n\n{where['machine']}; {where['versions']}\n\n{table(part)}\n"
-        for where, part in figures.by_source(rows)
+        for where, part in store.by_source(rows)
     )
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    title, *_ = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(prog="train_loop.py", description=title)
+    parser = store.make_parser("train_loop.py", __doc__)
     default = ["fashion_mnist", "celeba"]
     parser.add_argument("--datasets", nargs="+", choices=list(DATASETS), default=default)
     parser.add_argument("--num-steps", type=int, default=3 * _SAVE_EVERY + 4)
-    parser.add_argument("--output", type=pathlib.Path, help="a JSON file to keep the figures in")
     parser.add_argument("--trace-dir", type=pathlib.Path, help="where to leave the traces")
     return parser.parse_args(arguments)
 
@@ -253,7 +251,7 @@ def _measure(dataset: str, num_steps: int, trace_dir: pathlib.Path | None) -> Ro
         record(kind, num_steps, directory, traces)
         steps = read(traces)
     log_every, save_every = config.log_every_steps, config.checkpoint_every_steps
-    row: Row = {**figures.source("train_loop.py", "jax", "flax"), "dataset": dataset}
+    row: Row = {**store.source("train_loop.py", "jax", "flax"), "dataset": dataset}
     row |= {"batch_size": batch_size, **summarise(steps, log_every, save_every)}
     return {**row, "log_every_steps": log_every, "checkpoint_every_steps": save_every}
 
@@ -269,16 +267,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         backend, num_devices = jax.default_backend(), jax.device_count()
         if backend != "cpu" or num_devices > 1:
             raise UserError(f"it cannot read traces of {num_devices} devices of kind {backend}")
-        kept = figures.read_rows(options.output, _report) if options.output else []
+        kept = store.Store(options.output, _report, ("dataset", "machine"))
         rows: list[Row] = []
-        for dataset in options.datasets:
-            print(dataset, file=sys.stderr, flush=True)
-            row = _measure(dataset, options.num_steps, options.trace_dir)
-            rows.append(row)
-            same = dataset, row["machine"]
-            kept = [old for old in kept if (old["dataset"], old["machine"]) != same] + [row]
-            if options.output:
-                figures.write_rows(options.output, kept, _report(kept))
+        for dataset in store.progress(options.datasets, str):
+            rows.append(_measure(dataset, options.num_steps, options.trace_dir))
+            kept.add(rows[-1])
         print(table(rows))
 
 

@@ -52,9 +52,9 @@ from flax import nnx
 from jax import numpy as jnp
 from jax.sharding import Mesh
 
-from benchmarks import figures, measure
+from benchmarks import comparison, measure
 from benchmarks.measure import Case, Contender
-from benchmarks.settings import DATASETS, get_config
+from benchmarks.settings import DATASETS, create_model, get_config
 from llvq.config import TrainConfig
 from llvq.errors import one_line_exit
 from llvq.evaluation import metrics
@@ -79,7 +79,7 @@ _ON_GPU = {
 
 
 def default_sizes(config: TrainConfig) -> tuple[int, int]:
-    """(images per step, their height and width) where neither is asked for."""
+    """Returns (images per step, their height and width) where neither is asked for."""
     size = config.model.image_shape[0]
     if jax.default_backend() != "cpu":
         return config.batch_size, size
@@ -87,13 +87,13 @@ def default_sizes(config: TrainConfig) -> tuple[int, int]:
 
 
 def random_images(config: TrainConfig) -> np.ndarray:
-    """A batch of the config's size."""
+    """Makes a batch of the config's size."""
     shape = (config.batch_size, *config.model.image_shape)
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
 def make_evaluate_step(graphdef: nnx.GraphDef[VQVAE], mesh: Mesh) -> Callable[..., Any]:
-    """The jitted reconstruction and quantizer loss of a state on images, uint8."""
+    """Makes a jitted function: reconstruction and quantizer loss of a state on images, uint8."""
 
     @functools.partial(jax.jit, compiler_options=sharding.compiler_options(mesh))
     def evaluate_step(state: TrainState, images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -126,17 +126,16 @@ def prepare_llvq(
     steps_per_call: int = 1,
     tf32: bool = True,
 ) -> Contender:
-    """The step of a config on the first device, or that of the network alone.
+    """Prepares the step of a config on the first device, or that of the network alone.
 
     Only calls of training can take several steps.
     """
     precision = jax.default_matmul_precision("default" if tf32 else "highest")
     mesh = sharding.make_mesh(jax.devices()[:1])
-    model = train_state.create_model(config.architecture, config.seed)
+    model = create_model(config, mesh)
     if not quantizes:
         nothing: Any = _Nothing(config.model.latent_dim)
         model.quantizer = nothing
-    train_state.fit_to_mesh(model, mesh, config.latent_shape)
     graphdef = nnx.graphdef(model)
     state = sharding.replicate(train_state.create_train_state(model), mesh)
     images = sharding.to_devices(random_images(config), mesh)
@@ -171,7 +170,7 @@ def prepare_llvq(
 
 
 def prepare_metrics(config: TrainConfig) -> Contender:
-    """PSNR and SSIM of random images and others."""
+    """Prepares PSNR and SSIM of random images and others."""
 
     @functools.partial(jax.jit, compiler_options=sharding.compiler_options(sharding.make_mesh()))
     def measure_images(originals: jax.Array, others: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -185,10 +184,10 @@ def prepare_metrics(config: TrainConfig) -> Contender:
 
 
 def prepare_codec(config: TrainConfig, step: str) -> Contender:
-    """The codec's passes over a batch; they choose themselves how many images go at a time."""
+    """Prepares the codec's passes over a batch; they choose how many images go at a time."""
     from llvq.codec.passes import Passes  # needs constriction
 
-    model = train_state.create_model(config.architecture, config.seed)
+    model = create_model(config)
     model.value_range = config.model.value_range
     passes = Passes(model, jax.devices()[:1])
     images = random_images(config)
@@ -200,7 +199,7 @@ def prepare_codec(config: TrainConfig, step: str) -> Contender:
 
 
 def prepare(config: TrainConfig, step: str) -> Contender:
-    """Any step, in llvq."""
+    """Prepares any step, in llvq."""
     if step in _IN_PYTORCH:
         return prepare_llvq(config, step)
     return prepare_metrics(config) if step == "metrics" else prepare_codec(config, step)
@@ -209,7 +208,7 @@ def prepare(config: TrainConfig, step: str) -> Contender:
 def prepare_torch(
     config: TrainConfig, step: str, *, amp: bool = False, compiled: bool = False, tf32: bool = True
 ) -> Contender:
-    """The same in PyTorch, on the same kind of device."""
+    """Prepares the same in PyTorch, on the same kind of device."""
     import torch
 
     from benchmarks import torch_model
@@ -282,15 +281,13 @@ def _case(dataset: str, quantizer: str, step: str, batch_size: int, image_size: 
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    title, *_ = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(prog="train_step.py", description=title)
+    parser = comparison.make_parser("train_step.py", __doc__)
     for name, choices in (("datasets", DATASETS), ("quantizers", QUANTIZERS), ("steps", STEPS)):
         parser.add_argument(f"--{name}", nargs="+", choices=list(choices), default=list(choices))
     parser.add_argument("--batch-size", type=int, nargs="+", default=[], help="one or several")
     parser.add_argument(
         "--image-size", type=int, nargs="+", default=[], help="height and width, one or several"
     )
-    figures.add_options(parser)
     return parser.parse_args(arguments)
 
 
@@ -299,8 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     host_memory.keep_freed_memory()  # as main.py does
     options = _parse(arguments)
     with one_line_exit("train_step.py"):
-        figures.require_torch()
-        figures.check_options(options, "batch_size", "image_size")
+        comparison.require_torch()
+        comparison.check_options(options, "batch_size", "image_size")
         batch_sizes, image_sizes = options.batch_size or [0], options.image_size or [0]
         cases = [
             _case(dataset, quantizer, step, batch_size, image_size)
@@ -309,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         ]
         packages = ("jax", "flax", "torch")
-        figures.record(
+        comparison.record(
             "train_step.py", packages, cases, "images", options, _reset_torch, measure.ceilings
         )
 

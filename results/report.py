@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks import sweep
-from benchmarks.figures import Row
+from benchmarks.store import Row
 from llvq.evaluation.metrics import METRICS
 from llvq.quantizers import QUANTIZERS
 from llvq.runtime.console import markdown_table

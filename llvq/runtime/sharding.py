@@ -9,6 +9,8 @@ import collections
 import functools
 import math
 import os
+import pathlib
+import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +40,9 @@ _COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
         "xla_tpu_run_space_to_batch_on_new_platforms": False,
     },
 }
+
+# Vector instructions of x86, the widest first, by the kernel's names.
+_VECTORS = {"avx512f": "AVX-512", "avx2": "AVX2"}
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, *, height: int = 1) -> Mesh:
@@ -85,11 +90,24 @@ def mesh_for_batches(
 
 
 def describe(mesh: Mesh) -> str:
-    """Describes the machine, e.g. as "8 × NVIDIA H100 80GB HBM3" or "2 CPU cores"."""
+    """Names the machine: "8 × NVIDIA H100 80GB HBM3", "2 CPU cores (AMD EPYC 7B13, AVX2)"."""
     device = mesh.devices.flat[0]
-    if device.platform == "cpu":
-        return f"{os.cpu_count()} CPU cores"
-    return f"{mesh.size} × {device.device_kind}"
+    if device.platform != "cpu":
+        return f"{mesh.size} × {device.device_kind}"
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    processor = _processor(cpuinfo.read_text() if cpuinfo.exists() else "")
+    return f"{os.cpu_count()} CPU cores ({processor})"
+
+
+def _processor(cpuinfo: str) -> str:
+    """Names the processor of /proc/cpuinfo and its widest vector instructions."""
+    fields: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    flags = fields.get("flags", "").split()
+    widest = next((name for flag, name in _VECTORS.items() if flag in flags), "")
+    return ", ".join(filter(None, (fields.get("model name") or platform.machine(), widest)))
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any]:

@@ -1,25 +1,20 @@
-"""Keeps the benchmarks' figures in a JSON file, and writes tables of them."""
+"""Comparisons of contenders that run in turns: measured, kept and shown in a table."""
 
 import argparse
 import importlib.util
-import json
 import os
-import pathlib
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from benchmarks import measure
+from benchmarks import measure, store
 from benchmarks.measure import Case
-from llvq.data.files import replacing
+from benchmarks.store import Row, number
 from llvq.errors import UserError, first_line
 from llvq.runtime.console import markdown_table
-
-Row = dict[str, Any]
 
 # Above this load average, other programs are at work. That distorts the comparison: with more
 # threads than free cores, PyTorch was seen to take 90 times as long as with one thread.
@@ -31,73 +26,10 @@ The programs named below wrote this page and say what they measure; do not edit 
 are medians of runs in turns; a ratio of speeds is the median of those of neighbouring runs, with
 its quartiles in brackets.
 """
-_SOURCE = ("program", "machine", "versions", "command")
-
-
-def read_rows(output: pathlib.Path, check: Callable[[list[Row]], Any]) -> list[Row]:
-    """The rows that earlier runs have kept in a JSON file, if any.
-
-    Args:
-      output: the file.
-      check: raises an exception if the rows are of another kind.
-
-    Raises:
-      UserError: if the file cannot be used.
-    """
-    if output.suffix != ".json":
-        raise UserError(f"--output={output}: must end in .json; a table is written beside it")
-    if not output.parent.is_dir():
-        raise UserError(f"--output={output}: there is no directory {output.parent}")
-    if not output.exists():
-        return []
-    try:
-        rows = json.loads(output.read_text())
-        check(rows)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise UserError(f"--output={output} exists and is not of this program") from error
-    except OSError as error:
-        raise UserError(f"--output={output} cannot be read: {error.strerror or error}") from error
-    return rows
-
-
-def write_rows(output: pathlib.Path, rows: Sequence[Row], markdown: str) -> None:
-    """Keeps rows in a JSON file, which is replaced as a whole, and Markdown beside it.
-
-    Raises:
-      UserError: if they cannot be written.
-    """
-    try:
-        with replacing(output) as file:
-            file.write_text(json.dumps(rows, indent=1) + "\n")
-        output.with_suffix(".md").write_text(markdown)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"--output={output} cannot be written: {reason}") from error
-
-
-def source(program: str, *packages: str) -> Row:
-    """Where the figures of this process come from: the entries that `by_source` groups rows by.
-
-    Args:
-      program: e.g. "train_step.py".
-      packages: whose versions matter.
-    """
-    command = " ".join(["python", *sys.argv])
-    values = program, measure.machine(), measure.versions(*packages), command
-    return dict(zip(_SOURCE, values, strict=True))
-
-
-def by_source(rows: Sequence[Row]) -> Iterator[tuple[Row, list[Row]]]:
-    """(source, rows) of each command on each machine, in the order of their first rows."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in _SOURCE), []).append(row)
-    for values, group in groups.items():
-        yield dict(zip(_SOURCE, values, strict=True)), group
 
 
 def comparison_table(rows: Sequence[Row]) -> str:
-    """A line for each contender of each row, with llvq's speed over its speed.
+    """Makes a table with a line for each contender, with llvq's speed over its speed.
 
     Args:
       rows: as `record` makes them, of one benchmark.
@@ -124,14 +56,8 @@ def comparison_table(rows: Sequence[Row]) -> str:
     return markdown_table(header, lines)
 
 
-def number(value: float, digits: int = 4) -> str:
-    """A number with so many digits, and commas instead of an exponent."""
-    rounded = float(f"{value:.{digits}g}")
-    return f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:g}"
-
-
 def _shares(row: Row, name: str, seconds: float) -> list[str]:
-    """What a contender reaches of the memory's speed, and of that of its arithmetic."""
+    """Returns the share of the memory's speed that a contender reaches, and of its arithmetic's."""
     work = dict(row.get("work", {}).get(name, {}))
     shares = {
         unit: f"{amount / seconds / row['ceilings'][unit]:.0%}" for unit, amount in work.items()
@@ -154,9 +80,9 @@ def _ratio(seconds: Mapping[str, list[float] | None], theirs: str, ours: str) ->
 
 
 def report(rows: Sequence[Row]) -> str:
-    """All rows of `record` in Markdown, with a section for each command on each machine."""
+    """Makes a page of all rows of `record`: a section for each command on each machine."""
     sections = [_HEADER]
-    for where, part in by_source(rows):
+    for where, part in store.by_source(rows):
         loads = [row["load"] for row in part if "load" in row]
         note = f"; load average before: {max(loads):.1f}" if loads else ""
         sections.append(
@@ -175,7 +101,7 @@ def record(
     between: Callable[[], None] = lambda: None,
     ceilings: Callable[[], Mapping[str, float]] = dict,
 ) -> None:
-    """Runs a benchmark: measures all cases, prints them as a table, and keeps them as they come.
+    """Measures all cases, prints a table of them, and keeps each as soon as it is measured.
 
     A case replaces the same case of the same program and machine that was kept before; with
     `--resume` it is not measured again.
@@ -185,15 +111,15 @@ def record(
       packages: whose versions matter.
       cases: what to measure.
       unit: of what a step handles, e.g. "images".
-      options: of `add_options`.
-      between: is called before each case.
+      options: of `make_parser`.
+      between: called before each case.
       ceilings: measures what the device reaches; see `measure.ceilings`.
 
     Raises:
       UserError: if the output cannot be used, or memory is too small.
     """
-    rows = read_rows(options.output, report) if options.output else []
-    where = source(program, *packages)
+    kept = store.Store(options.output, report)
+    where = store.source(program, *packages)
     load = os.getloadavg()[0]
     if load > _QUIET and jax.default_backend() == "cpu":
         print(
@@ -202,16 +128,10 @@ def record(
             file=sys.stderr,
         )
     if options.resume:
-        cases = [case for case in cases if kept({**where, "setting": case.setting}, rows) is None]
+        cases = [case for case in cases if not kept.find({**where, "setting": case.setting})]
     reached = dict(ceilings()) if cases else {}
     measured: list[Row] = []
-    start = time.monotonic()
-    for number, case in enumerate(cases):
-        left = (time.monotonic() - start) / number * (len(cases) - number) if number else None
-        eta = "" if left is None else f", {left / 60:.0f} min left"
-        print(
-            f"{number + 1}/{len(cases)}{eta}:", *case.setting.values(), file=sys.stderr, flush=True
-        )
+    for case in store.progress(cases, lambda case: store.words(case.setting)):
         between()
         try:
             seconds, ran = measure.compare(case.contenders, options.repeats, options.min_seconds)
@@ -227,51 +147,26 @@ def record(
         row["memory_bytes"] = {name: contender.memory_bytes for name, contender in ran.items()}
         row["work"] = {name: dict(contender.work) for name, contender in ran.items()}
         measured.append(row)
-        rows = keep(rows, row, options.output)
+        kept.add(row)
     print(comparison_table(measured) if measured else "every case has been measured before")
 
 
-def keep(rows: Sequence[Row], row: Row, output: pathlib.Path | None) -> list[Row]:
-    """As `replaced`; also writes the rows, if there is a file."""
-    rows = replaced(rows, row)
-    if output:
-        write_rows(output, rows, report(rows))
-    return rows
-
-
-def replaced(rows: Sequence[Row], row: Row) -> list[Row]:
-    """The rows, with a new one in place of that of the same case, program and machine."""
-    return [*(old for old in rows if _identity(old) != _identity(row)), row]
-
-
-def kept(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The row of the same case, program and machine; None if there is none."""
-    return next((old for old in rows if _identity(old) == _identity(row)), None)
-
-
-def _identity(row: Row) -> tuple[Any, ...]:
-    return row["program"], row["machine"], row["setting"]
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that `record` needs."""
+def make_parser(program: str, doc: str | None) -> argparse.ArgumentParser:
+    """Makes a parser with the options that `record` needs."""
+    parser = store.make_parser(program, doc)
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each contender")
     parser.add_argument(
         "--min-seconds", type=float, default=0.2, help="a run has as many calls as fill this time"
     )
-    parser.add_argument("--output", type=pathlib.Path, help="a JSON file to keep the figures in")
     parser.add_argument(
         "--resume", action="store_true", help="leave out what the file has of this machine"
     )
+    return parser
 
 
 def check_options(options: argparse.Namespace, *names: str) -> None:
-    """Raises UserError unless the options of these names, and the repeats, are above 0."""
-    for name in ("repeats", *names):
-        values = getattr(options, name)
-        for value in values if isinstance(values, list) else [values]:
-            if value < 1:
-                raise UserError(f"--{name.replace('_', '-')}: {value} must be at least 1")
+    """Raises UserError unless the options of `make_parser`, and those named, are in range."""
+    store.check_positive(options, "repeats", *names)
     if not options.min_seconds >= 0:
         raise UserError(f"--min-seconds: {options.min_seconds} must be 0 or more")
 
