@@ -1,1 +1,1 @@
-"""Tables and pictures of the project's own runs, and what makes them."""
+"""Studies of the project: their runs, tables and pictures."""

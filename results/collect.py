@@ -55,13 +55,13 @@ _MACHINE = "machine"
 
 
 def find_workdirs(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The evaluated workdirs in a directory, itself included."""
+    """Yields the evaluated workdirs in a directory, itself included."""
     for path in sorted(directory.rglob("evaluation.json")):
         yield path.parent
 
 
 def recipe_of(saved: Mapping[str, Any]) -> str:
-    """The recipe that the run of a checkpoint follows.
+    """Finds the recipe that the run of a checkpoint follows.
 
     Args:
       saved: the checkpoint's config. A field that is missing has its default.
@@ -95,7 +95,7 @@ def recipe_of(saved: Mapping[str, Any]) -> str:
 
 
 def read_events(workdir: pathlib.Path) -> tuple[dict[str, list[tuple[int, float]]], str | None]:
-    """The records that a run has written for TensorBoard.
+    """Reads the records that a run has written for TensorBoard.
 
     Returns:
       (step, value) pairs by name, one for each step even if it ran twice; and the machine that
@@ -117,7 +117,7 @@ def read_events(workdir: pathlib.Path) -> tuple[dict[str, list[tuple[int, float]
 
 
 def summarise(workdir: pathlib.Path, trained_on: str) -> Run:
-    """The figures and curves of a run that the tables and plots need.
+    """Reads the numbers and curves of a run that the tables and plots need.
 
     Args:
       workdir: of the run.
@@ -147,7 +147,7 @@ def summarise(workdir: pathlib.Path, trained_on: str) -> Run:
 
 
 def collect(workdir: pathlib.Path, trained_on: str, results: pathlib.Path) -> None:
-    """Keeps the figures and the picture of a run in `results`/runs.
+    """Keeps the numbers and the picture of a run in `results`/runs.
 
     Args:
       workdir: of the run.

@@ -9,34 +9,31 @@ these curves, `--trials` the trials that came before.
 """
 
 import argparse
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-import input_pipeline
-from llvq.data import Dataset
 from llvq.errors import one_line_exit
 from llvq.quantizers import QUANTIZERS
 from llvq.runtime.console import markdown_table
-from results import recorded
+from results import pages
 from results.compared import (
     BASELINE,
     DIRECTORY,
     FIRST,
+    RUNS,
     SEED,
     TRIALS,
     Run,
     bd_rate,
-    evaluated,
     first_of,
     further,
     gain,
-    read,
 )
 from results.curves import CURVES, LATTICES
-from results.report import spread
+from results.intervals import spread
+from results.recorded import Record, evaluated, read, train_missing
 
 _ANCHORS = (BASELINE, "sparse_lattice", "fsq")
 
@@ -55,7 +52,16 @@ _COLUMNS = (
 )
 
 
-def _cells(run: Run, record: Mapping[str, Any]) -> list[str]:
+_DIGITS = {
+    "coded_bits_per_vector": ".3f",
+    "context_coded_bits_per_vector": ".3f",
+    "coded_bits_per_pixel": ".3f",
+    "reconstruction_loss": ".5f",
+    "psnr": ".2f",
+}
+
+
+def _cells(run: Run, record: Record) -> list[str]:
     curve, evaluation, model = CURVES[run.curve], record["evaluation"], record["config"]["model"]
     prefix = "quantizer."
     of_quantizer = [
@@ -69,14 +75,10 @@ def _cells(run: Run, record: Mapping[str, Any]) -> list[str]:
     return [
         f"`{run.curve}`",
         f"{model['latent_dim']}, {model['latent_activation']}",
-        ", ".join([f"{curve.knob} {run.value}", *of_quantizer]),
+        ", ".join([curve.setting(run.value), *of_quantizer]),
         str(run.seed),
         str(run.epochs),
-        f"{evaluation['coded_bits_per_vector']:.3f}",
-        f"{evaluation['context_coded_bits_per_vector']:.3f}",
-        f"{evaluation['coded_bits_per_pixel']:.3f}",
-        f"{evaluation['reconstruction_loss']:.5f}",
-        f"{evaluation['psnr']:.2f}",
+        *pages.cells([evaluation], _DIGITS),
         codes,
     ]
 
@@ -93,8 +95,16 @@ _SPREAD_COLUMNS = (
 )
 
 
-def _of_several_seeds(records: Mapping[Run, Mapping[str, Any]]) -> list[list[Run]]:
-    """Runs that differ in their seeds alone."""
+_SPREAD_DIGITS = {
+    "coded_bits_per_vector": ".2f",
+    "reconstruction_loss": ".5f",
+    "psnr": ".2f",
+    "effective_codebook_size": ",.0f",
+}
+
+
+def _of_several_seeds(records: Mapping[Run, Record]) -> list[list[Run]]:
+    """Groups runs that differ in their seeds alone."""
     more = [run for run in further(records) if run.seed != SEED]
     firsts = dict.fromkeys(run._replace(seed=SEED) for run in more)
     groups = (
@@ -103,19 +113,13 @@ def _of_several_seeds(records: Mapping[Run, Mapping[str, Any]]) -> list[list[Run
     return [evaluated(runs, records) for runs in groups]
 
 
-def _spread_cells(runs: Sequence[Run], records: Mapping[Run, Mapping[str, Any]]) -> list[str]:
-    def figure(name: str, digits: str) -> str:
-        return spread((records[run]["evaluation"][name] for run in runs), digits)
-
+def _spread_cells(runs: Sequence[Run], records: Mapping[Run, Record]) -> list[str]:
     gains = [found for run in runs if (found := gain(run, records)) is not None]
     return [
         f"`{runs[0].curve}`",
-        f"{CURVES[runs[0].curve].knob} {runs[0].value}",
+        CURVES[runs[0].curve].setting(runs[0].value),
         ", ".join(str(run.seed) for run in runs),
-        figure("coded_bits_per_vector", ".2f"),
-        figure("reconstruction_loss", ".5f"),
-        figure("psnr", ".2f"),
-        figure("effective_codebook_size", ",.0f"),
+        *pages.cells((records[run]["evaluation"] for run in runs), _SPREAD_DIGITS),
         spread(gains, ".2f") if len(gains) == len(runs) else "",
     ]
 
@@ -135,7 +139,7 @@ _LATTICE_COLUMNS = (
 )
 
 
-def _lattice_cells(run: Run, record: Mapping[str, Any]) -> list[str]:
+def _lattice_cells(run: Run, record: Record) -> list[str]:
     evaluation = record["evaluation"]
     active, bits = evaluation["active_dimensions"], evaluation["coded_bits_per_vector"]
     lattice = getattr(QUANTIZERS[CURVES[run.curve].quantizer], "lattice", None)
@@ -154,7 +158,7 @@ def _lattice_cells(run: Run, record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _plot(records: Mapping[Run, Mapping[str, Any]], path: pathlib.Path) -> None:
+def _plot(records: Mapping[Run, Record], path: Path) -> None:
     """Lattices with a rate in the loss have dashes and squares, the others lines and circles."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     others = [name for name in CURVES if name not in LATTICES]
@@ -169,8 +173,7 @@ def _plot(records: Mapping[Run, Mapping[str, Any]], path: pathlib.Path) -> None:
     axes[0].set(title="test MSE", xlabel="coded bits per pixel", yscale="log")
     axes[1].set(title="PSNR, dB", xlabel="coded bits per pixel")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper")
-    figure.savefig(path, dpi=90, metadata={"Software": None})
-    plt.close(figure)
+    pages.save_plot(figure, path, dpi=90)
 
 
 _HEADER = """# Quantizers at equal coded bits
@@ -210,7 +213,7 @@ of errors spread evenly over a cell.
 """
 
 
-def write(records: Mapping[Run, Mapping[str, Any]]) -> None:
+def write(records: Mapping[Run, Record]) -> None:
     """Writes the page and the plot."""
 
     def table(runs: Sequence[Run]) -> str:
@@ -258,41 +261,26 @@ def write(records: Mapping[Run, Mapping[str, Any]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="results.compare", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--workdirs", type=pathlib.Path, default=pathlib.Path("runs/compare"))
+    parser = pages.make_parser("results.compare", __doc__)
     parser.add_argument("--only", nargs="+", choices=list(CURVES), help="run only these curves")
     parser.add_argument("--trials", action="store_true", help="run the trials instead")
-    parser.add_argument("--write", action="store_true", help="only write the page again")
     options = parser.parse_args(arguments)
     with one_line_exit(parser.prog):
         if not options.write:
-            _carry_out_all(options)
-        runs = [*FIRST, *TRIALS]
-        write(read([*runs, *further(read(runs))]))
+            _train_missing(options)
+        write(read([*RUNS, *further(read(FIRST))]))
 
 
-def _carry_out_all(options: argparse.Namespace) -> None:
-    data = input_pipeline.load("fashion_mnist")
-
-    def carry_out(runs: Iterable[Run]) -> None:
-        for run in runs:
-            if run.curve in (options.only or CURVES):
-                _carry_out_once(run, options.workdirs, data)
+def _train_missing(options: argparse.Namespace) -> None:
+    def train(runs: Iterable[Run]) -> None:
+        wanted = [run for run in runs if run.curve in (options.only or CURVES)]
+        train_missing(wanted, options.workdirs)
 
     if options.trials:
-        carry_out(TRIALS)
+        train(TRIALS)
     else:
-        carry_out(FIRST)
-        carry_out(further(read(FIRST)))
-
-
-def _carry_out_once(run: Run, workdirs: pathlib.Path, data: Dataset) -> None:
-    if run in read([run]):
-        return
-    print(run.name, flush=True)
-    recorded.keep(run.record, recorded.train(run.config(), workdirs / run.name, data))
+        train(FIRST)
+        train(further(read(FIRST)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The runs of `results.compare`, and their figures at equal coded bits."""
+"""The runs of `results.compare`, and their comparison at equal coded bits."""
 
 import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -12,8 +12,8 @@ from scipy.interpolate import PchipInterpolator
 
 from configs import fashion_mnist
 from llvq.config import TrainConfig, parse
-from results import recorded
-from results.curves import CURVES, LATTICES
+from results.curves import CURVES, LATTICES, in_name
+from results.recorded import Record, evaluated
 
 DIRECTORY = pathlib.Path(__file__).parent / "compare"
 
@@ -33,17 +33,16 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         """The run's place in the directories of records and workdirs."""
-        value = "x".join(map(str, self.value)) if isinstance(self.value, tuple) else self.value
         changes = "".join(f"_{value}" for _, value in self.changes)
-        return f"{self.curve}/{value}{changes}_{self.epochs}_epochs_seed_{self.seed}"
+        return f"{self.curve}/{in_name(self.value)}{changes}_{self.epochs}_epochs_seed_{self.seed}"
 
     @property
     def record(self) -> pathlib.Path:
-        """The file of the finished run's figures."""
+        """The file of the run's record."""
         return DIRECTORY / f"{self.name}.json"
 
     def config(self) -> TrainConfig:
-        """The run's config: recipe `long`, but shorter."""
+        """Returns the run's config: recipe `long`, but shorter."""
         curve = CURVES[self.curve]
         config = curve.at(self.value, fashion_mnist.get_config(f"{curve.quantizer},long"))
         config.seed, config.num_epochs = self.seed, self.epochs
@@ -89,36 +88,26 @@ TRIALS = [
     Run("e8_lattice", 2.5e-4, changes=(("quantizer.training", "mixed"),)),
 ]
 FIRST = [Run(name, value) for name, curve in CURVES.items() for value in curve.values]
-
-
-def read(runs: Sequence[Run]) -> dict[Run, dict[str, Any]]:
-    """The records of those of the runs that are finished, with the config of today."""
-    found = {run: recorded.read(run.record, run.config()) for run in runs}
-    return {run: record for run, record in found.items() if record is not None}
-
-
-def evaluated(runs: Iterable[Run], records: Mapping[Run, Mapping[str, Any]]) -> list[Run]:
-    """Those of the runs that have figures: they are finished and did not diverge."""
-    return [run for run in runs if "evaluation" in records.get(run, {})]
+RUNS = [*FIRST, *TRIALS]
 
 
 def first_of(name: str) -> list[Run]:
-    """The first runs of a curve."""
+    """Returns the first runs of a curve."""
     return [run for run in FIRST if run.curve == name]
 
 
-def rate(record: Mapping[str, Any]) -> float:
-    """Coded bits per pixel."""
+def rate(record: Record) -> float:
+    """Returns coded bits per pixel."""
     return record["evaluation"]["coded_bits_per_pixel"]
 
 
-def psnr(record: Mapping[str, Any]) -> float:
-    """PSNR over the test images, in dB."""
+def psnr(record: Record) -> float:
+    """Returns PSNR over the test images, in dB."""
     return record["evaluation"]["psnr"]
 
 
-def curve_of(name: str, records: Mapping[Run, Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """(rate, PSNR) of a curve's first runs, by ascending rate, where more bits give more PSNR."""
+def curve_of(name: str, records: Mapping[Run, Record]) -> list[tuple[float, float]]:
+    """Returns (rate, PSNR) of a curve's first runs, ascending, where more bits give more PSNR."""
     runs = evaluated(first_of(name), records)
     curve: list[tuple[float, float]] = []
     for point in sorted((rate(records[run]), psnr(records[run])) for run in runs):
@@ -127,10 +116,8 @@ def curve_of(name: str, records: Mapping[Run, Mapping[str, Any]]) -> list[tuple[
     return curve
 
 
-def bd_rate(
-    name: str, records: Mapping[Run, Mapping[str, Any]], anchor: str = BASELINE
-) -> float | None:
-    """How many percent more bits a curve takes than another one at equal PSNR, on average.
+def bd_rate(name: str, records: Mapping[Run, Record], anchor: str = BASELINE) -> float | None:
+    """Computes how many percent more bits a curve takes than another at equal PSNR, on average.
 
     Bjøntegaard's delta rate, with piecewise cubic interpolation, over the PSNR that both curves
     reach. None if a curve is not finished, or if they do not overlap.
@@ -148,8 +135,8 @@ def bd_rate(
     )
 
 
-def gain(run: Run, records: Mapping[Run, Mapping[str, Any]]) -> float | None:
-    """How many dB the PSNR of a run is above the baseline's curve at the run's rate.
+def gain(run: Run, records: Mapping[Run, Record]) -> float | None:
+    """Computes how many dB a run's PSNR is above the baseline's curve at the run's rate.
 
     The curve's PSNR is interpolated over the logarithm of its rate, as by `bd_rate`. None beyond
     the curve's rates.
@@ -161,15 +148,15 @@ def gain(run: Run, records: Mapping[Run, Mapping[str, Any]]) -> float | None:
     return psnr(of_run) - float(PchipInterpolator(np.log(rates), psnrs)(np.log(rate(of_run))))
 
 
-def nearest(name: str, records: Mapping[Run, Mapping[str, Any]]) -> Run:
-    """The first run of a curve whose coded bits per vector are nearest to 5."""
+def nearest(name: str, records: Mapping[Run, Record]) -> Run:
+    """Returns the first run of a curve whose coded bits per vector are nearest to 5."""
     runs = evaluated(first_of(name), records)
     per_vector = "coded_bits_per_vector"
     return min(runs, key=lambda run: abs(records[run]["evaluation"][per_vector] - 5.0))
 
 
-def further(records: Mapping[Run, Mapping[str, Any]]) -> list[Run]:
-    """The runs after the first ones: more seeds for six curves, and ten epochs for three."""
+def further(records: Mapping[Run, Record]) -> list[Run]:
+    """Returns what follows the first runs: more seeds for six curves, ten epochs for three."""
     if any(run not in records for run in FIRST):
         return []
 

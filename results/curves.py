@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 class Curve(NamedTuple):
-    """A quantizer at several rates.
+    """One quantizer at several rates.
 
     Attributes:
       quantizer: of llvq.quantizers.QUANTIZERS.
@@ -25,13 +25,22 @@ class Curve(NamedTuple):
     latent_activation: str
     options: Mapping[str, Any] = {}
 
+    def setting(self, value: Any) -> str:
+        """Returns the knob and its value in words."""
+        return f"{self.knob} {value}"
+
     def at(self, value: Any, config: ConfigDict) -> ConfigDict:
-        """A config of this quantizer, with these latents, and with the knob at a value."""
+        """Sets a config to this quantizer, these latents, and the knob's value."""
         config.model.latent_dim = self.latent_dim
         config.model.latent_activation = self.latent_activation
         config.model.output_activation = "leaky_relu"
         config.quantizer.update({**self.options, self.knob: value})
         return config
+
+
+def in_name(value: Any) -> str:
+    """Returns a knob's value as part of a file's name."""
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 # Options against dead codes.

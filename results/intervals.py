@@ -1,8 +1,8 @@
-"""Confidence intervals of means over a few seeds."""
+"""Means over a few seeds, with their standard deviation or confidence interval."""
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from scipy import stats
 
@@ -17,7 +17,14 @@ def half_width(values: Sequence[float], confidence: float = 0.95) -> float:
 
 def text(values: Sequence[float], digits: str) -> str:
     """Returns mean ± half width of the 95% interval, or "–" if there is no value."""
-    if not values:
-        return "–"
+    return _text(values, digits, half_width) if values else "–"
+
+
+def spread(values: Sequence[float], digits: str) -> str:
+    """Returns mean ± standard deviation of a sample, or the value if there is one."""
+    return _text(values, digits, statistics.stdev)
+
+
+def _text(values: Sequence[float], digits: str, width: Callable[[Sequence[float]], float]) -> str:
     mean = f"{statistics.mean(values):{digits}}"
-    return f"{mean} ± {half_width(values):{digits.lstrip('+')}}" if len(values) > 1 else mean
+    return f"{mean} ± {width(values):{digits.lstrip('+')}}" if len(values) > 1 else mean

@@ -18,7 +18,7 @@ _CROP = 240, 320  # rows and columns
 
 
 def nearest_file(pixels: Pixels, format_name: str, num_bytes: int) -> bytes:
-    """The JPEG or WebP file, over all qualities, whose size is nearest."""
+    """Returns the JPEG or WebP file, over all qualities, whose size is nearest."""
     files: dict[int, bytes] = {}
 
     def size(quality: int) -> int:
@@ -32,7 +32,7 @@ def nearest_file(pixels: Pixels, format_name: str, num_bytes: int) -> bytes:
 
 
 def quality(original: Pixels, reconstruction: Pixels) -> dict[str, float]:
-    """PSNR, SSIM and MS-SSIM of an image, by TensorFlow."""
+    """Computes PSNR, SSIM and MS-SSIM of an image with TensorFlow."""
     pair = [tf.constant(image) for image in (original, reconstruction)]
     return {
         "psnr": float(tf.image.psnr(*pair, max_val=255)),
@@ -42,7 +42,7 @@ def quality(original: Pixels, reconstruction: Pixels) -> dict[str, float]:
 
 
 def compress(model: VQVAE, pixels: Pixels) -> dict[str, tuple[int, Pixels]]:
-    """The bytes of a photograph's file and what it decodes to, by this program and by others."""
+    """Compresses a photograph with this program and others: size in bytes and decoded pixels."""
     images = pixels[None]
     stream = codec.encode(model, images)
     with_contexts = codec.encode(model, images, with_contexts=True)
@@ -55,7 +55,7 @@ def compress(model: VQVAE, pixels: Pixels) -> dict[str, tuple[int, Pixels]]:
 
 
 def measure(model: VQVAE, photographs: Collection[Pixels]) -> dict[str, dict[str, float]]:
-    """Coded bits per pixel over all photographs and the means of their qualities, by format."""
+    """Measures coded bits per pixel over all photographs and their mean qualities, by format."""
     num_pixels = sum(pixels.shape[0] * pixels.shape[1] for pixels in photographs)
     totals: dict[str, dict[str, float]] = {}
     for pixels in photographs:
@@ -70,7 +70,7 @@ def measure(model: VQVAE, photographs: Collection[Pixels]) -> dict[str, dict[str
 
 
 def compared(model: VQVAE, pixels: Pixels) -> tuple[Pixels, dict[str, int]]:
-    """A picture of a photograph's centre, and bytes by name.
+    """Makes a picture of a photograph's centre, and the number of bytes by name.
 
     The picture has the original and `model`'s version above those of JPEG and WebP. The bytes are
     those of the original's pixels and of the whole photograph's files.

@@ -1,26 +1,25 @@
-"""What the LeakyReLU at the end of the paper's decoder costs.
+"""Measures what the LeakyReLU at the end of the paper's decoder costs.
 
-    python -m results.output_activation          # trains what is missing; resumes what was stopped
+    python -m results.output_activation          # trains missing runs, resumes interrupted ones
     python -m results.output_activation --write  # writes results/output_activation.md
 
 Each quantizer is trained with and without the activation, with the same seeds, and therefore with
 the same initial parameters and the same order of images: differences are paired.
 """
 
-import argparse
 import itertools
 import logging
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import input_pipeline
 from configs import fashion_mnist
 from llvq.config import TrainConfig, parse
 from llvq.data.files import replacing
+from llvq.errors import one_line_exit
 from llvq.runtime.console import markdown_table
-from results import intervals, recorded
+from results import intervals, pages, recorded
 
 DIRECTORY = pathlib.Path(__file__).parent / "output_activation"
 
@@ -38,7 +37,7 @@ _PAGE = """# The activation at the end of the decoder
 The paper's decoder ends in a LeakyReLU of slope 0.01. Half of FashionMNIST's pixels are exactly
 −0.5; to say so, the layer before the activation has to reach −50. The runs follow the recipe
 `paper` with `schedule=constant`, and FSQ, which is not in the paper, has no activation after the
-encoder. The figures are means over the seeds named, and "gain" is the mean difference between runs
+encoder. Numbers are means over the seeds named, and "gain" is the mean difference between runs
 of the same seed without and with the activation, with its 95% t-interval.
 
 {table}
@@ -54,15 +53,14 @@ class Run(NamedTuple):
     epochs: int
 
     @property
-    def record(self) -> pathlib.Path:
-        """The file of the finished run's figures."""
-        name = f"{self.activation}_{self.epochs}_epochs_seed_{self.seed}.json"
-        return DIRECTORY / self.quantizer / name
+    def name(self) -> str:
+        """The run's place in the directory of records."""
+        return f"{self.quantizer}/{self.activation}_{self.epochs}_epochs_seed_{self.seed}"
 
     @property
-    def workdir(self) -> pathlib.Path:
-        """Where it trains, within the directory of all runs."""
-        return pathlib.Path(self.quantizer, self.activation, f"seed_{self.seed}")
+    def record(self) -> pathlib.Path:
+        """The file of the run's record."""
+        return DIRECTORY / f"{self.name}.json"
 
     def config(self) -> TrainConfig:
         """Returns the run's config."""
@@ -83,63 +81,51 @@ RUNS = [
 ]
 
 
-def read() -> dict[Run, Mapping[str, Any]]:
-    """Returns the evaluations of the finished runs."""
-    found = {run: recorded.read(run.record, run.config()) for run in RUNS}
-    return {run: record["evaluation"] for run, record in found.items() if record}
-
-
-def train(directory: pathlib.Path) -> None:
+def train(workdirs: pathlib.Path) -> None:
     """Trains and evaluates the runs that have no record."""
-    for run in RUNS:
-        config = run.config()
-        if recorded.read(run.record, config):
-            continue
-        data = input_pipeline.load(**vars(config.dataset), image_shape=config.model.image_shape)
-        workdir = directory / run.workdir
-        recorded.keep(run.record, recorded.train(config, workdir, data))
+    for run in recorded.missing(RUNS):
+        workdir = workdirs / run.quantizer / run.activation / f"seed_{run.seed}"
+        recorded.keep(run, recorded.train(run.config(), workdir))
         if run.epochs == _EPOCHS[-1]:
             shutil.rmtree(workdir)
 
 
 def _row(
-    quantizer: str, epochs: int, evaluations: Mapping[Run, Mapping[str, Any]]
+    quantizer: str, epochs: int, records: Mapping[Run, recorded.Record]
 ) -> tuple[list[float], list[str]] | None:
-    """(gains in dB, cells) of one quantizer after some epochs; None before any pair is finished."""
-    pairs = {
-        seed: [
-            evaluations.get(Run(quantizer, activation, seed, epochs)) for activation in _ACTIVATIONS
-        ]
-        for seed in _SEEDS
-    }
-    whole = {seed: (old, new) for seed, (old, new) in pairs.items() if old and new}
-    if not whole:
+    """Returns (gains in dB, cells) after some epochs; None before any pair is finished."""
+    pairs: dict[int, list[Mapping[str, float]]] = {}  # evaluations with and without, by seed
+    for seed in _SEEDS:
+        pair = [Run(quantizer, activation, seed, epochs) for activation in _ACTIVATIONS]
+        if len(recorded.evaluated(pair, records)) == len(pair):
+            pairs[seed] = [records[run]["evaluation"] for run in pair]
+    if not pairs:
         return None
-    gains = [new["psnr"] - old["psnr"] for old, new in whole.values()]
-    cells = [quantizer, str(epochs), ", ".join(map(str, whole))]
-    for figure, digits in (("psnr", ".2f"), ("reconstruction_loss", ".5f")):
-        for of_activation in zip(*whole.values(), strict=True):
-            cells.append(intervals.text([of_run[figure] for of_run in of_activation], digits))
-    cells.append(intervals.text(gains, "+.2f"))
-    bits = [
-        new["coded_bits_per_vector"] - old["coded_bits_per_vector"] for old, new in whole.values()
-    ]
-    cells.append(intervals.text(bits, "+.2f"))
-    return gains, cells
+
+    def differences(name: str) -> list[float]:
+        return [new[name] - old[name] for old, new in pairs.values()]
+
+    cells = [quantizer, str(epochs), ", ".join(map(str, pairs))]
+    for name, digits in (("psnr", ".2f"), ("reconstruction_loss", ".5f")):
+        for evaluations in zip(*pairs.values(), strict=True):
+            cells += pages.cells(evaluations, {name: digits}, intervals.text)
+    cells.append(intervals.text(differences("psnr"), "+.2f"))
+    cells.append(intervals.text(differences("coded_bits_per_vector"), "+.2f"))
+    return differences("psnr"), cells
 
 
 def page() -> str:
     """Returns the page of results."""
-    evaluations = read()
+    records = recorded.read(RUNS)
     rows = [
         row
         for quantizer, epochs in itertools.product(_QUANTIZERS, _EPOCHS)
-        if (row := _row(quantizer, epochs, evaluations))
+        if (row := _row(quantizer, epochs, records))
     ]
     means = [sum(gains) / len(gains) for gains, _ in rows]
     answer = (
         f"Without the activation, PSNR is {min(means):.1f} to {max(means):.1f} dB higher after "
-        f"the same training ({len(evaluations)} of {len(RUNS)} runs are finished). "
+        f"the same training ({len(records)} of {len(RUNS)} runs are finished). "
         if rows
         else "No pair of runs is finished yet. "
     )
@@ -154,18 +140,13 @@ def page() -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     logging.getLogger("absl").setLevel(logging.ERROR)
-    parser = argparse.ArgumentParser(
-        prog="results.output_activation", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--write", action="store_true", help="only write the page")
-    parser.add_argument(
-        "--runs", type=pathlib.Path, default=pathlib.Path("runs/output_activation"), help="workdirs"
-    )
+    parser = pages.make_parser("results.output_activation", __doc__)
     options = parser.parse_args(arguments)
-    if not options.write:
-        train(options.runs)
-    with replacing(DIRECTORY.with_suffix(".md")) as file:
-        file.write_text(page())
+    with one_line_exit(parser.prog):
+        if not options.write:
+            train(options.workdirs)
+        with replacing(DIRECTORY.with_suffix(".md")) as file:
+            file.write_text(page())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The models of results.photos: their images, how each is trained, and its record."""
+"""The runs of results.photos: their images, and how each is trained and measured."""
 
 import itertools
 import pathlib
@@ -15,7 +15,8 @@ from llvq.data.image_files import SUFFIXES, find_files, read_image
 from llvq.evaluation.pictures import write_png
 from llvq.import_torch import import_checkpoint
 from results import other_codecs, recorded
-from results.curves import CURVES
+from results.curves import CURVES, in_name
+from results.recorded import Record
 
 DIRECTORY = pathlib.Path(__file__).parent / "photos"
 
@@ -63,16 +64,15 @@ class Run(NamedTuple):
         """The run's place in the directories of records and workdirs."""
         if self.weights:
             return f"{self.task}/authors_{self.curve}"
-        value = "x".join(map(str, self.value)) if isinstance(self.value, tuple) else self.value
-        return f"{self.task}/{self.curve}_{value}_seed_{self.seed}"
+        return f"{self.task}/{self.curve}_{in_name(self.value)}_seed_{self.seed}"
 
     @property
     def record(self) -> pathlib.Path:
-        """The file of the finished run's figures."""
+        """The file of the run's record."""
         return DIRECTORY / f"{self.name}.json"
 
     def config(self) -> TrainConfig:
-        """The run's config, without the place of its images."""
+        """Returns the run's config, without the place of its images."""
         task, curve = TASKS[self.task], CURVES[self.curve]
         config = curve.at(self.value, image_folder.get_config(f"{curve.quantizer},long"))
         config.dataset.fit = task.fit
@@ -135,7 +135,7 @@ RUNS = [
 
 
 def _joined(folders: Sequence[pathlib.Path], directory: pathlib.Path) -> pathlib.Path:
-    """A folder with the images of several, split by split."""
+    """Links the images of several folders into one, split by split."""
     if len(folders) == 1:
         return folders[0]
     for folder, split in itertools.product(folders, ("train", "validation", "test")):
@@ -151,8 +151,8 @@ def carry_out(
     folders: Sequence[pathlib.Path],
     weights: pathlib.Path | None,
     workdir: pathlib.Path,
-) -> None:
-    """Trains and measures a model, or goes on with it, and keeps its record.
+) -> Record:
+    """Trains and measures a model, or resumes it. Returns its record.
 
     Args:
       run: of RUNS.
@@ -187,14 +187,14 @@ def carry_out(
             picture, num_bytes = other_codecs.compared(model, photographs[index])
             record["shown"] = {"name": names[index], "bytes": num_bytes}
             write_png(picture_of(run.task), picture)
-    recorded.keep(run.record, record)
+    return record
 
 
 def picture_of(task: str) -> pathlib.Path:
-    """The file of a task's picture."""
+    """Returns the file of a task's picture."""
     return DIRECTORY / f"{task}.png"
 
 
 def first_of(task: str) -> Run:
-    """The run whose reconstruction a task's picture shows."""
+    """Returns the run whose reconstruction a task's picture shows."""
     return next(run for run in RUNS if run.task == task)

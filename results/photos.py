@@ -14,11 +14,10 @@ from collections.abc import Sequence
 
 from llvq.errors import UserError, one_line_exit
 from llvq.runtime.console import markdown_table
-from results import recorded
+from results import pages
 from results.curves import CURVES
 from results.photo_runs import DIRECTORY, RUNS, TASKS, Run, carry_out, first_of, picture_of
-from results.recorded import Record
-from results.report import spread
+from results.recorded import Record, evaluated, keep, missing, read
 
 _HEADER = """# Models of photographs and faces
 
@@ -45,6 +44,14 @@ _COLUMNS = (
     "SSIM",
     "codes in use",
 )
+_DIGITS = {
+    "coded_bits_per_vector": ".3f",
+    "coded_bits_per_pixel": ".3f",
+    "reconstruction_loss": ".5f",
+    "psnr": ".2f",
+    "ssim": ".3f",
+    "effective_codebook_size": ",.0f",
+}
 _WHOLE_COLUMNS = (
     "quantizer",
     "setting",
@@ -55,6 +62,7 @@ _WHOLE_COLUMNS = (
     "SSIM",
     "MS-SSIM",
 )
+_WHOLE_DIGITS = {"coded_bits_per_pixel": ".3f", "psnr": ".2f", "ssim": ".3f", "ms_ssim": ".3f"}
 
 
 def _name_cells(runs: Sequence[Run]) -> list[str]:
@@ -62,43 +70,25 @@ def _name_cells(runs: Sequence[Run]) -> list[str]:
     seeds = ", ".join(str(run.seed) for run in runs)
     return [
         f"`{runs[0].curve}`",
-        f"{curve.knob} {runs[0].value}",
+        curve.setting(runs[0].value),
         "the authors' weights for FFHQ" if runs[0].weights else seeds,
     ]
 
 
 def _cells(records: dict[Run, Record]) -> list[str]:
-    """A row for runs that differ in their seeds alone."""
-
-    def figure(name: str, digits: str) -> str:
-        return spread((record["evaluation"][name] for record in records.values()), digits)
-
-    return [
-        *_name_cells(list(records)),
-        figure("coded_bits_per_vector", ".3f"),
-        figure("coded_bits_per_pixel", ".3f"),
-        figure("reconstruction_loss", ".5f"),
-        figure("psnr", ".2f"),
-        figure("ssim", ".3f"),
-        figure("effective_codebook_size", ",.0f"),
-    ]
+    """Makes a row for runs that differ in their seeds alone."""
+    evaluations = (record["evaluation"] for record in records.values())
+    return [*_name_cells(list(records)), *pages.cells(evaluations, _DIGITS)]
 
 
 def _whole_cells(records: dict[Run, Record]) -> list[list[str]]:
-    """The rows of their files, one for each format."""
-
-    def figure(file: str, name: str, digits: str) -> str:
-        return spread((record["photographs"][file][name] for record in records.values()), digits)
-
+    """Makes the rows of their files, one for each format."""
     files = next(iter(records.values()))["photographs"]
     return [
         [
             *(_name_cells(list(records)) if i == 0 else [""] * 3),
             file,
-            figure(file, "coded_bits_per_pixel", ".3f"),
-            figure(file, "psnr", ".2f"),
-            figure(file, "ssim", ".3f"),
-            figure(file, "ms_ssim", ".3f"),
+            *pages.cells((each["photographs"][file] for each in records.values()), _WHOLE_DIGITS),
         ]
         for i, file in enumerate(files)
     ]
@@ -140,10 +130,7 @@ def write(records: dict[Run, Record]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="results.photos", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--workdirs", type=pathlib.Path, default=pathlib.Path("runs/photos"))
+    parser = pages.make_parser("results.photos", __doc__)
     parser.add_argument(
         "--sources",
         nargs="+",
@@ -152,39 +139,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="the directories that hold the folders of images and the authors' weights",
     )
     parser.add_argument("--only", nargs="+", choices=list(TASKS), help="run only these tasks")
-    parser.add_argument("--write", action="store_true", help="only write the page again")
     options = parser.parse_args(arguments)
     with one_line_exit(parser.prog):
-        missing = [] if options.write else _carry_out_all(options)
-        records = {run: recorded.read(run.record, run.config()) for run in RUNS}
-        write({run: record for run, record in records.items() if record and "evaluation" in record})
-        if missing:
+        lacking = [] if options.write else _carry_out_all(options)
+        records = read(RUNS)
+        write({run: records[run] for run in evaluated(RUNS, records)})
+        if lacking:
             raise UserError(
-                f"not found in {', '.join(map(str, options.sources))}: {', '.join(missing)}; "
+                f"not found in {', '.join(map(str, options.sources))}: {', '.join(lacking)}; "
                 "docs/data.md says where they come from, --sources names other directories"
             )
 
 
 def _carry_out_all(options: argparse.Namespace) -> list[str]:
-    """Carries out what has no record. Returns the names of what it would need and is missing."""
-    missing: dict[str, None] = {}
+    """Carries out what has no record. Returns the names of files that it needs and lacks."""
+    lacking: dict[str, None] = {}
 
     def find(name: str) -> pathlib.Path | None:
         for source in options.sources:
             if (source / name).exists():
                 return source / name
-        missing[name] = None
+        lacking[name] = None
         return None
 
-    for run in RUNS:
-        if run.task not in (options.only or TASKS) or recorded.read(run.record, run.config()):
-            continue
+    for run in missing(run for run in RUNS if run.task in (options.only or TASKS)):
         folders = [find(name) for name in TASKS[run.task].folders]
         weights = find(run.weights) if run.weights else None
         if None not in folders and (weights is None) == (not run.weights):
-            print(run.name, flush=True)
-            carry_out(run, list(filter(None, folders)), weights, options.workdirs / run.name)
-    return list(missing)
+            found = list(filter(None, folders))
+            keep(run, carry_out(run, found, weights, options.workdirs / run.name))
+    return list(lacking)
 
 
 if __name__ == "__main__":

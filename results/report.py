@@ -4,7 +4,7 @@ import functools
 import json
 import pathlib
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -15,6 +15,8 @@ from benchmarks.store import Row
 from llvq.evaluation.metrics import METRICS
 from llvq.quantizers import QUANTIZERS
 from llvq.runtime.console import markdown_table
+from results import pages
+from results.intervals import spread
 
 DIRECTORY = pathlib.Path(__file__).parent
 
@@ -59,7 +61,7 @@ _COLUMNS = (
 
 
 def read_runs(results: pathlib.Path) -> dict[Group, dict[str, list[Run]]]:
-    """The runs kept, by data set and recipe, then by quantizer, in the order of their seeds."""
+    """Reads the runs kept, by data set and recipe, then by quantizer, ordered by their seeds."""
     groups: dict[Group, dict[str, list[Run]]] = {}
     for path in sorted((results / "runs").rglob("seed_*.json")):
         run = json.loads(path.read_text())
@@ -71,18 +73,11 @@ def read_runs(results: pathlib.Path) -> dict[Group, dict[str, list[Run]]]:
     return groups
 
 
-def spread(values: Iterable[float], digits: str) -> str:
-    """Mean ± standard deviation (of a sample), or the value if there is one."""
-    values = list(values)
-    mean = f"{statistics.mean(values):{digits}}"
-    return f"{mean} ± {statistics.stdev(values):{digits}}" if len(values) > 1 else mean
-
-
 def _cells(quantizer: str, runs: list[Run], published: Mapping[str, float]) -> list[str]:
     def figure(name: str, digits: str) -> str:
         if any(run["evaluation"].get(name) is None for run in runs):
             return ""  # evaluated by an older version, or not finite
-        text = spread((run["evaluation"][name] for run in runs), digits)
+        text = spread([run["evaluation"][name] for run in runs], digits)
         return f"{text} ({published[name]:{digits}})" if name in published else text
 
     size = figure("effective_codebook_size", ",.0f")
@@ -108,7 +103,7 @@ def _cells(quantizer: str, runs: list[Run], published: Mapping[str, float]) -> l
 def _curves(
     axes: Axes, runs: Mapping[str, list[Run]], name: str, title: str, *, log: bool = True
 ) -> None:
-    """A line for each seed, a colour for each quantizer."""
+    """Plots a line for each seed, a colour for each quantizer."""
     for i, (quantizer, same) in enumerate(runs.items()):
         for j, run in enumerate(same):
             points = run["curves"].get(name, [])
@@ -119,13 +114,12 @@ def _curves(
 
 
 def _save_plot(path: pathlib.Path, *draws: Callable[[Axes], None]) -> None:
-    """Plots side by side."""
+    """Writes plots side by side."""
     size = 5 * len(draws), 4
     figure, (row,) = plt.subplots(1, len(draws), figsize=size, layout="constrained", squeeze=False)
     for draw, axes in zip(draws, row, strict=True):
         draw(axes)
-    figure.savefig(path, dpi=100, metadata={"Software": None})
-    plt.close(figure)
+    pages.save_plot(figure, path, dpi=100)
 
 
 def _section(
@@ -169,7 +163,7 @@ def _section(
 
 
 def _read_sweeps(results: pathlib.Path) -> list[Row]:
-    """The rows of benchmarks/sweep.py from the machine that it ran on last."""
+    """Reads the rows of benchmarks/sweep.py from the machine that it ran on last."""
     source = results / "benchmarks.json"
     rows = json.loads(source.read_text()) if source.exists() else []
     rows = [row for row in rows if row["program"] == sweep.PROGRAM]
@@ -200,7 +194,7 @@ def _milliseconds(row: Row, quantizer: str) -> float:
 
 
 def _sweep_section(results: pathlib.Path) -> str:
-    """Time of a training step against what it depends on, if it has been measured."""
+    """Writes about the time of a training step against what it depends on, if it was measured."""
     all_rows = _read_sweeps(results)
     if not all_rows:
         return ""

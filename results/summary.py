@@ -36,7 +36,7 @@ TensorBoard: .venv/bin/tensorboard --logdir={root}"""
 
 
 def cells(workdir: pathlib.Path) -> list[str]:
-    """A run's row of the table.
+    """Makes a run's row of the table.
 
     Raises:
       UserError: if its newest checkpoint is not evaluated, or its workdir has another name.

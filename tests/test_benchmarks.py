@@ -1,4 +1,4 @@
-"""Benchmarks against PyTorch: both sides do the same, and the figures are reported correctly."""
+"""Benchmarks against PyTorch: both sides do the same, and results are kept and shown correctly."""
 
 import argparse
 import importlib.util
@@ -23,22 +23,23 @@ torch = pytest.importorskip("torch", reason="the benchmarks compare with PyTorch
 
 from benchmarks import codec as codec_benchmark
 from benchmarks import (
-    figures,
+    comparison,
     growth,
     measure,
     nearest_point,
     quantizer,
     settings,
     start,
+    store,
     sweep,
     torch_model,
+    tpu_compile,
     train_loop,
 )
 from benchmarks import train_step as benchmark
 from benchmarks.measure import Case, Contender
 from llvq import import_torch, quantizers
 from llvq.config import parse
-from llvq.errors import UserError
 from llvq.runtime import sharding
 from llvq.training import train_state
 from llvq.training.train_step import make_train_step
@@ -259,31 +260,26 @@ def test_what_does_not_fit_is_said_and_the_others_run(prepare):
     assert len(seconds["llvq"]) == 2
     row = {"setting": {"K": 64}, "unit": "vectors", "amount": 1}
     row |= {"seconds": seconds, "memory_bytes": dict.fromkeys(ran, 1)}
-    table = figures.comparison_table([row])
+    table = comparison.comparison_table([row])
     assert "| 64 | PyTorch | **does not fit** |" in table
     assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
-def test_a_ratio_is_the_median_of_the_pairs_ratios():
+def test_the_table_has_the_median_ratio_of_pairs_and_shares_of_what_the_device_reaches():
     row = {"setting": {"K": 1024}, "unit": "images", "amount": 8}
-    row |= {"memory_bytes": {"llvq": 2_000_000, "PyTorch": None}}
+    row["memory_bytes"] = {"llvq": 2_000_000, "PyTorch": None}
     # Ratios 2, 1 and 3; that of the medians is 1.
     row["seconds"] = {"llvq": [1.0, 2.0, 10.0], "PyTorch": [2.0, 2.0, 30.0]}
-    header, _, ours, theirs = figures.comparison_table([row]).splitlines()
+    header, _, ours, theirs = comparison.comparison_table([row]).splitlines()
     assert header.endswith("| program | ms | images/s | memory, MB | llvq's speed / this one's |")
     assert ours == "| 1,024 | llvq | 2,000 | 4 | 2 |  |"
     assert theirs == "| 1,024 | PyTorch | 2,000 | 4 |  | 2.00 (1.00 … 3.00) |"
-
-
-def test_shares_of_what_the_device_reaches():
-    row = {"setting": {"K": 1024}, "unit": "images", "amount": 8, "memory_bytes": {}}
-    row |= {"seconds": {"llvq": [0.5], "PyTorch": [1.0]}}
     row["ceilings"] = {"memory": 1e9, "tf32": 1e12, "float32": 1e11}
-    row["work"] = {"llvq": {"memory": 2e8, "tf32": 1e11}, "PyTorch": {}}
-    header, _, ours, theirs = figures.comparison_table([row]).splitlines()
+    row["work"] = {"llvq": {"memory": 8e8, "tf32": 4e11}, "PyTorch": {}}
+    header, _, ours, theirs = comparison.comparison_table([row]).splitlines()
     assert "| memory, MB | of the memory's speed | of the arithmetic's |" in header
-    assert "| 500 | 16 |  | 40% | 20% |" in ours
-    assert "| 1,000 | 8 |  |  |  |" in theirs
+    assert ours == "| 1,024 | llvq | 2,000 | 4 | 2 | 40% | 20% |  |"
+    assert theirs == "| 1,024 | PyTorch | 2,000 | 4 |  |  |  | 2.00 (1.00 … 3.00) |"
 
 
 def test_ceilings_and_work_agree_with_a_product():
@@ -295,90 +291,113 @@ def test_ceilings_and_work_agree_with_a_product():
     assert work == {"memory": pytest.approx(3 * 4 * 256**2), "float32": pytest.approx(2 * 256**3)}
 
 
-def test_figures_are_kept_as_they_come_and_replaced_when_measured_again(
+def test_cases_are_kept_as_they_come_and_replaced_when_measured_again(
     tmp_path, monkeypatch, capsys
 ):
     options = argparse.Namespace(repeats=1, min_seconds=0.0, output=tmp_path / "benchmarks.json")
     options.resume = False
-
-    monkeypatch.setattr(figures.os, "getloadavg", lambda: (7.25, 1.0, 1.0))
+    monkeypatch.setattr(comparison.os, "getloadavg", lambda: (7.25, 1.0, 1.0))
 
     def record(program, *batches, prepare=lambda: Contender(nothing, 1)):
         cases = [Case({"batch": n}, n, {"llvq": prepare}) for n in batches]
-        figures.record(program, ["jax"], cases, "images", options)
+        comparison.record(program, ["jax"], cases, "images", options)
         out, err = capsys.readouterr()
         assert err.startswith("other programs keep 7.2 cores busy")
         return out
 
-    def kept():
-        rows = json.loads(options.output.read_text())
-        return sorted((row["program"], row["setting"]["batch"]) for row in rows)
-
-    assert "| 2 | llvq |" in record("a.py", 1, 2)
-    assert "| 1 | llvq |" in record("b.py", 1)
-    record("a.py", 2, 3)
-    assert kept() == [("a.py", 1), ("a.py", 2), ("a.py", 3), ("b.py", 1)]
-    text = options.output.with_suffix(".md").read_text()
-    assert re.findall(r"^## (.*?):", text, re.M) == ["a.py", "b.py"]
-    assert f"jax {jax.__version__}; load average before: 7.2\n" in text
-
     def fail():
         raise RuntimeError("an error that has nothing to do with memory")
 
+    assert "| 2 | llvq |" in record("a.py", 1, 2)
+    monkeypatch.setattr(store.sharding, "describe", lambda mesh: "another machine")
+    record("b.py", 1)
+    record("a.py", 2, 3)
+    record("a.py", 2)
     with pytest.raises(RuntimeError, match="nothing to do"):
         record("a.py", 4, prepare=fail)
-    assert len(kept()) == 4
     options.resume = True
-    record("a.py", 1, prepare=fail)  # which is not measured again
-    options.resume = False
-    options.output = tmp_path / "missing" / "benchmarks.json"
-    with pytest.raises(UserError, match="there is no directory"):
-        record("a.py", 1)
+    record("a.py", 3, prepare=fail)  # it is not measured again
+    with pytest.raises(RuntimeError, match="nothing to do"):
+        record("a.py", 1, prepare=fail)  # it was measured on the first machine only
+    rows = json.loads(options.output.read_text())
+    assert [(row["program"], row["setting"]["batch"]) for row in rows] == [
+        ("a.py", 1),
+        ("a.py", 2),
+        ("b.py", 1),
+        ("a.py", 3),
+        ("a.py", 2),
+    ]
+    page = options.output.with_suffix(".md").read_text()
+    titles = re.findall(r"^## (.*?): (another machine)?", page, re.M)
+    assert titles == [("a.py", ""), ("b.py", "another machine"), ("a.py", "another machine")]
+    assert f"jax {jax.__version__}; load average before: 7.2\n" in page
+
+
+PAGES = {
+    "accelerator": comparison.report,
+    "benchmarks": comparison.report,
+    "codec": codec_benchmark._report,
+    "growth": lambda rows: growth._report(rows, "growth.png"),
+    "nearest_point": comparison.report,
+    "start": comparison.report,
+    "tpu_compile": tpu_compile._report,
+    "train_loop": train_loop._report,
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_pages_in_the_repository_are_of_the_rows_in_the_repository(name):
+    path = ROOT / f"results/{name}.json"
+    assert path.with_suffix(".md").read_text() == PAGES[name](json.loads(path.read_text()))
+
+
+STEPS = "--datasets=fashion_mnist --quantizers=sparse_lattice --batch-size=2 --image-size=12"
+BOTH, LATTICES = {"train", "evaluate"}, {"A2", "D4", "E8", "Leech"}
+PACKAGED = {"vq", "fsq", "lfq", "bsq", "simvq", "residual_vq"}
+# Arguments, what varies, and its values by contender.
+COMMANDS = {
+    benchmark: (
+        STEPS,
+        "step",
+        {"llvq": {*benchmark.STEPS}, "network alone": BOTH, "PyTorch": BOTH},
+    ),
+    quantizer: (
+        "--codebook-sizes=16 --vectors=32",
+        "quantizer",
+        {"llvq": {*quantizers.QUANTIZERS}, "PyTorch": {*NAMES}, quantizer.PACKAGE: PACKAGED},
+    ),
+    nearest_point: (
+        "--vectors=64",
+        "lattice",
+        {"llvq": LATTICES, "round": LATTICES, "product": {"Leech"}},
+    ),
+}
 
 
 @pytest.mark.slow
-def test_the_steps_command_runs(tmp_path, capsys):
-    output = f"--output={tmp_path / 'benchmarks.json'}"
-    arguments = ["--datasets", "fashion_mnist", "--quantizers", "sparse_lattice", output]
-    sizes = ["--batch-size", "2", "--image-size", "12", "--repeats", "1", "--min-seconds", "0"]
-    benchmark.main([*arguments, *sizes])
-    table = capsys.readouterr().out
-    programs = ("llvq", "network alone", "PyTorch")
-    for step, program in itertools.product(("train", "evaluate"), programs):
-        row = f"| fashion_mnist | {step} | sparse_lattice | 2 | 12×12 | {program} |"
-        assert row in table
-    for step in ("metrics", "encode", "decode"):
-        assert f"| fashion_mnist | {step} | sparse_lattice | 2 | 12×12 | llvq |" in table
+@pytest.mark.parametrize("program", COMMANDS)
+def test_a_command_measures_every_case(program, tmp_path, capsys):
+    if program is quantizer:
+        pytest.importorskip("vector_quantize_pytorch", reason="the benchmark compares with it")
+    arguments, varied, expected = COMMANDS[program]
+    output = tmp_path / "benchmarks.json"
+    program.main([*arguments.split(), "--repeats=1", "--min-seconds=0", f"--output={output}"])
+    measured = {}
+    for row in json.loads(output.read_text()):
+        for name, (seconds,) in row["seconds"].items():
+            assert seconds > 0
+            measured.setdefault(name, set()).add(row["setting"][varied])
+    assert measured == expected
+    assert capsys.readouterr().out.strip() in output.with_suffix(".md").read_text()
 
 
-@pytest.mark.slow
-def test_the_quantizers_command_runs(tmp_path, capsys):
-    pytest.importorskip("vector_quantize_pytorch", reason="the benchmark compares with it")
-    output = f"--output={tmp_path / 'benchmarks.json'}"
-    sizes = ["--codebook-sizes", "16", "--vectors", "32", "--repeats", "1", "--min-seconds", "0"]
-    quantizer.main([*sizes, output])
-    table = capsys.readouterr().out
-    for name, program in (
-        *itertools.product(quantizers.QUANTIZERS, ("llvq",)),
-        *itertools.product(torch_model.QUANTIZERS, ("PyTorch",)),
-        *itertools.product(
-            ("vq", "fsq", "lfq", "bsq", "simvq", "residual_vq"), (quantizer.PACKAGE,)
-        ),
-    ):
-        assert f"| {name} | 16 | 32 | {program} |" in table
-    records = json.loads((tmp_path / "benchmarks.json").read_text())
-    assert len(records) == len(quantizers.QUANTIZERS)
-
-
-@pytest.mark.slow
-def test_the_nearest_points_command_runs(tmp_path, capsys):
-    output = f"--output={tmp_path / 'nearest_point.json'}"
-    nearest_point.main(["--vectors", "64", "--repeats", "1", "--min-seconds", "0", output])
-    table = capsys.readouterr().out
-    for name, vectors in (("A2", 64), ("D4", 64), ("E8", 64), ("Leech", 256)):
-        for program in ("llvq", "round", *(["product"] if name == "Leech" else [])):
-            assert f"| {name} | {vectors} | {program} |" in table
-    assert (tmp_path / "nearest_point.md").exists()
+def run_alone(program, *arguments):
+    """Runs a benchmark in a process with one device."""
+    command = [sys.executable, ROOT / f"benchmarks/{program}.py", *arguments]
+    one_device = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run(
+        command, env=one_device, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_the_loops_share_is_that_of_the_gaps_and_of_slower_steps():
@@ -407,14 +426,11 @@ def test_the_loops_share_is_that_of_the_gaps_and_of_slower_steps():
 @pytest.mark.slow
 def test_the_loops_command_runs(tmp_path):
     output = tmp_path / "train_loop.json"
-    script = ROOT / "benchmarks/train_loop.py"
-    command = [sys.executable, script, "--datasets", "fashion_mnist", "--num-steps", "26"]
-    command += [f"--output={output}", f"--trace-dir={tmp_path}"]
-    one_device = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    ended = subprocess.run(command, env=one_device, capture_output=True, text=True, check=True)
+    arguments = ("--datasets=fashion_mnist", "--num-steps=26", f"--output={output}")
+    printed = run_alone("train_loop", *arguments, f"--trace-dir={tmp_path}")
     (row,) = json.loads(output.read_text())
     start = f"| fashion_mnist | 64 | {1e3 * row['step']:.2f} |"
-    assert ended.stdout.splitlines()[2].startswith(start)
+    assert printed.splitlines()[2].startswith(start)
     assert start in output.with_suffix(".md").read_text()
     steps = train_loop.read(tmp_path / "fashion_mnist")
     assert {6, 12, 18, 20, 24} < set(steps)
@@ -432,15 +448,12 @@ def test_the_loops_command_runs(tmp_path):
 def test_the_codecs_command_runs(tmp_path):
     pytest.importorskip("zstandard", reason="the benchmark compares with it")
     output = tmp_path / "codec.json"
-    script = ROOT / "benchmarks/codec.py"
-    command = [sys.executable, script, "--quantizers", "sparse_lattice", "--images", "20"]
-    command += ["--repeats", "1", "--min-seconds", "0", f"--output={output}"]
-    one_device = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    ended = subprocess.run(command, env=one_device, capture_output=True, text=True, check=True)
+    arguments = ("--quantizers=sparse_lattice", "--images=20", "--repeats=1", "--min-seconds=0")
+    printed = run_alone("codec", *arguments, f"--output={output}")
     rows = json.loads(output.read_text())
     for row in rows:
         start = f"| fashion_mnist/sparse_lattice | 3,920 | {row['between']} | {row['by']} |"
-        assert start in ended.stdout
+        assert start in printed
         assert start in output.with_suffix(".md").read_text()
         assert row["is_pinned"] == hasattr(os, "sched_setaffinity")
         assert all(row["seconds"][what][0] > 0 for what in ("encode", "decode"))
@@ -522,12 +535,10 @@ def test_the_phases_of_a_start(tmp_path):
         (train_loop, "", ["--num-steps=25"], "train_loop.py: --num-steps=25: must be at least 26"),
         (train_loop, "", [], "it cannot read traces of 8 devices of kind cpu"),
         (benchmark, "torch", [], 'train_step.py: PyTorch is not installed: pip install "torch'),
-        (quantizer, "torch", [], 'quantizer.py: PyTorch is not installed: pip install "torch'),
         (quantizer, "vector_quantize_pytorch", [], "pip install vector-quantize-pytorch"),
         (quantizer, "", ["--codebook-sizes", "100"], "100 must be a power of 2"),
         (quantizer, "", ["--vectors", "0"], "--vectors: 0 must be at least 1"),
         (codec_benchmark, "zstandard", [], "codec.py: zstandard is not installed: pip install"),
-        (codec_benchmark, "", ["--images", "0"], "--images: 0 must be at least 1"),
         (benchmark, "", ["--batch-size", "-1"], "--batch-size: -1 must be at least 1"),
         (benchmark, "", ["--image-size", "30"], "model.image_shape=(30, 30, 3): must be a mul"),
         (benchmark, "", ["--min-seconds=-1"], "--min-seconds: -1.0 must be 0 or more"),

@@ -1,30 +1,15 @@
 """The comparison of quantizers: its runs, and its figures from records."""
 
-import json
-from unittest import mock
-
 import pytest
 
-pytest.importorskip("tensorflow_datasets", reason="the command reads FashionMNIST with it")
 pytest.importorskip("bjontegaard", reason="the command computes delta rates with it")
 
 from llvq.config import to_dict
-from llvq.errors import DivergenceError
 from results import compare, compared, recorded
 from results.curves import CURVES
-from tests import tiny
 
 
-def test_every_run_has_a_name_and_a_possible_config():
-    runs = [*compared.FIRST, *compared.TRIALS]
-    assert len({run.name for run in runs}) == len(runs)
-    for run in runs:
-        config, curve = run.config(), CURVES[run.curve]
-        assert config.quantizer.options[curve.knob] == run.value
-        assert (config.num_epochs, config.seed) == (run.epochs, 2)
-
-
-def write_records(directory, factors):
+def write_records(factors):
     """Records of curves at equal PSNR, whose bits are a multiple of the baseline's."""
     for run in compared.FIRST:
         place = CURVES[run.curve].values.index(run.value)
@@ -41,16 +26,14 @@ def write_records(directory, factors):
             "active_dimensions": 7.0,
             "second_moment": 0.07,
         }
-        run.record.parent.mkdir(parents=True, exist_ok=True)
-        record = {"config": to_dict(run.config()), "evaluation": evaluation}
-        run.record.write_text(json.dumps(record))
+        recorded.keep(run, {"config": to_dict(run.config()), "evaluation": evaluation})
 
 
 def test_delta_rates_and_what_follows(tmp_path, monkeypatch):
     for module in (compare, compared):
         monkeypatch.setattr(module, "DIRECTORY", tmp_path / "compare")
-    write_records(tmp_path, {"fsq": 0.9, "bsq": 1.1, "e8_lattice": 0.8})
-    records = compared.read(compared.FIRST)
+    write_records({"fsq": 0.9, "bsq": 1.1, "e8_lattice": 0.8})
+    records = recorded.read(compared.FIRST)
     assert compared.bd_rate("fsq", records) == pytest.approx(-10.0)
     assert compared.bd_rate("bsq", records) == pytest.approx(10.0)
     # A point that takes more bits for less does not count.
@@ -86,27 +69,11 @@ def test_delta_rates_and_what_follows(tmp_path, monkeypatch):
     # λ, seed, epochs, three rates, dimensions, bits per dimension, second moments: 1.6 / 7 = 0.23.
     cells = "0.0007 | 2 | 3 | 1.600 | 1.600 | 1.600 | 7.0 of 8 | 0.23 | 0.0700 | 0.0717"
     assert f"| `e8_lattice` | {cells} |" in page
-    # A run that diverged is finished, and has no figures.
+    # A run that diverged is finished, and has no evaluation.
     run = compared.FIRST[0]
-    record = json.loads(run.record.read_text())
-    run.record.write_text(json.dumps({"config": record["config"], "diverged": "loss is nan"}))
-    without = compared.read(compared.FIRST)
+    without = {**records, run: {"config": records[run]["config"], "diverged": "loss is nan"}}
     assert len(compared.further(without)) == len(further)
     assert compared.bd_rate(run.curve, without) is not None
     compare.write(without)
-    # A record of another config does not count.
-    record["config"]["model"]["latent_dim"] = 7
-    run.record.write_text(json.dumps(record))
-    assert run not in compared.read(compared.FIRST)
-    assert compared.further(compared.read(compared.FIRST)) == []
-
-
-def test_a_run_that_diverges_is_recorded_as_such(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        recorded, "train_and_evaluate", mock.Mock(side_effect=DivergenceError("nan"))
-    )
-    config = compared.FIRST[0].config()
-    recorded.keep(tmp_path / "a.json", recorded.train(config, tmp_path, tiny.dataset()))
-    record = recorded.read(tmp_path / "a.json", config)
-    assert record is not None
-    assert (record["diverged"], "evaluation" in record) == ("nan", False)
+    del without[run]
+    assert compared.further(without) == []

@@ -12,17 +12,8 @@ from PIL import Image
 from llvq import checkpointing, codec, load_pretrained
 from llvq.training import train_state
 from results import other_codecs, photo_runs, photos
-from results.curves import CURVES
 from tests import tiny
 from tests.runs import create_model
-
-
-def test_every_run_has_a_name_and_a_possible_config():
-    assert len({run.name for run in photos.RUNS}) == len(photos.RUNS)
-    for run in photos.RUNS:
-        config, task = run.config(), photos.TASKS[run.task]
-        assert config.quantizer.options[CURVES[run.curve].knob] == run.value
-        assert config.model.image_shape == (task.size, task.size, 3)
 
 
 def smooth(height, width):
