@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import jax
 
 from benchmarks import measure
-from llvq.data.files import replacing
-from llvq.errors import UserError
+from llvq.data.files import writing
+from llvq.errors import UserError, first_line
 from llvq.runtime import sharding
 
 Row = dict[str, Any]
@@ -63,8 +63,7 @@ class Store:
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise UserError(f"--output={output} exists and is not of this program") from error
         except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"--output={output} cannot be read: {reason}") from error
+            raise UserError(f"--output={output} cannot be read: {first_line(error)}") from error
         return rows
 
     def find(self, case: Row) -> Row | None:
@@ -79,15 +78,11 @@ class Store:
         """
         new = list(map(self._key, rows))
         self.rows = [*(row for row in self.rows if self._key(row) not in new), *rows]
-        if self._output is None:
-            return
-        try:
-            with replacing(self._output) as file:
+        if self._output:
+            with writing(self._output) as file:
                 file.write_text(json.dumps(self.rows, indent=1) + "\n")
-            self._output.with_suffix(".md").write_text(self._page(self.rows))
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"--output={self._output} cannot be written: {reason}") from error
+            with writing(self._output.with_suffix(".md")) as file:
+                file.write_text(self._page(self.rows))
 
     def _key(self, row: Row) -> list[Any]:
         return [row[name] for name in self._identity]

@@ -37,28 +37,15 @@ from results.recorded import Record, evaluated, read, train_missing
 
 _ANCHORS = (BASELINE, "sparse_lattice", "fsq")
 
-_COLUMNS = (
-    "quantizer",
-    "latent_dim, activation",
-    "setting",
-    "seed",
-    "epochs",
-    "coded bits per vector",
-    "with contexts",
-    "coded bits per pixel",
-    "test MSE",
-    "PSNR",
-    "codes in use",
-)
-
-
-_DIGITS = {
-    "coded_bits_per_vector": ".3f",
-    "context_coded_bits_per_vector": ".3f",
-    "coded_bits_per_pixel": ".3f",
-    "reconstruction_loss": ".5f",
-    "psnr": ".2f",
+_NUMBERS = {
+    "coded bits per vector": ("coded_bits_per_vector", ".3f"),
+    "with contexts": ("context_coded_bits_per_vector", ".3f"),
+    "coded bits per pixel": ("coded_bits_per_pixel", ".3f"),
+    "test MSE": ("reconstruction_loss", ".5f"),
+    "PSNR": ("psnr", ".2f"),
 }
+_NAMES = ("quantizer", "latent_dim, activation", "setting", "seed", "epochs")
+_COLUMNS = (*_NAMES, *_NUMBERS, "codes in use")
 
 
 def _cells(run: Run, record: Record) -> list[str]:
@@ -78,29 +65,19 @@ def _cells(run: Run, record: Record) -> list[str]:
         ", ".join([curve.setting(run.value), *of_quantizer]),
         str(run.seed),
         str(run.epochs),
-        *pages.cells([evaluation], _DIGITS),
+        *pages.cells([evaluation], _NUMBERS),
         codes,
     ]
 
 
-_SPREAD_COLUMNS = (
-    "quantizer",
-    "setting",
-    "seeds",
-    "coded bits per vector",
-    "test MSE",
-    "PSNR",
-    "codes in use",
-    f"PSNR above `{BASELINE}`, dB",
-)
-
-
-_SPREAD_DIGITS = {
-    "coded_bits_per_vector": ".2f",
-    "reconstruction_loss": ".5f",
-    "psnr": ".2f",
-    "effective_codebook_size": ",.0f",
+_SPREAD_NUMBERS = {
+    "coded bits per vector": ("coded_bits_per_vector", ".2f"),
+    "test MSE": ("reconstruction_loss", ".5f"),
+    "PSNR": ("psnr", ".2f"),
+    "codes in use": ("effective_codebook_size", ",.0f"),
 }
+_GAIN = f"PSNR above `{BASELINE}`, dB"
+_SPREAD_COLUMNS = ("quantizer", "setting", "seeds", *_SPREAD_NUMBERS, _GAIN)
 
 
 def _of_several_seeds(records: Mapping[Run, Record]) -> list[list[Run]]:
@@ -119,7 +96,7 @@ def _spread_cells(runs: Sequence[Run], records: Mapping[Run, Record]) -> list[st
         f"`{runs[0].curve}`",
         CURVES[runs[0].curve].setting(runs[0].value),
         ", ".join(str(run.seed) for run in runs),
-        *pages.cells((records[run]["evaluation"] for run in runs), _SPREAD_DIGITS),
+        *pages.cells((records[run]["evaluation"] for run in runs), _SPREAD_NUMBERS),
         spread(gains, ".2f") if len(gains) == len(runs) else "",
     ]
 

@@ -108,7 +108,7 @@ def _row(
     cells = [quantizer, str(epochs), ", ".join(map(str, pairs))]
     for name, digits in (("psnr", ".2f"), ("reconstruction_loss", ".5f")):
         for evaluations in zip(*pairs.values(), strict=True):
-            cells += pages.cells(evaluations, {name: digits}, intervals.text)
+            cells.append(intervals.text([each[name] for each in evaluations], digits))
     cells.append(intervals.text(differences("psnr"), "+.2f"))
     cells.append(intervals.text(differences("coded_bits_per_vector"), "+.2f"))
     return differences("psnr"), cells

@@ -9,21 +9,18 @@ from matplotlib.figure import Figure
 
 from results.intervals import spread
 
+Numbers = Mapping[str, tuple[str, str]]
+"""Columns of a table by their titles: a number's name in an evaluation, and its format."""
+
 
 def cells(
     evaluations: Iterable[Mapping[str, float]],
-    digits: Mapping[str, str],
+    numbers: Numbers,
     text: Callable[[Sequence[float], str], str] = spread,
 ) -> list[str]:
-    """Makes a cell for each name in `digits`.
-
-    Args:
-      evaluations: of runs that differ in their seeds alone, or of one run.
-      digits: format of each number, by its name in the evaluations.
-      text: formats the values of all seeds.
-    """
+    """Makes the cells of one run, or of runs that differ in their seeds alone."""
     evaluations = list(evaluations)
-    return [text([each[name] for each in evaluations], form) for name, form in digits.items()]
+    return [text([each[name] for each in evaluations], form) for name, form in numbers.values()]
 
 
 def save_plot(figure: Figure, path: pathlib.Path, dpi: int) -> None:

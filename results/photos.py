@@ -33,36 +33,21 @@ BSDS500 and seed 2, `e8_lattice`, `residual_vq` and the others with more than 51
 CelebA's network, both; and at full size, the first 342 of 520 steps.
 """
 
-_COLUMNS = (
-    "quantizer",
-    "setting",
-    "seeds",
-    "coded bits per vector",
-    "coded bits per pixel",
-    "test MSE",
-    "PSNR",
-    "SSIM",
-    "codes in use",
-)
-_DIGITS = {
-    "coded_bits_per_vector": ".3f",
-    "coded_bits_per_pixel": ".3f",
-    "reconstruction_loss": ".5f",
-    "psnr": ".2f",
-    "ssim": ".3f",
-    "effective_codebook_size": ",.0f",
+_NUMBERS = {
+    "coded bits per vector": ("coded_bits_per_vector", ".3f"),
+    "coded bits per pixel": ("coded_bits_per_pixel", ".3f"),
+    "test MSE": ("reconstruction_loss", ".5f"),
+    "PSNR": ("psnr", ".2f"),
+    "SSIM": ("ssim", ".3f"),
+    "codes in use": ("effective_codebook_size", ",.0f"),
 }
-_WHOLE_COLUMNS = (
-    "quantizer",
-    "setting",
-    "seeds",
-    "file",
-    "coded bits per pixel",
-    "PSNR",
-    "SSIM",
-    "MS-SSIM",
-)
-_WHOLE_DIGITS = {"coded_bits_per_pixel": ".3f", "psnr": ".2f", "ssim": ".3f", "ms_ssim": ".3f"}
+_WHOLE_NUMBERS = {
+    "coded bits per pixel": ("coded_bits_per_pixel", ".3f"),
+    "PSNR": ("psnr", ".2f"),
+    "SSIM": ("ssim", ".3f"),
+    "MS-SSIM": ("ms_ssim", ".3f"),
+}
+_NAMES = ("quantizer", "setting", "seeds")
 
 
 def _name_cells(runs: Sequence[Run]) -> list[str]:
@@ -78,7 +63,7 @@ def _name_cells(runs: Sequence[Run]) -> list[str]:
 def _cells(records: dict[Run, Record]) -> list[str]:
     """Makes a row for runs that differ in their seeds alone."""
     evaluations = (record["evaluation"] for record in records.values())
-    return [*_name_cells(list(records)), *pages.cells(evaluations, _DIGITS)]
+    return [*_name_cells(list(records)), *pages.cells(evaluations, _NUMBERS)]
 
 
 def _whole_cells(records: dict[Run, Record]) -> list[list[str]]:
@@ -88,7 +73,7 @@ def _whole_cells(records: dict[Run, Record]) -> list[list[str]]:
         [
             *(_name_cells(list(records)) if i == 0 else [""] * 3),
             file,
-            *pages.cells((each["photographs"][file] for each in records.values()), _WHOLE_DIGITS),
+            *pages.cells((each["photographs"][file] for each in records.values()), _WHOLE_NUMBERS),
         ]
         for i, file in enumerate(files)
     ]
@@ -118,11 +103,14 @@ def write(records: dict[Run, Record]) -> None:
             f"{task.num_epochs} epochs of {task.size}×{task.size} images (`{task.fit}`), "
             f"{task.batch_size} at a time.\n"
         )
-        parts.append(markdown_table(_COLUMNS, [_cells(same) for same in settings.values()]) + "\n")
+        parts.append(
+            markdown_table((*_NAMES, *_NUMBERS), [_cells(same) for same in settings.values()])
+            + "\n"
+        )
         if task.whole:
             rows = [cells for same in settings.values() for cells in _whole_cells(same)]
             parts.append("Whole test photographs:\n")
-            parts.append(markdown_table(_WHOLE_COLUMNS, rows) + "\n")
+            parts.append(markdown_table((*_NAMES, "file", *_WHOLE_NUMBERS), rows) + "\n")
             if first := records.get(first_of(name)):
                 parts.append(_shown(name, first["shown"]))
     (DIRECTORY.parent / "photos.md").write_text("\n".join(parts))

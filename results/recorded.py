@@ -22,18 +22,16 @@ Record = dict[str, Any]
 
 
 class Run(Protocol):
-    """One run of a study; also hashable, as named tuples are."""
+    """One run of a study: its name there, the file of its record, and what it trains.
+
+    Runs are keys of dictionaries; named tuples will do. A name may contain slashes.
+    """
 
     @property
-    def name(self) -> str:
-        """Identifies the run in the study; it may contain slashes."""
-
+    def name(self) -> str: ...
     @property
-    def record(self) -> pathlib.Path:
-        """The file of the run's record."""
-
-    def config(self) -> TrainConfig:
-        """Returns what the run trains."""
+    def record(self) -> pathlib.Path: ...
+    def config(self) -> TrainConfig: ...
 
 
 AnyRun = TypeVar("AnyRun", bound=Run)

@@ -89,7 +89,8 @@ def test_numbers_of_several_seeds():
     assert intervals.spread([1, 3], ".2f") == "2.00 ± 1.41"  # of a sample
     assert intervals.spread([5], ".2f") == intervals.text([5], ".2f") == "5.00"
     evaluations = [{"psnr": 1, "bits": 7}, {"psnr": 3, "bits": 7}]
-    assert pages.cells(evaluations, {"bits": ".0f", "psnr": ".2f"}) == ["7 ± 0", "2.00 ± 1.41"]
+    numbers = {"rate": ("bits", ".0f"), "PSNR": ("psnr", ".2f")}
+    assert pages.cells(evaluations, numbers) == ["7 ± 0", "2.00 ± 1.41"]
 
 
 def test_gains_are_paired_by_seed(tmp_path, monkeypatch):
