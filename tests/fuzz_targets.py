@@ -1,6 +1,6 @@
 """What is fuzzed: each function tries one case and says ("done", result) or ("refused", line).
 
-They run in a child of the tests (see tests/fuzzing.py); what they raise is a failure.
+They run in a child of the tests (see tests/processes.py); what they raise is a failure.
 """
 
 import contextlib
@@ -13,11 +13,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from absl import flags
 from etils import epath
 
 import main
-from llvq import checkpointing, evaluate, train
+from llvq import checkpointing, train
 from llvq.config import (
     check_resumable,
     check_same_model,
@@ -28,7 +29,6 @@ from llvq.config import (
     to_saved,
 )
 from llvq.config import parse as parse_config
-from llvq.data import ArrayDataset
 from llvq.errors import UserError
 from llvq.runtime import sharding
 from llvq.training import schedules, train_state
@@ -37,9 +37,6 @@ from tests import image_data, tiny
 from tests.runs import create_model, fitted_graphdef
 
 NOWHERE = "http://127.0.0.1:9/"  # nothing listens there: no case waits for the web
-CELEBA = {"train": 4, "validation": 2, "test": 2}
-FFHQ = {"train": 4, "validation": 2}
-FFHQ_PER_GROUP = 2
 
 
 def target(function):
@@ -104,8 +101,10 @@ def train_tiny(config, workdir):
         return int(state.step)
 
 
-def _digests(data):
-    """{split: (number, digest) of its images}, all of which are read."""
+def _digests(load, directory):
+    """{split: (number, digest) of its images} of a data set; all of them are read."""
+    manual = Path(directory, "manual")
+    data = load(f"{directory}/data", str(manual) if manual.is_dir() else "")
     digests = {}
     for split, count in data.num_images.items():
         images = image_data.read_images(data, split, 2) if count else np.zeros(0, np.uint8)
@@ -113,11 +112,6 @@ def _digests(data):
         assert images.dtype == np.uint8
         digests[split] = count, hashlib.sha256(images.tobytes()).hexdigest()
     return digests
-
-
-def _manual(directory):
-    manual = Path(directory, "manual")
-    return str(manual) if manual.is_dir() else ""
 
 
 @target
@@ -131,9 +125,7 @@ def load_fashion_mnist(directory, files):
     fashion_mnist._DEBIAN_DIR = epath.Path("/nowhere")
     tfds.image_classification.FashionMNIST.URL = NOWHERE
     num_images = {split: (num_bytes - 16) // 28**2 for split, (_, num_bytes, _) in files.items()}
-    return _digests(
-        fashion_mnist.load(f"{directory}/data", _manual(directory), num_images=num_images)
-    )
+    return _digests(functools.partial(fashion_mnist.load, num_images=num_images), directory)
 
 
 @target
@@ -142,40 +134,19 @@ def load_celeba(directory):
     from input_pipeline import celeba
 
     celeba._PROBE_URL = NOWHERE
-    return _digests(celeba.load(f"{directory}/data", _manual(directory), num_images=CELEBA))
+    return _digests(image_data.load_celeba, directory)
 
 
 @target
 def load_ffhq(directory):
     """The release in DIRECTORY/manual, what is prepared in DIRECTORY/data, or DIRECTORY/hub."""
-    import huggingface_hub.constants
-
     from input_pipeline import ffhq1024
 
-    def load(manual=""):
-        data = ffhq1024.load(
-            f"{directory}/data",
-            manual,
-            num_images=FFHQ,
-            images_per_group=FFHQ_PER_GROUP,
-            image_shape=(image_data.PIXELS, image_data.PIXELS, 3),
-        )
-        return _digests(data)
-
     hub = image_data.Hub(ffhq1024._HUB_DATASET, ffhq1024._HUB_REVISION)
-    if manual := _manual(directory):
-        return load(manual)
-    if Path(f"{directory}/hub").is_dir():
-        hub.files = {
-            p.name: p.read_bytes() for p in Path(directory, "hub").iterdir() if p.is_file()
-        }
-    else:
-        hub.status = 404
-    with image_data.serve(hub):
-        huggingface_hub.constants.ENDPOINT = hub.url
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE = template
-        return load()
+    hub.files = {p.name: p.read_bytes() for p in Path(directory, "hub").glob("*") if p.is_file()}
+    with image_data.serve(hub.answer) as url, pytest.MonkeyPatch.context() as patch:
+        image_data.point_at(url, patch)
+        return _digests(image_data.load_ffhq, directory)
 
 
 @target
@@ -186,23 +157,3 @@ def import_torch(directory):
     with contextlib.redirect_stdout(io.StringIO()):
         import_torch.main([f"--checkpoint={directory}/model.ckpt", f"--output={directory}/output"])
     checkpointing.model_of(checkpointing.load(f"{directory}/output"))
-
-
-@target
-def load_checkpoint(directory, config):
-    """A checkpoint of a run, as --checkpoint would take it; digests of its tensors."""
-    checkpoint = checkpointing.load(f"{directory}/checkpoints/2")
-    check_same_model(parse_config(config), checkpoint.config, directory)
-    checkpointing.model_of(checkpoint)
-    tensors = jax.tree.leaves(checkpoint.state)
-    return [hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for x in tensors]
-
-
-@target
-def evaluate_checkpoint(directory, config):
-    """The same, evaluated."""
-    small = ArrayDataset(train=tiny.images(8), validation=tiny.images(8, 1), test=tiny.images(8, 2))
-    results = evaluate.evaluate(
-        config, f"{directory}/evaluation", small, checkpoint=f"{directory}/checkpoints/2"
-    )
-    return results["reconstruction_loss"]

@@ -15,7 +15,7 @@ from configs import default, fashion_mnist
 from llvq.config import RECIPES
 from llvq.fields import flatten, plain
 from llvq.quantizers import default_options
-from tests import fuzz_targets, fuzzing, tiny
+from tests import fuzz_targets, processes, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = settings.default.max_examples
@@ -134,7 +134,7 @@ def words(line):
 
 @pytest.fixture(scope="module")
 def child():
-    child = fuzzing.Child()
+    child = processes.Child()
     yield child
     child.stop()
 

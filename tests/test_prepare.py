@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent import futures
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +24,8 @@ from etils import epath
 from input_pipeline import prepare
 from input_pipeline.pipeline import Pipeline
 from llvq.data import order
-from llvq.errors import UserError
 from tests import image_data
+from tests.image_data import refused
 
 SHAPE = (6, 5, 3)
 NUM_IMAGES = {"train": 10, "validation": 3}
@@ -43,6 +44,26 @@ def read(split, positions):
 
 def decode_any(encoded):
     return tf.io.decode_image(encoded, expand_animations=False)
+
+
+def replacing(name, encoded):
+    """Reads the same but for one image."""
+
+    def read_with_change(split, positions):
+        for other, content in read(split, positions):
+            yield other, encoded if other == name else content
+
+    return read_with_change
+
+
+def noting(asked):
+    """Reads the same; adds each shard's split and first position to a list."""
+
+    def read_and_note(split, positions):
+        asked.append((split, positions.start))
+        return read(split, positions)
+
+    return read_and_note
 
 
 def run(directory, read=read, **changes):
@@ -91,19 +112,17 @@ def test_records_are_what_was_read_and_tfds_reads_them(finished):
         *(f"small-train.array_record-0000{i}-of-00003" for i in range(3)),
         "small-validation.array_record-00000-of-00001",
     ]
+    checksums = json.loads((finished / "checksums.json").read_text())
+    assert checksums == {
+        path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in shards(finished)
+    }
     builder = tfds.builder_from_directory(finished)
     assert str(builder.info.full_name) == "small/1.0.0"
     assert {s: i.num_examples for s, i in builder.info.splits.items()} == NUM_IMAGES
     example = builder.as_data_source("validation")[1]
     np.testing.assert_array_equal(example["image"], np.asarray(image(11)))
     assert example["name"] == b"11.png"
-
-
-def test_every_shard_has_its_checksum(prepared):
-    checksums = json.loads((prepared / "checksums.json").read_text())
-    assert {path.name for path in shards(prepared)} == set(checksums)
-    for path in shards(prepared):
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == checksums[path.name]["sha256"]
 
 
 def test_disk_and_time_are_stated_before_it_starts(tmp_path, caplog, monkeypatch):
@@ -121,16 +140,17 @@ def test_disk_and_time_are_stated_before_it_starts(tmp_path, caplog, monkeypatch
     assert "about 6 min" in said[0]  # 13 images of a minute each on 2 cores, rounded to even
 
 
-def test_too_small_a_disk_is_one_line_at_once(tmp_path):
-    with pytest.raises(UserError, match=r"needs 1000000\.0 GB of disk and .* are free.*data_"):
+def test_what_cannot_be_written_is_one_line(tmp_path):
+    with refused(r"needs 1000000\.0 GB of disk and .* are free.*data_dir$"):
         run(tmp_path, num_bytes=10**15)
     assert not shards(tmp_path)
-
-
-def test_an_unwritable_directory_is_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"^[^\n]*file/x cannot be written [^\n]*data_dir$"):
+    with refused(r"file/x cannot be written .*data_dir$"):
         run(tmp_path / "file/x")
+    shard = tmp_path / "small-train.array_record-00001-of-00003"
+    shard.mkdir()
+    with refused(rf"^{tmp_path} cannot be written .*{shard}"):
+        run(tmp_path)
 
 
 CHILD = """
@@ -152,11 +172,6 @@ test_prepare.run(sys.argv[1], read)
 def test_after_a_kill_another_process_keeps_finished_shards_and_writes_the_rest(tmp_path):
     """The other process has been waiting for the killed one."""
     asked = []
-
-    def counting(split, positions):
-        asked.append((split, positions.start))
-        return read(split, positions)
-
     command = [sys.executable, "-c", CHILD, str(tmp_path)]
     with (
         subprocess.Popen(command, stdout=subprocess.PIPE) as process,
@@ -166,7 +181,7 @@ def test_after_a_kill_another_process_keeps_finished_shards_and_writes_the_rest(
             assert process.stdout.readline() == b"waiting\n"
             first = tmp_path / "small-train.array_record-00000-of-00003"
             before = first.stat()
-            result = pool.submit(run, tmp_path, counting)
+            result = pool.submit(run, tmp_path, noting(asked))
             time.sleep(1)
             assert not asked
             assert not prepare.is_prepared(epath.Path(tmp_path))
@@ -183,80 +198,85 @@ def test_two_at_once_prepare_once(tmp_path):
     """The second waits for the first and finds everything done."""
     reading, go_on = threading.Event(), threading.Event()
 
+    asked = []
+
     def slow(split, positions):
         reading.set()
         assert go_on.wait(60)
         return read(split, positions)
 
-    def never(split, positions):
-        pytest.fail("read although another one prepares")
-
     with futures.ThreadPoolExecutor(2) as pool:
         first = pool.submit(run, tmp_path, slow)
         assert reading.wait(60)
-        second = pool.submit(run, tmp_path, never)
+        second = pool.submit(run, tmp_path, noting(asked))
         time.sleep(0.5)
         assert not second.done()
         go_on.set()
         assert_complete(first.result(60))
         assert_complete(second.result(60))
+    assert not asked
 
 
-@pytest.mark.parametrize("lost", ["dataset_info.json", "features.json"])
-def test_without_metadata_it_is_not_used_but_completed(lost, prepared):
-    (prepared / lost).unlink()
-    assert not prepare.is_prepared(epath.Path(prepared))
-    assert_complete(run(prepared, lambda split, positions: pytest.fail("nothing is missing")))
+INFO, CHECKSUMS, SHARD = (
+    "dataset_info.json",
+    "checksums.json",
+    "small-train.array_record-00001-of-00003",
+)
 
 
-def test_a_torn_metadata_file_is_one_line(prepared):
-    (prepared / "dataset_info.json").write_text("")
-    with pytest.raises(UserError, match=r"dataset_info\.json cannot be read: delete it"):
-        prepare.open_prepared(epath.Path(prepared), NUM_IMAGES)
+def containing(content):
+    return lambda path: path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "of another split"])
-def test_a_missing_or_incomplete_shard_is_named_and_can_be_rebuilt(damage, prepared):
-    shard = prepared / "small-train.array_record-00001-of-00003"
-    if damage == "missing":
-        shard.unlink()
-    elif damage == "truncated":
-        shard.write_bytes(shard.read_bytes()[:70_000])
-    elif damage == "empty":
-        shard.write_bytes(b"")
-    else:
-        shard.write_bytes((prepared / "small-validation.array_record-00000-of-00001").read_bytes())
-    with pytest.raises(UserError, match=rf"^{shard} (is missing|has [03] records, not 4): [^\n]*$"):
-        prepare.open_prepared(epath.Path(prepared), NUM_IMAGES)
-    (prepared / "dataset_info.json").unlink()  # as the message says
-    assert_complete(run(prepared))
+def flip_a_bit(path):
+    path.write_bytes(image_data.flip(path.read_bytes(), path.stat().st_size // 2))
 
 
-def test_a_directory_in_a_shards_place_is_one_line(prepared):
-    (prepared / "dataset_info.json").unlink()
-    shard = prepared / "small-train.array_record-00001-of-00003"
-    shard.unlink()
-    shard.mkdir()
-    with pytest.raises(UserError, match=rf"^{prepared} cannot be written [^\n]*{shard}[^\n]*$"):
-        run(prepared)
+def copy_another_splits(path):
+    shutil.copy(path.with_name("small-validation.array_record-00000-of-00001"), path)
 
 
-OTHER_CHECKSUMS = ["[]", "3", '{"small-train.array_record-00001-of-00003": 3}']
-
-
-@pytest.mark.parametrize("content", ["", "{", *OTHER_CHECKSUMS])
-def test_checksums_torn_by_a_power_cut_are_made_again(content, prepared):
-    (prepared / "checksums.json").write_text(content)
-    (prepared / "dataset_info.json").unlink()
-    assert_complete(run(prepared))
-
-
-def test_another_number_of_images_is_refused(prepared):
-    with pytest.raises(UserError, match=r"has 3 images in split 'validation', not 4"):
-        prepare.open_prepared(epath.Path(prepared), {"train": 10, "validation": 4})
-
-
+# What happens to a file of a complete directory, and what opening it says if it does not see for
+# itself that the directory is incomplete.
 DAMAGED = {
+    "no info": (INFO, Path.unlink, None),
+    "torn info": (INFO, containing(b""), f"{INFO} cannot be read: delete it"),
+    "no features": ("features.json", Path.unlink, None),
+    "no shard": (SHARD, Path.unlink, f"{SHARD} is missing: "),
+    "truncated shard": (SHARD, lambda path: os.truncate(path, 70_000), "has 0 records, not 4: "),
+    "empty shard": (SHARD, containing(b""), f"{SHARD} has 0 records, not 4: "),
+    "short shard": (SHARD, copy_another_splits, f"{SHARD} has 3 records, not 4: "),
+    "flipped bit": (SHARD, flip_a_bit, None),
+    # Of a power cut.
+    "torn checksums": (CHECKSUMS, containing(b""), None),
+    "half of the checksums": (CHECKSUMS, lambda path: os.truncate(path, 20), None),
+    "a list of checksums": (CHECKSUMS, containing(b"[]"), None),
+    "no checksum in it": (CHECKSUMS, containing(f'{{"{SHARD}": 3}}'.encode()), None),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_directory_is_refused_or_completed(kind, prepared):
+    name, damage, words = DAMAGED[kind]
+    damage(prepared / name)
+    if words:
+        with refused(f"^{prepared}/.*{words}"):
+            prepare.open_prepared(epath.Path(prepared), NUM_IMAGES)
+    if kind != "no features":
+        (prepared / INFO).unlink(missing_ok=True)  # as the message says
+    assert not prepare.is_prepared(epath.Path(prepared))
+    asked = []
+    assert_complete(run(prepared, noting(asked)))
+    every_shard = [("train", 0), ("train", 4), ("train", 8), ("validation", 0)]
+    assert asked == {SHARD: [("train", 4)], CHECKSUMS: every_shard}.get(name, [])
+
+
+def test_another_number_of_images_is_refused(finished):
+    with refused("has 3 images in split 'validation', not 4"):
+        prepare.open_prepared(epath.Path(finished), {"train": 10, "validation": 4})
+
+
+WRONG_IMAGES = {
     "truncated": (image_data.encode(image(5), "PNG")[:-20], "damaged"),
     "empty": (b"", "damaged"),
     "not an image": (b"<html>404</html>", "damaged"),
@@ -266,44 +286,29 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGED)
+@pytest.mark.parametrize("kind", WRONG_IMAGES)
 def test_a_wrong_image_is_named_and_what_was_finished_stays(kind, tmp_path):
-    encoded, words = DAMAGED[kind]
+    encoded, words = WRONG_IMAGES[kind]
 
-    def with_damage(split, positions):
-        for name, content in read(split, positions):
-            yield name, encoded if name == "5.png" else content
-
-    with pytest.raises(UserError, match=rf"^5\.png [^\n]*{words}[^\n]*$"):
-        run(tmp_path, with_damage)
+    with refused(rf"^5\.png .*{words}"):
+        run(tmp_path, replacing("5.png", encoded))
     assert not prepare.is_prepared(epath.Path(tmp_path))
     assert_complete(run(tmp_path))
 
 
-def test_a_record_damaged_later_is_one_line_at_run_time(prepared):
-    sources = prepare.open_prepared(epath.Path(prepared), NUM_IMAGES)
-    shard = prepared / "small-train.array_record-00001-of-00003"
-    content = shard.read_bytes()
-    place = content.index(image_data.encode(image(6), "PNG")[-50:])
-    shard.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+@pytest.mark.parametrize("kind", ["record", "image"])
+def test_what_is_damaged_later_is_one_line_at_run_time(kind, tmp_path):
+    decode = decode_any if kind == "record" else lambda _: tf.zeros(SHAPE, tf.uint8)
+    encoded = image_data.encode(image(6), "PNG")
+    content = encoded if kind == "record" else encoded[:30]
+    sources = run(tmp_path, replacing("6.png", content), decode=decode)
+    shard = tmp_path / "small-train.array_record-00001-of-00003"
+    if kind == "record":
+        place = shard.read_bytes().index(encoded[-50:])
+        shard.write_bytes(image_data.flip(shard.read_bytes(), place))
     batches = Pipeline(sources, SHAPE, decode_any).batches("train", order.evaluation_batches(10, 4))
     np.testing.assert_array_equal(next(batches)[0].index, [0, 1, 2, 3])
-    with pytest.raises(UserError, match=rf"^record 2 of {shard}: image 6 of split 'train' [^\n]*$"):
-        next(batches)
-
-
-def test_an_image_that_does_not_decode_is_one_line_at_run_time(tmp_path):
-    def with_damage(split, positions):
-        for name, content in read(split, positions):
-            yield name, content[:30] if name == "5.png" else content
-
-    sources = run(tmp_path, with_damage, decode=lambda _: tf.zeros(SHAPE, tf.uint8))
-    data = Pipeline(sources, SHAPE, decode_any)
-    batches = data.batches("train", order.evaluation_batches(10, 3))
-    next(batches)
-    shard = tmp_path / "small-train.array_record-00001-of-00003"
-    words = rf"^record 1 of {shard}: image 5 of split 'train' cannot be read: [^\n{{]*$"
-    with pytest.raises(UserError, match=words):
+    with refused(rf"^record 2 of {shard}: image 6 of split 'train' cannot be read: [^{{]*$"):
         next(batches)
 
 
