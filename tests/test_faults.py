@@ -1,4 +1,4 @@
-"""What a run survives: kills, full and read-only disks, wrong clocks, files that are removed."""
+"""What a run survives: kills, full and read-only disks, wrong clocks."""
 
 import contextlib
 import ctypes
@@ -16,7 +16,6 @@ import pytest
 
 from llvq import evaluate, train
 from llvq.errors import UserError
-from llvq.runtime.background import BackgroundWriter
 from tests import processes, tiny
 from tests.runs import leaves
 
@@ -55,12 +54,10 @@ class Interrupted:
             yield batch
 
 
-def train_to(num_steps, directory, actions=None, *, workdir="w", make_writer=None, **overrides):
+def train_to(num_steps, directory, actions=None, *, workdir="w", **overrides):
     """Trains in DIRECTORY/WORKDIR; then writes every array of the final state to end.npz."""
     data = Interrupted(actions or {})
-    writer = {"make_writer": make_writer} if make_writer else {}
-    fields = config(num_steps, **overrides)
-    state = train.train_and_evaluate(fields, directory / workdir, data, **writer)
+    state = train.train_and_evaluate(config(num_steps, **overrides), directory / workdir, data)
     np.savez(directory / "end.npz", **leaves(state))
 
 
@@ -255,43 +252,3 @@ def test_a_wrong_clock(undisturbed, tmp_path):
     processes.run(tmp_path, train_by_a_wrong_clock, tmp_path)
     assert end_of(tmp_path) == end_of(undisturbed)
     assert steps(tmp_path / "w") == steps(undisturbed / "w")
-
-
-def remove_events(directory):
-    try:
-        from clu import metric_writers
-    except ImportError as error:
-        raise processes.SkipError(f"TensorBoard's files are written by {error.name}") from error
-
-    def remove():
-        (events,) = (directory / "w").glob("events.out.*")
-        events.unlink()
-
-    def writer():
-        return BackgroundWriter(lambda: metric_writers.SummaryWriter(str(directory / "w")))
-
-    train_to(NUM_STEPS, directory, {5: remove}, make_writer=writer, log_every_steps=1)
-
-
-@pytest.mark.long
-def test_tensorboards_file_is_removed(undisturbed, tmp_path):
-    processes.run(tmp_path, remove_events, tmp_path)
-    assert end_of(tmp_path) == end_of(undisturbed)
-
-
-def remove_workdir(directory):
-    train_to(NUM_STEPS, directory, {5: lambda: (directory / "w").rename(directory / "away")})
-
-
-@pytest.mark.long
-def test_the_workdir_is_removed(undisturbed, tmp_path):
-    log = tmp_path / "log"
-    code, output = processes.end(processes.start(log, remove_workdir, tmp_path), log)
-    if code == 0:  # it was gone between two saves: Orbax makes it anew
-        assert end_of(tmp_path) == end_of(undisturbed)
-        assert steps(tmp_path / "w")[-1] == NUM_STEPS
-    else:
-        assert code == processes.REFUSED, output
-        last = output.strip().splitlines()[-1]
-        assert "step 5 could not be saved" in last or "step 6 could" in last
-        assert len(last) < 600
