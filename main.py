@@ -1,17 +1,21 @@
-"""Trains or evaluates LL-VQ-VAE, or encodes a data set with it.
+"""Trains or evaluates a VQ-VAE, or encodes a data set with it.
 
     python main.py --config=configs/fashion_mnist.py:vq --workdir=runs/vq
-    python main.py --config=configs/fashion_mnist.py:vq --workdir=runs/vq --mode=evaluate
-    python main.py --config=configs/fashion_mnist.py:vq --workdir=runs/vq --mode=encode
+    python main.py --workdir=runs/vq --mode=evaluate
+    python main.py --workdir=runs/vq --mode=encode
 
 The config argument names the quantizer; any field can be overridden, as in
---config.num_train_steps=200. The same command, given again, resumes the run where it stopped. On
-the hosts of a Cloud TPU pod and under Slurm, the same command on each host makes one run.
+--config.num_train_steps=200. The same command, given again, resumes the run where it stopped. A
+checkpoint knows its model and its data set: where these are evaluated or encoded, --config only
+says where the data is, and the batch size. On the hosts of a Cloud TPU pod and under Slurm, the
+same command on each host makes one run.
 """
 
 import contextlib
+import dataclasses
 import os
 import pathlib
+import re
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,7 +31,7 @@ from ml_collections import config_flags
 
 import input_pipeline
 from llvq import checkpointing, errors
-from llvq import config as configuration
+from llvq.config import TrainConfig, build, parse
 from llvq.encode import encode
 from llvq.errors import UserError, first_line
 from llvq.evaluate import evaluate
@@ -65,56 +69,52 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         try:
             arguments = flags.FLAGS(argv)
             config = _CONFIG.value
-            if config is not None and hasattr(config, "to_dict"):
+            if hasattr(config, "to_dict"):
                 config.to_dict()  # raises what loading the config file has raised
         except UserError:
             raise
-        except Exception as error:  # a config file may raise anything
+        except Exception as error:  # overrides of fields raise many kinds
+            if _is_in_a_config_file(error):
+                raise  # a program's error keeps its traceback
             raise UserError(_describe_mistake(error)) from error
         if len(arguments) > 1:
             raise UserError(f"unexpected argument {arguments[1]!r}: options start with --")
-        for flag in (_CONFIG, _WORKDIR):
-            if not flag.value:
-                raise UserError(f"--{flag.name} is missing (see python main.py --help)")
-        if _CHECKPOINT.value and _MODE.value == "train":
+        is_training = _MODE.value == "train"
+        if not _WORKDIR.value:
+            raise UserError("--workdir is missing (see python main.py --help)")
+        if config is None and is_training:
+            raise UserError("--config is missing (see python main.py --help)")
+        if _CHECKPOINT.value and is_training:
             raise UserError("--checkpoint is for --mode=evaluate and --mode=encode only")
-        if configuration.to_dict(config).get("compute_dtype") == "float64":
-            jax.config.update("jax_enable_x64", True)
-        configuration.parse(config)
+        if config is not None:
+            if build(config).compute_dtype == "float64":
+                jax.config.update("jax_enable_x64", True)
+            parse(config)
         return arguments
 
 
-def _describe_mistake(error: BaseException) -> str:
-    """Says what is wrong with the flags, or with which line of a config file."""
-    causes = [error]
-    while cause := causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(cause)
-    for cause in reversed(causes):
-        if place := _place_in_config(cause):
-            message = cause.msg if isinstance(cause, SyntaxError) else first_line(cause)
-            return f"{place}: {type(cause).__name__}: {message}"
-    if isinstance(error, AttributeError):
-        field = str(error.args[0]).split("\n")[0].strip("\"'")
-        return f"the config has no field {field!r}: llvq/config.py and llvq/quantizers list them"
+def _is_in_a_config_file(error: BaseException | None) -> bool:
+    """Whether code of a config file raised the error, or what config_flags made it of."""
+    if error is None:
+        return False
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    names = (frame.f_globals.get("__name__", "") for frame in frames)
+    is_here = any(name == "config_config" or name.startswith("configs.") for name in names)
+    return is_here or _is_in_a_config_file(error.__cause__ or error.__context__)
+
+
+def _describe_mistake(error: Exception) -> str:
+    """Says what is wrong with the flags."""
+    if isinstance(error, AttributeError):  # of an override of a field that the config lacks
+        field = re.findall(r"'(\w+)'", str(error))
+        return f"the config has no field {field[0] if field else error}: llvq/config.py lists them"
     if isinstance(error, OSError):
-        return f"--config: {' '.join(str(error.__cause__ or error).split())}"
-    if "Traceback" in str(error):  # config_flags' message of what calling get_config has raised
-        return f"--config: {type(causes[-1]).__name__}: {first_line(causes[-1])}"
-    message = " ".join(str(error).split())
-    is_explained = isinstance(error, flags.Error)
-    return message if is_explained else f"in --config or an override of its fields: {message}"
-
-
-def _place_in_config(error: BaseException) -> str | None:
-    """The file and line of a config file, or of what it imports from configs/."""
-    if isinstance(error, SyntaxError) and error.filename and pathlib.Path(error.filename).exists():
-        return f"{os.path.relpath(error.filename)}, line {error.lineno}"
-    place = None
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        module = frame.f_globals.get("__name__", "")
-        if module == "config_config" or module.startswith("configs."):
-            place = f"{os.path.relpath(frame.f_code.co_filename)}, line {line}"
-    return place
+        files = sorted(path.stem for path in pathlib.Path("configs").glob("[a-z]*.py"))
+        names = (f"configs/{name}.py" for name in files if name != "default")
+        return f"--config: {error.__cause__ or error}: there are {', '.join(names)}"
+    if isinstance(error, SyntaxError):
+        return f"--config: {error.filename}, line {error.lineno}: {error.msg}"
+    return " ".join(str(error).split())
 
 
 def _keep_compiled_programs() -> None:
@@ -179,26 +179,53 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _run() -> None:
-    config, workdir = configuration.parse(_CONFIG.value), _WORKDIR.value
-    if _MODE.value != "train":  # nothing is made where there is no model
-        checkpointing.find(_CHECKPOINT.value or workdir)
-    checkpointing.require_writable(workdir)  # before data is looked for
-    with distributed.first_process_first():
-        data = input_pipeline.load(**vars(config.dataset), image_shape=config.model.image_shape)
+    workdir, checkpoint = _WORKDIR.value, _CHECKPOINT.value or None
+    config = None if _CONFIG.value is None else parse(_CONFIG.value)
+    if _MODE.value == "train":
+        assert config is not None
+        checkpointing.require_writable(workdir)  # before data is looked for
+        with errors.naming_lack_of_memory():
+            train_and_evaluate(config, workdir, _load_data(config), make_writer=_make_writer)
+        return
+    of_model = checkpointing.config_of(checkpoint or workdir)
+    if of_model.compute_dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    checkpointing.require_writable(workdir)
+    data = _load_data(_on_this_machine(of_model, config))
+    dataset = None if config is None else config.dataset
     with errors.naming_lack_of_memory():
-        if _MODE.value == "train":
-            train_and_evaluate(config, workdir, data, make_writer=_make_writer)
-            return
         if _MODE.value == "encode":
             from input_pipeline.tokens import TokenWriter  # imports TFDS
 
-            encode(config, workdir, data, TokenWriter, checkpoint=_CHECKPOINT.value or None)
+            encode(workdir, data, TokenWriter, checkpoint=checkpoint, dataset=dataset)
             return
-        results = evaluate(config, workdir, data, checkpoint=_CHECKPOINT.value or None)
+        results = evaluate(
+            workdir,
+            data,
+            checkpoint=checkpoint,
+            batch_size=None if config is None else config.batch_size,
+            dataset=dataset,
+        )
     printed = {name: results[name] for name in _PRINTED_RESULTS}
     rows = [(k, f"{v:.5g}" if isinstance(v, float) else v) for k, v in printed.items()]
     table = console.markdown_table(("metric", "value"), rows, aligned=True)
     logging.info("%s has all results, among them\n%s", f"{workdir}/evaluation.json", table)
+
+
+def _load_data(config: TrainConfig) -> Any:
+    with distributed.first_process_first():
+        return input_pipeline.load(**vars(config.dataset), image_shape=config.model.image_shape)
+
+
+def _on_this_machine(of_model: TrainConfig, config: TrainConfig | None) -> TrainConfig:
+    """A checkpoint's config, with the place of its data from the one of the command line."""
+    if config is None:
+        return of_model
+    image_shape = of_model.model.image_shape
+    if not all(image_shape):  # an imported model takes any size
+        image_shape = config.model.image_shape
+    model = dataclasses.replace(of_model.model, image_shape=image_shape)
+    return dataclasses.replace(of_model, dataset=config.dataset, model=model)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ run() {
     .venv/bin/python main.py --config="$config" --config.seed="$3" --workdir="$workdir" $overrides
     if ! is_evaluated "$workdir"; then
         say "Evaluating $workdir"
-        .venv/bin/python main.py --config="$config" --workdir="$workdir" --mode=evaluate
+        .venv/bin/python main.py --workdir="$workdir" --mode=evaluate
     fi
 }
 

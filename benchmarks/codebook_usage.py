@@ -41,6 +41,7 @@ from llvq.evaluation.steps import measure_images
 from llvq.models import VQVAE
 from llvq.runtime import sharding
 from llvq.runtime.console import markdown_table
+from llvq.training.objective import Objective, default_weights
 from llvq.usage import CodebookUsage, CodeCounts, count_codes
 
 _STREAM_BATCH = 2**21
@@ -125,9 +126,13 @@ def measure_accuracy(max_cardinality: int) -> None:
     print(f"\nPeak memory of the process: {peak:.2f} GiB")
 
 
+def _measure(model: VQVAE, images: Array, mask: Array) -> tuple[Any, Array]:
+    return measure_images(model, Objective(default_weights()), images, mask)
+
+
 def _encode(model: VQVAE, images: Array, mask: Array) -> tuple[tuple[()], Array]:
     del mask
-    return (), model.encode(model.pack(images))
+    return (), model.encode(images)
 
 
 def _cost(
@@ -182,7 +187,7 @@ def measure_cost(batch_size: int, repeats: int) -> None:
     """Prints a row for each lattice and pass: seconds without counting, and what it adds."""
     lines = []
     for lattice, basis in (("dense", 1e-5), ("sparse", 0.1)):
-        for name, work in (("measure", measure_images), ("encode", _encode)):
+        for name, work in (("measure", _measure), ("encode", _encode)):
             print(f"{lattice} lattice, {name}", file=sys.stderr, flush=True)
             distinct, without, counting, merging = _cost(work, basis, batch_size, repeats)
             line = [lattice, f"{distinct:.2%}", name]

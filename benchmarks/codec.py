@@ -10,13 +10,12 @@ of the test images under the project's models, in three parts, there and back:
 - ids and bits: these ids to bits under the code model's tables, at order 0 (no code depends on its
   neighbours) and with contexts. zlib and zstd compress the same blocks: ids of one or two bytes,
   then the integers of the codes that the vocabulary lacks.
-- codes and stream: all that `codec.encode_codes` and `codec.decode_codes` do.
+- codes and stream: all that `Codec.compress_codes` and `Codec.decompress_codes` do.
 
 The cross-entropy is what the tables say that the codes cost: with an ideal coder, and without any
-header. If a model has no code model yet, it gets one of the first 3,000 training images. The
-process is pinned to a single core, where the system allows that, and keeps freed memory, as
-main.py does (llvq/runtime/host_memory.py). Times are medians of runs in turns; what comes back is
-compared with what was encoded.
+header. The process is pinned to a single core, where the system allows that, and keeps freed
+memory, as main.py does (llvq/runtime/host_memory.py). Times are medians of runs in turns; what
+comes back is compared with what was encoded.
 """
 
 import argparse
@@ -43,21 +42,18 @@ from jaxtyping import Float, Int32
 
 from benchmarks import comparison, measure, store
 from benchmarks.store import Row
-from llvq import codec, load_pretrained
-from llvq.codec import container, integers
+from llvq.codec import Codec, container, integers
 from llvq.codec.code_model import TOTAL, CodeModel
 from llvq.codec.coder import Block, Coder
 from llvq.codec.passes import Passes
 from llvq.codec.vocabulary import Vocabulary
 from llvq.errors import UserError, one_line_exit
-from llvq.models import VQVAE
 from llvq.quantizers import QUANTIZERS
 from llvq.runtime import host_memory
 from llvq.runtime.console import markdown_table
 
 PROGRAM = "codec.py"
 
-_FITTED_TO = 3_000
 _ZSTD_LEVELS = (3, 19)
 _IDENTITY = ("machine", "model", "vectors", "between", "by")
 _CODERS = {"llvq, order 0": False, "llvq, with contexts": True}
@@ -170,52 +166,48 @@ def _general_way(
     return Way("ids and bits", by, blocks, encode, decode)
 
 
-def _stream_way(model: VQVAE, codes: Codes, by: str) -> Way:
+def _stream_way(codec: Codec, codes: Codes, by: str) -> Way:
     def encode(codes: Codes) -> Coded:
-        stream = codec.encode_codes(model, codes, with_contexts=_CODERS[by])
-        return Coded(stream, codes.shape[:3])
+        return Coded(codec.compress_codes(codes, _CODERS[by]), codes.shape[:3])
 
     def decode(coded: Coded) -> Codes:
-        return codec.decode_codes(model, coded.data)
+        return codec.decompress_codes(coded.data)
 
     return Way("codes and stream", by, [codes], encode, decode)
 
 
-def ways(model: VQVAE, codes: Codes) -> Iterator[Way]:
-    """Yields every way to measure with a model that has a code model.
+def ways(codec: Codec, codes: Codes) -> Iterator[Way]:
+    """Yields every way to measure with a codec.
 
     Args:
-      model: made the codes.
+      codec: made the codes.
       codes: of some images.
     """
     import zstandard
 
-    code_model = codec.code_model_of(model)
-    vocabulary = Vocabulary(code_model, model.quantizer)
+    vocabulary = Vocabulary(codec.code_model, codec.model.quantizer)
     ranges = container.blocks(range(len(codes)), *codes.shape[1:3])
     parts = [codes[images.start : images.stop] for images in ranges]
     blocks = [vocabulary.block(part) for part in parts]
     yield Way("codes and ids", "llvq", parts, vocabulary.block, vocabulary.codes_of)
     for by in _CODERS:
-        yield _coder_way(code_model, blocks, by)
+        yield _coder_way(codec.code_model, blocks, by)
     general = functools.partial(_general_way, blocks, vocabulary.size + 1)
     yield general("zlib, level 6", functools.partial(zlib.compress, level=6), zlib.decompress)
     for level in _ZSTD_LEVELS:
         compress = zstandard.ZstdCompressor(level).compress
         yield general(f"zstd, level {level}", compress, zstandard.ZstdDecompressor().decompress)
     for by in _CODERS:
-        yield _stream_way(model, codes, by)
+        yield _stream_way(codec, codes, by)
 
 
-def load(name: str, num_images: int) -> tuple[VQVAE, Codes]:
-    """Loads a shipped model with a code model, and encodes FashionMNIST's test images."""
+def load(name: str, num_images: int) -> tuple[Codec, Codes]:
+    """Loads the codec of a shipped model, and encodes FashionMNIST's test images."""
     import input_pipeline
 
-    model = load_pretrained(name)
+    codec = Codec.load(name)
     data: Any = input_pipeline.load("fashion_mnist")  # whose images are in memory
-    if model.code_model is None:
-        codec.fit(model, [data.resident("train")[:_FITTED_TO]])
-    return model, Passes(model).codes(data.resident("test")[:num_images])
+    return codec, Passes(codec.model).codes(data.resident("test")[:num_images])
 
 
 def _repeat(convert: Callable[[Any], Any], items: Sequence[Any]) -> measure.Run:
@@ -235,11 +227,11 @@ def _is_same(a: Any, b: Any) -> bool:
 
 def _measure(name: str, options: argparse.Namespace) -> list[Row]:
     """Measures all ways of a model."""
-    model, codes = load(name, options.images)
+    codec, codes = load(name, options.images)
     num_vectors = math.prod(codes.shape[:3])
     rows: list[Row] = []
     runs: dict[str, measure.Run] = {}
-    for number, way in enumerate(ways(model, codes)):
+    for number, way in enumerate(ways(codec, codes)):
         encoded = [way.encode(item) for item in way.items]
         if not _is_same([way.decode(x) for x in encoded], way.items):
             raise AssertionError(f"{way.between} by {way.by}: something else comes back")

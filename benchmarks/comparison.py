@@ -165,7 +165,8 @@ def make_parser(program: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def check_options(options: argparse.Namespace, *names: str) -> None:
-    """Raises UserError unless the options of `make_parser`, and those named, are in range."""
+    """Raises UserError unless the options of `make_parser`, and those named, can be used."""
+    store.Store(options.output, report)
     store.check_positive(options, "repeats", *names)
     if not options.min_seconds >= 0:
         raise UserError(f"--min-seconds: {options.min_seconds} must be 0 or more")

@@ -41,6 +41,7 @@ from benchmarks.measure import Case, Contender
 from llvq import quantizers
 from llvq.errors import UserError, one_line_exit
 from llvq.quantizers import QUANTIZERS
+from llvq.quantizers.registry import complete, resolve_latent_dim
 from llvq.runtime import host_memory
 
 LATENT_DIM = 64
@@ -86,13 +87,13 @@ def fsq_levels(codebook_size: int) -> list[int]:
 
 def _options(quantizer: str, codebook_size: int) -> dict[str, Any]:
     """Returns the options of a quantizer with this number of codes."""
-    options = quantizers.default_options(quantizer)
+    options = complete(quantizer, {})
     wanted = {
         "codebook_size": codebook_size,
         "levels": fsq_levels(codebook_size),
         "num_bits": round(math.log2(codebook_size)),
         "dropout": False,
-        "initialisation": "random",
+        "initialization": "random",
         "restart_threshold": 0.0,
     }
     return options | {name: value for name, value in wanted.items() if name in options}
@@ -108,7 +109,7 @@ def _random(num_vectors: int, latent_dim: int) -> np.ndarray:
 def prepare_llvq(quantizer: str, codebook_size: int, num_vectors: int) -> Contender:
     """Prepares a quantizer of this project."""
     model = quantizers.create(quantizer, 0, rngs=nnx.Rngs(0), **_options(quantizer, codebook_size))
-    graphdef, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
+    graphdef, *states = nnx.split(model, nnx.Param, ...)
     params, statistics = map(nnx.to_pure_dict, states)
     vectors, gradient = map(jnp.asarray, _random(num_vectors, model.latent_dim))
 
@@ -118,14 +119,10 @@ def prepare_llvq(quantizer: str, codebook_size: int, num_vectors: int) -> Conten
     ) -> Any:
         def objective(params: Any, vectors: jax.Array) -> tuple[jax.Array, Any]:
             model = nnx.merge(graphdef, params, statistics)
-            quantized, codes, losses = model(vectors, train=True, key=key)
-            total = losses["quantizer_loss"] + jnp.vdot(quantized, gradient)
-            return total, (
-                quantized,
-                codes,
-                losses,
-                nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)),
-            )
+            output = model(vectors, train=True, key=key)
+            after = nnx.state(model, nnx.Not(nnx.Param))
+            total = output.loss + jnp.vdot(output.quantized, gradient)
+            return total, (output, nnx.to_pure_dict(after))
 
         return jax.grad(objective, argnums=(0, 1), has_aux=True)(params, vectors)
 
@@ -154,7 +151,7 @@ def prepare_torch(kind: str, quantizer: str, codebook_size: int, num_vectors: in
     else:
         model = torch_model.create_quantizer(quantizer, LATENT_DIM, options)
     model = model.to(device).train()
-    latent_dim = quantizers.resolve_latent_dim(quantizer, options, 0)
+    latent_dim = resolve_latent_dim(quantizer, options, 0)
     vectors, gradient = (torch.from_numpy(x).to(device) for x in _random(num_vectors, latent_dim))
     vectors.requires_grad_()
 

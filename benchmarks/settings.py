@@ -1,6 +1,5 @@
 """The data sets, configs and models that the benchmarks measure."""
 
-import dataclasses
 import importlib
 import importlib.util
 import pathlib
@@ -11,8 +10,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from llvq.config import TrainConfig, parse
-from llvq.models import VQVAE
-from llvq.training import train_state
+from llvq.models import VQVAE, factory
+from llvq.training.objective import Objective
 
 _FILES = (pathlib.Path(__file__).parents[1] / "configs").glob("*.py")
 DATASETS = tuple(sorted({path.stem for path in _FILES} - {"__init__", "default"}))
@@ -58,33 +57,32 @@ def get_config(
     Raises:
       UserError: if a run with this config is impossible.
     """
-    config = parse(importlib.import_module(f"configs.{dataset}").get_config(quantizer))
-    model, chosen = config.model, config.quantizer
+    config = importlib.import_module(f"configs.{dataset}").get_config(f"{quantizer},paper")
+    config.compute_dtype = compute_dtype
+    if batch_size:
+        config.batch_size = batch_size
     if image_size:
-        shape = image_size, image_size, model.image_shape[-1]
-        model = dataclasses.replace(model, image_shape=shape)
-    return parse(
-        dataclasses.replace(
-            config,
-            batch_size=batch_size or config.batch_size,
-            compute_dtype=compute_dtype,
-            model=model,
-            quantizer=dataclasses.replace(chosen, options={**chosen.options, **(options or {})}),
-        )
-    )
+        config.model.image_shape = (image_size, image_size, config.model.image_shape[-1])
+    config.quantizer.update(options or {})
+    return parse(config)
+
+
+def objective(config: TrainConfig) -> Objective:
+    """Returns what a config's run minimises."""
+    return Objective(config.loss, config.loss_options)
 
 
 def create_model(config: TrainConfig, mesh: Mesh | None = None) -> VQVAE:
     """Initializes a config's model, in the form that suits a mesh if there is one."""
-    model = train_state.create_model(config.architecture, config.seed)
+    model = factory.create_model(config.architecture, config.seed)
     if mesh is not None:
-        train_state.fit_to_mesh(model, mesh, config.latent_shape)
+        factory.fit_to_mesh(model, mesh, config.model.image_shape)
     return model
 
 
 def abstract_model(config: TrainConfig, mesh: Mesh | None = None) -> VQVAE:
     """Makes the model of `create_model` with shapes instead of arrays."""
-    model = train_state.abstract_model(config.architecture)
+    model = factory.abstract_model(config.architecture)
     if mesh is not None:
-        train_state.fit_to_mesh(model, mesh, config.latent_shape)
+        factory.fit_to_mesh(model, mesh, config.model.image_shape)
     return model

@@ -22,8 +22,8 @@ from benchmarks.settings import abstract_model, get_config
 from benchmarks.train_step import prepare_llvq
 from llvq.config import TrainConfig
 from llvq.errors import one_line_exit
+from llvq.models import factory
 from llvq.runtime import host_memory
-from llvq.training import train_state
 
 PROGRAM = "sweep.py"
 CODEBOOK_SIZE, BATCH_SIZE, IMAGE_SIZE = "codebook size K", "images per step", "height and width"
@@ -45,10 +45,10 @@ def make_config(quantizer: str, varied: str, value: int) -> TrainConfig:
 
 
 def num_parameters(quantizer: str, codebook_size: int) -> int:
-    """Counts the parameters the quantizer of a sweep."""
+    """Counts the parameters of a sweep's quantizer."""
     config = make_config(quantizer, CODEBOOK_SIZE, codebook_size)
-    model = abstract_model(config)
-    return train_state.num_quantizer_parameters(train_state.abstract_train_state(model))
+    _, params, statistics = factory.split(abstract_model(config))
+    return factory.num_parameters([params["quantizer"], statistics.get("quantizer", {})])
 
 
 def _case(varied: str, value: int) -> Case:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from llvq.config import Architecture
+from llvq.models.factory import Architecture
 from llvq.quantizers.lattice import SMALLEST_BASIS, sparse_basis_bound
 
 Step = Callable[[torch.Tensor], torch.Tensor]
@@ -50,7 +50,7 @@ class _Codebook(nn.Module):
         return torch.addmm(norms, flat, codebook.T, alpha=-2.0).argmin(1)
 
 
-class VectorQuantizer(_Codebook):
+class VQ(_Codebook):
     """VQ. All quantizers here map latents [..., latent_dim] to (quantized, codes, loss)."""
 
     def __init__(self, latent_dim: int, codebook_size: int, commitment_cost: float) -> None:
@@ -65,7 +65,7 @@ class VectorQuantizer(_Codebook):
         return z + (quantized - z).detach(), codes, loss
 
 
-class EMAVectorQuantizer(_Codebook):
+class VQEMA(_Codebook):
     """VQ-EMA."""
 
     def __init__(
@@ -133,15 +133,15 @@ def _sparse_lattice(latent_dim: int, codebook_size: int, **options: float) -> La
 
 # The counterparts of those in llvq.quantizers.QUANTIZERS.
 QUANTIZERS: dict[str, Callable[..., nn.Module]] = {
-    "vq": VectorQuantizer,
-    "vq_ema": EMAVectorQuantizer,
+    "vq": VQ,
+    "vq_ema": VQEMA,
     "sparse_lattice": _sparse_lattice,
     "dense_lattice": functools.partial(Lattice, basis_bound=1.0),
 }
 
 
 # Options that the counterparts lack; they behave as the defaults do.
-_LACKING = ("distance", "gradient", "initialisation", "restart_threshold")
+_LACKING = ("distance", "gradient", "initialization", "restart_threshold")
 
 
 def create_quantizer(name: str, latent_dim: int, options: Mapping[str, Any]) -> nn.Module:
@@ -196,13 +196,13 @@ class VQVAE(nn.Module):
 
 def create(architecture: Architecture) -> VQVAE:
     """Initializes a model with the architecture of a config."""
-    model, quantizer, _ = architecture
+    options, latent_dim = architecture.network_options, architecture.latent_dim
     return VQVAE(
-        create_quantizer(quantizer.name, model.latent_dim, quantizer.options),
-        model.latent_dim,
-        image_channels=model.image_shape[-1],
-        hidden_dims=model.hidden_dims,
-        num_residual_blocks=model.num_residual_blocks,
+        create_quantizer(architecture.quantizer, latent_dim, architecture.quantizer_options),
+        latent_dim,
+        image_channels=architecture.image_shape[-1],
+        hidden_dims=options["hidden_dims"],
+        num_residual_blocks=options["num_residual_blocks"],
     )
 
 

@@ -48,16 +48,19 @@ import optax
 from flax import nnx
 from jax import numpy as jnp
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from benchmarks import measure, store
-from benchmarks.settings import DATASETS, abstract_model, get_config
+from benchmarks.settings import DATASETS, abstract_model, create_model, get_config, objective
 from benchmarks.store import Row
+from llvq.config import TrainConfig
 from llvq.errors import UserError, first_line, one_line_exit
 from llvq.evaluation.steps import make_steps
+from llvq.models.factory import latent_shape
 from llvq.quantizers import QUANTIZERS
 from llvq.runtime import sharding
 from llvq.runtime.console import markdown_table
-from llvq.training import train_state
+from llvq.training.train_state import create_train_state
 from llvq.training.train_step import make_train_step
 
 STEPS = ("train", "evaluate")
@@ -139,6 +142,11 @@ def get_devices(topology: str) -> Sequence[jax.Device]:
         raise UserError(f"--topologies: {topology}: {first_line(error)}") from error
 
 
+def _mesh(config: TrainConfig, batch_size: int, devices: Sequence[jax.Device]) -> Mesh:
+    latent_height, _ = latent_shape(abstract_model(config), config.model.image_shape)
+    return sharding.mesh_for_batches(batch_size, latent_height, devices)
+
+
 def lower(row: Row) -> jax.stages.Lowered:
     """Lowers the step of a row, ready to be compiled."""
     config = get_config(
@@ -148,15 +156,18 @@ def lower(row: Row) -> jax.stages.Lowered:
         compute_dtype=row["compute_dtype"],
     )
     devices = get_devices(row["topology"])
-    mesh = sharding.mesh_for_batches(config.batch_size, config.latent_shape[0], devices)
+    mesh = _mesh(config, config.batch_size, devices)
     model = abstract_model(config, mesh)
-    graphdef, state = nnx.graphdef(model), train_state.abstract_train_state(model)
+    graphdef = nnx.graphdef(model)
+    schedule = optax.constant_schedule(config.learning_rate)
+    optimizer = optax.adam(schedule)
+    state = jax.eval_shape(lambda: create_train_state(create_model(config, mesh), optimizer))
     images = jax.ShapeDtypeStruct((config.batch_size, *config.model.image_shape), jnp.uint8)
     step: Any
     if row["step"] == "train":
-        step, _ = make_train_step(graphdef, optax.constant_schedule(config.learning_rate), mesh)
+        step, _ = make_train_step(graphdef, objective(config), optimizer, schedule, mesh)
         return step.lower(state, images)
-    step = make_steps(graphdef, mesh).measure
+    step = make_steps(graphdef, objective(config), mesh).measure
     mask = jax.ShapeDtypeStruct((config.batch_size,), jnp.bool)
     return step.lower(state, images, mask, jax.ShapeDtypeStruct((mesh.size,), jnp.int32))
 
@@ -248,7 +259,7 @@ def settings(options: argparse.Namespace) -> Iterator[Row]:
         config = get_config(dataset, quantizer)
         batch_size = options.batch_size or config.batch_size
         try:
-            sharding.mesh_for_batches(batch_size, config.latent_shape[0], devices)
+            _mesh(config, batch_size, devices)
         except UserError as error:
             if options.batch_size:
                 raise UserError(f"{topology}: {error}") from error

@@ -31,7 +31,6 @@ the most that PyTorch's allocator held.
 """
 
 import argparse
-import dataclasses
 import functools
 import itertools
 import os
@@ -55,13 +54,14 @@ from jax.sharding import Mesh
 from benchmarks import comparison, measure
 from benchmarks.measure import Case, Contender
 from benchmarks.settings import DATASETS, create_model, get_config
-from llvq.config import TrainConfig
+from llvq.config import TrainConfig, parse, to_dict
 from llvq.errors import one_line_exit
 from llvq.evaluation import metrics
 from llvq.models import VQVAE
-from llvq.quantizers import QUANTIZERS
+from llvq.quantizers import QUANTIZERS, QuantizerOutput
 from llvq.runtime import host_memory, sharding
 from llvq.training import train_state
+from llvq.training.objective import Objective, default_weights
 from llvq.training.train_state import TrainState
 from llvq.training.train_step import make_train_step
 
@@ -98,9 +98,8 @@ def make_evaluate_step(graphdef: nnx.GraphDef[VQVAE], mesh: Mesh) -> Callable[..
     @functools.partial(jax.jit, compiler_options=sharding.compiler_options(mesh))
     def evaluate_step(state: TrainState, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, state.params, state.statistics)
-        targets = model.to_floats(model.pack(images))
-        outputs, _, losses = model(targets)
-        return jnp.mean((outputs.astype(targets.dtype) - targets) ** 2), losses["quantizer_loss"]
+        _, metrics, _ = Objective(default_weights())(model, images)
+        return metrics["reconstruction_loss"], metrics["quantizer_loss"]
 
     return evaluate_step
 
@@ -111,11 +110,9 @@ class _Nothing(nnx.Module):
     def __init__(self, latent_dim: int) -> None:
         self.latent_dim = latent_dim
 
-    def __call__(
-        self, latents: jax.Array, **_: Any
-    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    def __call__(self, latents: jax.Array, **_: Any) -> QuantizerOutput:
         codes = jnp.zeros(latents.shape[:-1], jnp.int32)
-        return latents, codes, {"quantizer_loss": jnp.zeros((), latents.dtype)}
+        return QuantizerOutput(latents, codes, jnp.zeros((), latents.dtype), {})
 
 
 def prepare_llvq(
@@ -137,7 +134,9 @@ def prepare_llvq(
         nothing: Any = _Nothing(config.model.latent_dim)
         model.quantizer = nothing
     graphdef = nnx.graphdef(model)
-    state = sharding.replicate(train_state.create_train_state(model), mesh)
+    schedule = optax.constant_schedule(config.learning_rate)
+    optimizer = optax.adam(schedule)
+    state = sharding.replicate(train_state.create_train_state(model, optimizer), mesh)
     images = sharding.to_devices(random_images(config), mesh)
     if step == "evaluate":
         evaluate_step: Any = make_evaluate_step(graphdef, mesh)
@@ -150,8 +149,9 @@ def prepare_llvq(
         if several:
             index = np.tile(np.arange(len(images), dtype=np.int32), (steps_per_call, 1))
             inputs += (jax.device_put(index, sharding.steps_sharded(mesh)),)
-        schedule = optax.constant_schedule(config.learning_rate)
-        train_step: Any = make_train_step(graphdef, schedule, mesh, several=several)[0]
+        train_step: Any = make_train_step(
+            graphdef, Objective(default_weights()), optimizer, schedule, mesh, several=several
+        )[0]
         with precision:
             compiled = train_step.lower(state, *inputs).compile()
         states = [state]
@@ -262,7 +262,7 @@ def _case(dataset: str, quantizer: str, step: str, batch_size: int, image_size: 
         contenders["llvq"] = functools.partial(prepare, config, step)
         return Case(setting, config.batch_size, contenders)
     for dtype in ("float32",) if is_cpu else ("float32", "bfloat16"):
-        ours = dataclasses.replace(config, compute_dtype=dtype)
+        ours = parse({**to_dict(config), "compute_dtype": dtype})
         name = "llvq" if dtype == "float32" else f"llvq {dtype}"
         contenders[name] = functools.partial(prepare_llvq, ours, step)
         if dtype == "float32" and not is_cpu:

@@ -3,9 +3,9 @@
     python main.py --config=configs/image_folder.py:sparse_lattice \
         --config.dataset.manual_dir=/my/photos --workdir=runs/photos
 
-A third word in the argument is the size of the square images that the network sees, 64 by default:
-`configs/image_folder.py:sparse_lattice,long,256`. docs/data.md has the fields, and the memory that
-each size needs.
+A number in the argument is the size of the square images that the network sees, 64 by default:
+`configs/image_folder.py:sparse_lattice,standard,256`. The recipe is `standard` by default.
+docs/data.md has the fields, and the memory that each size needs.
 """
 
 from ml_collections import ConfigDict
@@ -25,10 +25,12 @@ SIZES = {
 
 def get_config(argument: str = "") -> ConfigDict:
     """See configs/default.py for the argument, llvq/config.py for the fields."""
-    *words, size = argument.split(",") if argument.count(",") == 2 else (argument, "64")
+    words = argument.split(",")
+    numbers = [word for word in words if word.isdecimal()]
+    size = numbers[0] if numbers else "64"
     if size not in map(str, SIZES):
         raise UserError(f"size {size!r}: choose one of {', '.join(map(str, SIZES))}")
-    config = default.get_config(",".join(words))
+    config = default.get_config(",".join(word for word in words if word != size), "standard")
     config.dataset.name = "image_folder"
     config.dataset.fit = "resize"
     config.dataset.flip = True

@@ -7,50 +7,53 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llvq.codec import Codec
     from llvq.models import VQVAE
     from llvq.pretrained import load_pretrained, pretrained_index
     from llvq.quantizers import (
         BSQ,
         FSQ,
         LFQ,
+        VQ,
+        VQEMA,
         D4Lattice,
-        DenseLatticeQuantizer,
+        DenseLattice,
         DiagonalLattice,
         E8Lattice,
-        EMAVectorQuantizer,
-        LatticeQuantizer,
         LearnedLattice,
         LeechLattice,
         MultirateLattice,
         Quantizer,
         ResidualVQ,
         SimVQ,
-        VectorQuantizer,
+        SparseLattice,
     )
 
 __all__ = [
     "BSQ",
     "FSQ",
     "LFQ",
+    "VQ",
+    "VQEMA",
     "VQVAE",
+    "Codec",
     "D4Lattice",
-    "DenseLatticeQuantizer",
+    "DenseLattice",
     "DiagonalLattice",
     "E8Lattice",
-    "EMAVectorQuantizer",
-    "LatticeQuantizer",
     "LearnedLattice",
     "LeechLattice",
     "MultirateLattice",
     "Quantizer",
     "ResidualVQ",
     "SimVQ",
-    "VectorQuantizer",
+    "SparseLattice",
     "load_pretrained",
     "pretrained_index",
 ]
 
 _MODULES = {
+    "Codec": "llvq.codec",
     "VQVAE": "llvq.models",
     "load_pretrained": "llvq.pretrained",
     "pretrained_index": "llvq.pretrained",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from llvq import checkpointing
+from llvq.config import to_dict
 from llvq.errors import UserError, one_line_exit
 
 
@@ -28,8 +29,8 @@ def at_rate(source: epath.PathLike, rate: int, directory: epath.PathLike) -> Non
         such rate, or if the directory holds something or cannot be written.
     """
     checkpoint = checkpointing.load(source)
-    config, params = dict(checkpoint.config), dict(checkpoint.state.params)
-    quantizer = dict(config["quantizer"])
+    config, params = to_dict(checkpoint.config), dict(checkpoint.state.params)
+    quantizer = config["quantizer"]
     if quantizer["name"] != "multirate_lattice":
         raise UserError(
             f"{checkpoint.path} is of {quantizer['name']}: only multirate_lattice has several rates"

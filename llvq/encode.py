@@ -1,6 +1,5 @@
 """A data set's codes as tokens: integers that a second-stage model can be trained on."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -15,7 +14,7 @@ from llvq.codec import rates
 from llvq.codec.container import blocks, images_per_block
 from llvq.codec.passes import Passes, num_codes
 from llvq.codec.vocabulary import Vocabulary
-from llvq.config import ConfigLike, check_data, check_same_model, parse
+from llvq.config import DatasetConfig
 from llvq.data import Dataset
 from llvq.runtime import console, distributed
 
@@ -57,12 +56,12 @@ class Writer(Protocol):
 
 
 def encode(
-    config: ConfigLike,
     workdir: epath.PathLike,
     data: Dataset,
     make_writer: Callable[..., Writer],
     *,
     checkpoint: epath.PathLike | None = None,
+    dataset: DatasetConfig | None = None,
 ) -> epath.Path:
     """Writes the tokens of all splits to WORKDIR/tokens, and vocabulary.npy beside them.
 
@@ -74,49 +73,42 @@ def encode(
     writes what is missing.
 
     Args:
-      config: the run's config; `model`, `quantizer` and `dataset.name` must be the checkpoint's.
       workdir: where the directory goes, and the run whose newest checkpoint is taken by default.
       data: the data set.
       make_writer: makes the writer; see `input_pipeline.tokens.TokenWriter`.
       checkpoint: another checkpoint (see `checkpointing.find`).
+      dataset: names `data`, if it is not the run's.
 
     Returns:
       The directory.
 
     Raises:
-      UserError: if the config is impossible, there is no such checkpoint, it is of another model,
-        or the directory holds other tokens or cannot be written.
+      UserError: if there is no such checkpoint, it is of another data set, or the directory holds
+        other tokens or cannot be written.
     """
-    config = parse(config)
-    check_data(config, data)
-    source = workdir if checkpoint is None else checkpoint
-    checkpointing.find(source)  # before a workdir is made
-    checkpointing.require_writable(workdir)
-    found = checkpointing.load(source)
-    check_same_model(config, found.config, os.fspath(found.path))
+    found, dataset = checkpointing.load_for(workdir, data, checkpoint, dataset)
     model = checkpointing.model_of(found)
-    model.value_range = config.model.value_range  # an imported one may not know it
     train = rates.codes(model, data, "train")
-    code_model = rates.find_or_estimate(model, found.path, config.dataset, data, train)
+    code_model = rates.find_or_estimate(model, found.path, dataset, data, train)
     vocabulary = Vocabulary(code_model, model.quantizer)
 
     shape = num_codes(model, *data.image_shape[:2])
     directory = epath.Path(workdir) / "tokens"
     images_per_shard = _BLOCKS_PER_SHARD * images_per_block(*shape)
     writer = make_writer(
-        directory, config.dataset.name, data.num_images, images_per_shard, shape, vocabulary.size
+        directory, dataset.name, data.num_images, images_per_shard, shape, vocabulary.size
     )
     job = {
-        "dataset": config.dataset.name,
+        "dataset": dataset.name,
         "num_images": dict(data.num_images),
-        "fit": config.dataset.fit,
+        "fit": dataset.fit,
         "images": data.fingerprint,
-        "quantizer": config.quantizer.name,
+        "quantizer": found.config.quantizer.name,
         "step": int(found.state.step),
         "parameters": code_model.parameters,
         "code_model": code_model.digest,
         "image_shape": list(data.image_shape),
-        "value_range": list(config.model.value_range),
+        "value_range": list(model.value_range),
         "preprocessing": "uint8 pixels mapped linearly to value_range; nothing is flipped",
         "token_shape": list(shape),
         "order": "images in the data set's order; tokens row by row, from the upper left corner",

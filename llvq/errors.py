@@ -15,6 +15,10 @@ class UserError(Exception):
         super().__init__(" ".join(message.splitlines()))  # libraries' own may have several
 
 
+class DamageError(Exception):
+    """Damage to a checkpoint or a stream; the message says how it shows."""
+
+
 class DivergenceError(UserError):
     """The loss or the gradient became NaN or infinite."""
 

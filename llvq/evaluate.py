@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -16,33 +16,28 @@ from jaxtyping import Int32
 
 from llvq import checkpointing
 from llvq.codec import rates
-from llvq.config import (
-    ConfigLike,
-    check_data,
-    check_same_model,
-    global_batch_size,
-    of_saved,
-    parse,
-)
+from llvq.config import DatasetConfig, TrainConfig
 from llvq.data import Dataset
 from llvq.data.files import writing
 from llvq.data.order import steps_per_epoch
 from llvq.errors import UserError
 from llvq.evaluation import pictures
 from llvq.evaluation.evaluator import Evaluator
+from llvq.models import factory
 from llvq.runtime import sharding
-from llvq.training import train_state
+from llvq.training.objective import Objective
 from llvq.usage import CodebookUsage
 
 _REPORT = "evaluation.json"
 
 
 def evaluate(
-    config: ConfigLike,
     workdir: epath.PathLike,
     data: Dataset,
     *,
     checkpoint: epath.PathLike | None = None,
+    batch_size: int | None = None,
+    dataset: DatasetConfig | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint; writes evaluation.json and reconstructions.png into the workdir.
 
@@ -51,31 +46,29 @@ def evaluate(
     behind the rates is estimated over the training split and kept beside the checkpoint.
 
     Args:
-      config: the run's config; `model`, `quantizer` and `dataset.name` must be the checkpoint's.
       workdir: where results go, and the run whose newest checkpoint is taken by default.
       data: the data set; needs the splits "train" and "validation".
       checkpoint: another checkpoint to evaluate (see `checkpointing.find`).
+      batch_size: images at a time, over all devices and hosts; by default the run's.
+      dataset: names `data`, if it is not the run's; an imported checkpoint does not know its own.
 
     Returns:
       The contents of evaluation.json.
 
     Raises:
-      UserError: if the config is impossible, there is no such checkpoint, it is of another model,
-        or the workdir cannot be written to.
+      UserError: if there is no such checkpoint, it is of another data set, or the workdir cannot be
+        written to.
     """
-    config = parse(config)
-    check_data(config, data)
-    batch_size = global_batch_size(config, jax.device_count())
-    mesh = sharding.mesh_for_batches(batch_size, config.latent_shape[0])
-    source = workdir if checkpoint is None else checkpoint
-    checkpointing.find(source)  # before a workdir is made
-    checkpointing.require_writable(workdir)
-    found = checkpointing.load(source)
-    check_same_model(config, found.config, os.fspath(found.path))
+    found, dataset = checkpointing.load_for(workdir, data, checkpoint, dataset)
+    config, model = found.config, checkpointing.model_of(found)
+    batch_size = batch_size or config.batch_size
+    latent_height, _ = factory.latent_shape(model, data.image_shape)
+    mesh = sharding.mesh_for_batches(batch_size, latent_height)
     state = jax.device_put(found.state, sharding.replicated(mesh))
-    model = train_state.abstract_model(config.architecture)
-    train_state.fit_to_mesh(model, mesh, config.latent_shape)
-    evaluator = Evaluator(nnx.graphdef(model), mesh)
+    fitted = factory.abstract_model(config.architecture)
+    factory.fit_to_mesh(fitted, mesh, data.image_shape)
+    objective = Objective(config.loss, config.loss_options)
+    evaluator = Evaluator(nnx.graphdef(fitted), objective, mesh)
 
     split = "test" if data.num_images.get("test") else "validation"
     logging.info("Evaluating %s on %d %s images", found.path, data.num_images[split], split)
@@ -83,26 +76,24 @@ def evaluate(
     assert means is not None  # nothing stops it
     picture, _ = evaluator.preview(state, data, split)
 
-    trained = checkpointing.model_of(found, compute_dtype=config.compute_dtype)
-    trained.value_range = config.model.value_range  # an imported one may not know it
     usage = CodebookUsage()
     train, validation = (
-        _counted(rates.codes(trained, data, name), usage) for name in ("train", "validation")
+        _counted(rates.codes(model, data, name), usage) for name in ("train", "validation")
     )
-    code_model = rates.find_or_estimate(trained, found.path, config.dataset, data, train)
+    code_model = rates.find_or_estimate(model, found.path, dataset, data, train)
     for _ in itertools.chain(train, validation):
         pass
     usage = usage.over_all_hosts()
     results = {
-        "dataset": config.dataset.name,
+        "dataset": dataset.name,
         "quantizer": config.quantizer.name,
         "checkpoint": _name(found.path, workdir),
         "step": int(found.state.step),
         "split": split,
         **means,
         **_codebook_figures(usage, model.quantizer.num_codes),
-        **rates.measure(trained, code_model, data, split),
-        **_length_of_run(found.config, data),
+        **rates.measure(model, code_model, data, split),
+        **_length_of_run(config, data),
     }
     # A metric that is not finite is null, which JSON has a word for.
     results = {name: value if _is_finite(value) else None for name, value in results.items()}
@@ -138,13 +129,10 @@ def _codebook_figures(usage: CodebookUsage, num_codes: int | None) -> dict[str, 
     return figures | {"codebook_utilization": usage.num_distinct / num_codes}
 
 
-def _length_of_run(saved: Mapping[str, Any], data: Dataset) -> dict[str, int]:
-    """The number of steps that a run's config asks for; nothing for an imported checkpoint."""
-    run = of_saved(saved)
-    if "num_epochs" not in run:
-        return {}
-    per_epoch = steps_per_epoch(data.num_images["train"], run["batch_size"])
-    return {"num_train_steps": run["num_train_steps"] or run["num_epochs"] * per_epoch}
+def _length_of_run(config: TrainConfig, data: Dataset) -> dict[str, int]:
+    """The number of steps that a run's config asks for."""
+    per_epoch = steps_per_epoch(data.num_images["train"], config.batch_size)
+    return {"num_train_steps": config.num_train_steps or config.num_epochs * per_epoch}
 
 
 def _is_finite(value: Any) -> bool:
@@ -173,4 +161,5 @@ def read_evaluation(workdir: epath.PathLike, checkpoint: epath.Path) -> dict[str
             f"{report} does not hold an evaluation of {checkpoint}: run main.py --mode=evaluate "
             f"with --workdir={workdir} first"
         )
-    return evaluation
+    # Older versions knew one reconstruction loss.
+    return {"mse": evaluation["reconstruction_loss"], **evaluation}

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from etils import epath
 
 from llvq import checkpointing, pretrained
-from llvq.codec import code_model
+from llvq.codec import code_model as code_models
+from llvq.config import to_dict
 from llvq.data.files import writing
 from llvq.errors import UserError, one_line_exit
 from llvq.evaluate import read_evaluation
@@ -36,9 +37,9 @@ def export(workdir: epath.PathLike, command: str, name: str = "") -> str:
         two words.
     """
     checkpoint = checkpointing.load(workdir)
-    config, state = checkpoint.config, checkpoint.state
-    if "dataset" not in config:
-        raise UserError(f"{checkpoint.path} was imported: only runs of this program are exported")
+    config, state = to_dict(checkpoint.config), checkpoint.state
+    if not config["dataset"]["name"] and not name:
+        raise UserError(f"{checkpoint.path} does not say what it was trained on: give it a --name")
     evaluation = read_evaluation(workdir, checkpoint.path)
     name = name or f"{config['dataset']['name']}/{config['quantizer']['name']}"
     if not re.fullmatch(r"\w+/\w+", name):
@@ -47,12 +48,12 @@ def export(workdir: epath.PathLike, command: str, name: str = "") -> str:
     paths = ("data_dir", "manual_dir")
     dataset = {field: value for field, value in config["dataset"].items() if field not in paths}
     config = {**config, "dataset": dataset}
-    config.pop("init_from", None)
+    del config["init_from"]
     directory = pretrained.DIRECTORY / name
     checkpointing.save_for_inference(directory, state, config)
-    parameters = code_model.parameters_digest(checkpointing.model_of(checkpoint))
-    if costs := code_model.load(checkpoint.path, parameters):
-        costs.save(directory)
+    code_model = code_models.load(checkpoint.path)
+    if code_model and code_model.belongs_to(checkpointing.model_of(checkpoint)):
+        code_model.save(directory)
     for marker in directory.rglob("commit_success.txt"):
         marker.write_text("")  # Orbax only checks that it exists, but writes the path into it
 

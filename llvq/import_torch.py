@@ -9,9 +9,10 @@ ones [in, out, h, w]. Both lattices are a single row [1, D] and told apart by it
 basis starts within ±9.77 (for a codebook size of 512) and grows, a dense one starts within ±1 and
 shrinks, so that a mean |b| of 1 lies between them.
 
-The imported config leaves out what tensors do not tell (data set, height, width, value range,
-seed); the config used for evaluation supplies it. The only option of a quantizer that they tell is
-codebook_size; the others are taken to be the defaults, which are the authors' values.
+Tensors do not tell everything. Height and width do not matter to the network; the value range is
+the authors' for as many channels, unless --value_range says another; the data set is named by the
+config used for evaluation. The only option of a quantizer that tensors tell is codebook_size; the
+others are taken to be the defaults, which are the authors' values.
 
 Reading the files needs PyTorch, the optional extra `torch`: pip install "torch>=2.6".
 """
@@ -30,12 +31,13 @@ from jax import numpy as jnp
 from jaxtyping import Float
 
 from llvq import checkpointing
-from llvq.config import architecture_of
+from llvq.checkpointing.saved_config import AUTHORS_VALUE_RANGES, from_saved
 from llvq.errors import UserError, first_line, one_line_exit
 from llvq.fields import flatten
-from llvq.quantizers import default_options
-from llvq.training import train_state
-from llvq.training.train_state import TrainState, Tree
+from llvq.models import factory
+from llvq.models.factory import Tree
+from llvq.quantizers.registry import complete
+from llvq.training.train_state import TrainState
 
 _SMALLEST_SPARSE_BASIS = 1.0  # in the mean of |b|; see above
 
@@ -143,15 +145,15 @@ def _quantizer_config(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     if embedding.shape[0] == 1:
         is_sparse = np.mean(np.abs(embedding)) >= _SMALLEST_SPARSE_BASIS
         name = "sparse_lattice" if is_sparse else "dense_lattice"
-        return {"name": name, **default_options(name)}
+        return {"name": name, **complete(name, {})}
     name = "vq" if tensors.keys().isdisjoint(_EMA_NAMES) else "vq_ema"
-    return {"name": name, **default_options(name), "codebook_size": embedding.shape[0]}
+    return {"name": name, **complete(name, {"codebook_size": embedding.shape[0]})}
 
 
 def recognise(tensors: Mapping[str, Float[np.ndarray, "..."]]) -> dict[str, Any]:
     """The part of a config that a state dict of the authors' program tells.
 
-    `model.image_shape` is (None, None, channels): a convolutional network fits every size.
+    `model.image_shape` is (0, 0, channels): a convolutional network fits every size.
 
     Raises:
       UserError: if the tensors are not of an LL-VQ-VAE model.
@@ -164,10 +166,13 @@ def recognise(tensors: Mapping[str, Float[np.ndarray, "..."]]) -> dict[str, Any]
             f"no LL-VQ-VAE model, which has _encoder.0.0.weight [out, in, 4, 4] and {_EMBEDDING} "
             f"[K, D]; found {found[:100] or 'no tensors'}"
         )
+    channels = downsampling[0].shape[1]
     return {
-        "compute_dtype": "float32",
         "model": {
-            "image_shape": (None, None, downsampling[0].shape[1]),
+            "image_shape": (0, 0, channels),
+            "value_range": AUTHORS_VALUE_RANGES.get(channels, (0.0, 1.0)),
+            "latent_activation": "leaky_relu",
+            "output_activation": "leaky_relu",
             "hidden_dims": tuple(weight.shape[0] for weight in downsampling),
             "num_residual_blocks": _num_residual_blocks(tensors),
             "latent_dim": embedding.shape[1],
@@ -186,8 +191,8 @@ def _check_complete(config: dict[str, Any], params: Tree, statistics: Tree) -> N
             for path, leaf in jax.tree.leaves_with_path(tree)
         }
 
-    model = train_state.abstract_model(architecture_of(config))
-    _, *abstract = train_state.split(model)
+    model = factory.abstract_model(from_saved(config).architecture)
+    _, *abstract = factory.split(model)
     expected, found = shapes(*abstract), shapes(params, statistics)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
@@ -257,7 +262,8 @@ def import_checkpoint(
     Args:
       checkpoint: the authors' file, of any data set and quantizer. No code in it is run.
       output: the directory to write; must not exist, or be empty.
-      value_range: what pixel values 0 … 255 were mapped to, if that is to be kept.
+      value_range: what pixel values 0 … 255 were mapped to; by default the authors' range for as
+        many channels: −0.5 to 0.5 for greyscale, 0 to 1 for colour.
 
     Returns:
       The part of the config that the file tells (see `recognise`).
@@ -295,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs=2,
         type=float,
         metavar=("LOW", "HIGH"),
-        help="the values that pixel values 0 … 255 were mapped to, e.g. -0.5 0.5",
+        help="what pixel values 0 … 255 were mapped to, if not to the authors' values",
     )
     options = parser.parse_args(arguments)
     with one_line_exit(parser.prog):

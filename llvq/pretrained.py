@@ -12,8 +12,7 @@ from typing import Any
 from etils import epath
 
 from llvq import checkpointing
-from llvq.codec import code_model
-from llvq.config import completed
+from llvq.checkpointing.saved_config import upgrade
 from llvq.errors import UserError
 from llvq.models.vqvae import VQVAE
 
@@ -33,7 +32,7 @@ def pretrained_index() -> dict[str, dict[str, Any]]:
     `value_range`, what pixel values 0 … 255 were mapped to.
     """
     index = json.loads((DIRECTORY / "index.json").read_text())
-    return {name: {**entry, "config": completed(entry["config"])} for name, entry in index.items()}
+    return {name: {**entry, "config": upgrade(entry["config"])} for name, entry in index.items()}
 
 
 def load_pretrained(name: epath.PathLike) -> VQVAE:
@@ -43,15 +42,12 @@ def load_pretrained(name: epath.PathLike) -> VQVAE:
       name: one of `pretrained_index()`, or the path of a checkpoint or a workdir.
 
     Returns:
-      The model, with its code model (see `llvq.codec`) if the checkpoint has one.
+      The model; `llvq.Codec.load` also reads its code model.
 
     Raises:
       UserError: if there is no such model, it is damaged, or it needs float64 and JAX lacks it.
     """
-    checkpoint = checkpointing.load(find_pretrained(name))
-    model = checkpointing.model_of(checkpoint)
-    model.code_model = code_model.load(checkpoint.path, code_model.parameters_digest(model))
-    return model
+    return checkpointing.model_of(checkpointing.load(find_pretrained(name)))
 
 
 def find_pretrained(name: epath.PathLike) -> epath.Path:

@@ -2,13 +2,13 @@
 
 import contextlib
 import functools
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+import optax
 from absl import logging
 from etils import epath
 from flax import nnx
@@ -16,29 +16,21 @@ from jax.profiler import StepTraceAnnotation, TraceAnnotation
 from jax.sharding import Mesh
 
 from llvq import checkpointing
-from llvq.config import (
-    ConfigLike,
-    TrainConfig,
-    check_data,
-    check_initial,
-    check_resumable,
-    derive,
-    num_train_steps,
-    of_saved,
-    parse,
-    to_dict,
-    to_markdown,
-    to_saved,
-)
+from llvq.config import ConfigLike, TrainConfig, parse, to_dict
 from llvq.data import Dataset
+from llvq.data.dataset import check_data
 from llvq.data.order import steps_per_epoch, training_batches
 from llvq.errors import DivergenceError, UserError
 from llvq.evaluation.evaluator import Evaluator
-from llvq.fields import flatten
+from llvq.fields import LARGEST, flatten
+from llvq.models import VQVAE, factory
+from llvq.quantizers.registry import loss_warmup
 from llvq.runtime import console, preemption, sharding
 from llvq.training import feeding, schedules, train_state
+from llvq.training import optimizer as optimizers
 from llvq.training.feeding import Call
 from llvq.training.meters import MetricsWindow, Throughput
+from llvq.training.objective import Objective
 from llvq.training.train_state import TrainState
 from llvq.training.train_step import Metrics, make_train_step
 from llvq.usage import CodebookUsage
@@ -47,12 +39,12 @@ _STOPPED = "stopped by SIGTERM, saved at step {}; the same command resumes from 
 
 
 class Validation(NamedTuple):
-    """The findings of a validation.
+    """Results of a validation.
 
     Attributes:
-      scalars: by name; `reconstruction_loss` ranks the checkpoint (see `checkpointing`).
+      scalars: by name; that of the task's `ranking` ranks the checkpoint.
       images: [n, height, width, channels] by name, uint8.
-      histograms: arrays by name whose distribution is worth watching.
+      histograms: arrays by name to log as histograms.
     """
 
     scalars: dict[str, float]
@@ -61,15 +53,17 @@ class Validation(NamedTuple):
 
 
 class Task(Protocol):
-    """All that the loop has to know of a model and its training.
+    """The interface between the loop and what is trained.
 
     Attributes:
+      ranking: the name of the figure of validation that ranks checkpoints; lower is better.
       state: what the run starts or resumes from: a pytree whose `step` counts the steps done. The
         first step may reuse its memory.
       num_steps: the step at which the run ends.
       images_per_step: over all devices and hosts.
     """
 
+    ranking: str
     state: Any
     num_steps: int
     images_per_step: int
@@ -95,11 +89,26 @@ class Task(Protocol):
         ...
 
 
+class Intervals(NamedTuple):
+    """After how many steps something is done.
+
+    Attributes:
+      log: metrics are logged.
+      evaluate: the task is validated.
+      checkpoint: the state is saved.
+    """
+
+    log: int
+    evaluate: int
+    checkpoint: int
+
+
 def train_and_evaluate(
     config: ConfigLike,
     workdir: epath.PathLike,
     data: Dataset,
     *,
+    optimizer: optax.GradientTransformation | None = None,
     make_writer: Callable[[], Any] = console.ConsoleWriter,
 ) -> TrainState:
     """Trains a VQ-VAE from the newest checkpoint of the workdir, or from its start, to its end.
@@ -111,8 +120,9 @@ def train_and_evaluate(
       config: the run's config.
       workdir: where checkpoints are kept.
       data: the data set; needs the splits "train" and "validation".
+      optimizer: takes the place of the config's, with a learning rate of its own.
       make_writer: makes the clu MetricWriter, or the like, that takes scalars, images, histograms
-        and texts. It is called once it is sure that there is something to train.
+        and texts. It is called only if there is something to train.
 
     Returns:
       The final state.
@@ -124,84 +134,151 @@ def train_and_evaluate(
       Preempted: after SIGTERM; a SystemExit.
     """
     config = parse(config)
-    check_data(config, data)
+    check_data(data, config.model.image_shape)
     is_new = not (epath.Path(workdir) / "checkpoints").exists()
     if config.init_from and is_new:  # before a workdir is made
         checkpointing.find(config.init_from, "name another one with --config.init_from")
     checkpointing.require_writable(workdir)
-    num_devices = jax.device_count()
+    num_images = data.num_images["train"]
+    num_steps = num_train_steps(config, num_images)
+    per_epoch = steps_per_epoch(num_images, config.batch_size)
+    schedule = schedules.SCHEDULES[config.schedule](config.learning_rate, per_epoch, num_steps)
+    if optimizer is None:
+        of_config = config.optimizer
+        optimizer = optimizers.create(
+            of_config.name, of_config.options, schedule, of_config.clip_norm
+        )
 
     def make_like(saved: Mapping[str, Any]) -> TrainState:
-        would_use = derive(config, num_devices, of_saved(saved)["batch_size"])
-        check_resumable(would_use, saved, os.fspath(workdir))
-        return train_state.abstract_train_state(train_state.abstract_model(would_use.architecture))
+        checkpointing.check_resumable(config, checkpointing.from_saved(saved), workdir)
+        architecture = config.architecture
+        return jax.eval_shape(
+            lambda: _create_state(config, factory.create_model(architecture, 0), optimizer)
+        )
 
-    saved = checkpointing.resume(workdir, make_like)
-    batch_size = of_saved(saved.config)["batch_size"] if saved else None
-    derived = derive(config, num_devices, batch_size)
-    mesh = sharding.mesh_for_batches(derived.batch_size, derived.latent_shape[0])
-    task = VQVAETask(derived, data, mesh, saved.state if saved else _start(derived))
-    return run(task, derived, workdir, mesh, to_saved(config, derived), make_writer)
+    state = checkpointing.resume(workdir, make_like)
+    model = factory.abstract_model(config.architecture)
+    latent_height, _ = factory.latent_shape(model, config.model.image_shape)
+    mesh = sharding.mesh_for_batches(config.batch_size, latent_height)
+    if state is None:
+        state = _start(config, optimizer)
+    task = VQVAETask(config, data, mesh, state, optimizer, schedule, num_steps)
+    return run(
+        task,
+        workdir,
+        mesh,
+        _intervals(config),
+        to_dict(config),
+        make_writer,
+        keep_checkpoints=config.keep_checkpoints,
+        stop_on_failed_save=config.stop_on_failed_save,
+    )
 
 
-def _start(config: TrainConfig) -> TrainState:
+def _intervals(config: TrainConfig) -> Intervals:
+    return Intervals(config.log_every_steps, config.eval_every_steps, config.checkpoint_every_steps)
+
+
+def num_train_steps(config: TrainConfig, num_images: int) -> int:
+    """Returns the number of steps of a run on a data set of this size.
+
+    Raises:
+      UserError: if there are too many to be counted.
+    """
+    per_epoch = steps_per_epoch(num_images, config.batch_size)
+    num_steps = config.num_train_steps or config.num_epochs * per_epoch
+    if num_steps > LARGEST:
+        raise UserError(
+            f"config.num_epochs={config.num_epochs}: must be at most {LARGEST // per_epoch}, as an "
+            f"epoch has {per_epoch} steps"
+        )
+    return num_steps
+
+
+def _create_state(
+    config: TrainConfig, model: VQVAE, optimizer: optax.GradientTransformation
+) -> TrainState:
+    keeps_averages = config.optimizer.ema_decay > 0
+    return train_state.create_train_state(model, optimizer, keeps_averages=keeps_averages)
+
+
+def _start(config: TrainConfig, optimizer: optax.GradientTransformation) -> TrainState:
     """The state that a new run starts from."""
-    state = train_state.create_train_state(
-        train_state.create_model(config.architecture, config.seed)
-    )
-    if not config.init_from:
-        return state
-    found = checkpointing.load(config.init_from)
-    check_initial(config, found.config, f"init_from={found.path}")
-    logging.info("Starting from the parameters of %s", found.path)
-    params, statistics = jax.tree.map(
-        lambda loaded, fresh: loaded.astype(fresh.dtype),
-        (found.state.params, found.state.statistics),
-        (state.params, state.statistics),
-    )
-    return state.replace(params=params, statistics=statistics)
+    model = factory.create_model(config.architecture, config.seed)
+    if config.init_from:
+        found = checkpointing.load(config.init_from)
+        checkpointing.check_initial(config, found.config, f"init_from={found.path}")
+        logging.info("Starting from the parameters of %s", found.path)
+        graphdef, *fresh = factory.split(model)
+        loaded = found.state.params, found.state.statistics
+        model = nnx.merge(
+            graphdef, *jax.tree.map(lambda old, new: old.astype(new.dtype), loaded, tuple(fresh))
+        )
+    return _create_state(config, model, optimizer)
 
 
 class VQVAETask:
     """A VQ-VAE and the data that it is trained on; see `Task`."""
 
-    def __init__(self, config: TrainConfig, data: Dataset, mesh: Mesh, state: TrainState) -> None:
+    # Not the total loss, which contains −γ·Σ|b| for a lattice.
+    ranking = "reconstruction_loss"
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Dataset,
+        mesh: Mesh,
+        state: TrainState,
+        optimizer: optax.GradientTransformation,
+        schedule: optax.Schedule,
+        num_steps: int,
+    ) -> None:
         """Args:
-        config: what the run uses; see `config.derive`.
+        config: of the run.
         data: the data set.
         mesh: the devices.
         state: what the run starts or resumes from.
+        optimizer: of the run.
+        schedule: of the learning rate, which is reported.
+        num_steps: the step at which the run ends.
         """
         self.images_per_step = config.batch_size
+        self.num_steps = num_steps
         self._config, self._data, self._mesh = config, data, mesh
         self._num_images = data.num_images["train"]
-        self.num_steps = num_train_steps(config, self._num_images)
-        name, rate = config.schedule, config.learning_rate
-        per_epoch = steps_per_epoch(self._num_images, config.batch_size)
-        schedule = schedules.create(name, rate, per_epoch, self.num_steps)
-        self._num_active = schedules.num_active_steps(name, rate, per_epoch, self.num_steps)
+        self._num_active = schedules.num_active_steps(
+            config.schedule,
+            config.learning_rate,
+            steps_per_epoch(self._num_images, config.batch_size),
+            num_steps,
+        )
 
         self.state = jax.device_put(state, sharding.replicated(mesh))
         self._first_step = int(state.step)
-        stops = self._first_step, self._num_active, self.num_steps
-        self._per_call = feeding.steps_per_call(config, stops, mesh)
+        stops = self._first_step, self._num_active, num_steps, *_intervals(config)
+        self._per_call = feeding.steps_per_call(config.steps_per_call, stops, mesh)
         self._images = data.resident("train") if self._per_call > 1 else None
 
-        model = train_state.abstract_model(config.architecture)
-        train_state.fit_to_mesh(model, mesh, config.latent_shape)
+        model = factory.abstract_model(config.architecture)
+        factory.fit_to_mesh(model, mesh, config.model.image_shape)
         graphdef = nnx.graphdef(model)
-        self._evaluator = Evaluator(graphdef, mesh)
+        objective = Objective(config.loss, config.loss_options)
+        self._evaluator = Evaluator(graphdef, objective, mesh)
         self._train_step, self._statistics_step = make_train_step(
             graphdef,
+            objective,
+            optimizer,
             schedule,
             mesh,
             seed=config.seed,
-            warmup_steps=model.quantizer.loss_warmup * self.num_steps,
+            warmup_steps=loss_warmup(config.quantizer.options) * num_steps,
+            accumulate_steps=config.optimizer.accumulate_steps,
+            ema_decay=config.optimizer.ema_decay,
             several=self._images is not None,
         )
 
     def describe(self) -> str:
-        num_parameters = train_state.num_parameters((self.state.params, self.state.statistics))
+        num_parameters = factory.num_parameters((self.state.params, self.state.statistics))
         return (
             f"{num_parameters} parameters "
             f"({train_state.num_quantizer_parameters(self.state)} of them the quantizer's), "
@@ -252,11 +329,14 @@ def _usage_figures(usage: CodebookUsage) -> dict[str, float]:
 
 def run(
     task: Task,
-    config: TrainConfig,
     workdir: epath.PathLike,
     mesh: Mesh,
-    saved_config: Mapping[str, Any],
+    intervals: Intervals,
+    config: Mapping[str, Any],
     make_writer: Callable[[], Any],
+    *,
+    keep_checkpoints: int,
+    stop_on_failed_save: bool,
 ) -> Any:
     """Trains a task to its end: logs, validates, saves, and stops when it has to.
 
@@ -265,11 +345,13 @@ def run(
 
     Args:
       task: what is trained.
-      config: says how often something follows a step, and which checkpoints are kept.
       workdir: where checkpoints are kept.
       mesh: the devices.
-      saved_config: what checkpoints hold as their config.
+      intervals: between logs, validations and checkpoints.
+      config: of the run, as nested dicts, for checkpoints and logs.
       make_writer: as for `train_and_evaluate`.
+      keep_checkpoints: how many of the newest are kept.
+      stop_on_failed_save: whether a checkpoint that cannot be saved ends the run.
 
     Returns:
       The final state.
@@ -280,7 +362,7 @@ def run(
     first_step = int(task.state.step)
     with (
         preemption.stop_at_a_step(mesh) as is_time_to_stop,
-        checkpointing.open_manager(workdir, config.keep_checkpoints) as checkpoints,
+        checkpointing.open_manager(workdir, keep_checkpoints, task.ranking) as checkpoints,
     ):
         if first_step >= task.num_steps:
             logging.info("Nothing to train: %s is at step %d already", workdir, first_step)
@@ -291,11 +373,15 @@ def run(
             _closing(make_writer()) as writer,
             console.Progress(task.num_steps, "training", first_step) as report,
         ):
-            hparams = flatten(to_dict(config))
-            writer.write_hparams({name: _hparam(value) for name, value in hparams.items()})
-            texts = {"config": to_markdown(saved_config), "machine": sharding.describe(mesh)}
-            writer.write_texts(first_step, texts)
-            return _loop(task, config, saved_config, checkpoints, writer, report, is_time_to_stop)
+            values = flatten(config)
+            writer.write_hparams({name: _hparam(value) for name, value in values.items()})
+            rows = [(name, str(value)) for name, value in values.items()]
+            table = console.markdown_table(("field", "value"), rows)
+            writer.write_texts(first_step, {"config": table, "machine": sharding.describe(mesh)})
+            save = functools.partial(
+                checkpointing.save, checkpoints, config=config, stop_on_failure=stop_on_failed_save
+            )
+            return _loop(task, intervals, checkpoints, save, writer, report, is_time_to_stop)
 
 
 @contextlib.contextmanager
@@ -315,9 +401,9 @@ def _hparam(value: Any) -> int | float | str:
 
 def _loop(
     task: Task,
-    config: TrainConfig,
-    saved_config: Mapping[str, Any],
+    intervals: Intervals,
     checkpoints: Any,
+    save: Callable[..., None],
     writer: Any,
     report: Callable[..., None],
     is_time_to_stop: Callable[[], bool],
@@ -327,8 +413,8 @@ def _loop(
     window = MetricsWindow(describe_last_checkpoint)
     throughput = Throughput(task.images_per_step)
 
-    # SIGTERM cuts a validation short: it is made up for here.
-    is_due = first_step > 0 and first_step % config.eval_every_steps == 0
+    # SIGTERM cuts a validation short: it is repeated here.
+    is_due = first_step > 0 and first_step % intervals.evaluate == 0
     if is_due and checkpoints.metrics(first_step) is None:
         validation = _validate(task, state, first_step, writer, is_time_to_stop)
         if validation is None:
@@ -354,15 +440,15 @@ def _loop(
         report(step, loss=window.latest.get("loss"))
 
         is_stopping = is_time_to_stop()
-        is_log = is_end or step % config.log_every_steps == 0
-        is_evaluation = is_end or step % config.eval_every_steps == 0
-        is_checkpoint = is_end or step % config.checkpoint_every_steps == 0
+        is_log = is_end or step % intervals.log == 0
+        is_evaluation = is_end or step % intervals.evaluate == 0
+        is_checkpoint = is_end or step % intervals.checkpoint == 0
         if not (is_log or is_evaluation or is_checkpoint or is_stopping):
             continue
 
         window.read()  # nothing that diverged is logged or saved
         rates = throughput.finish()
-        # The last update may have ruined the state.
+        # The last update may have produced NaNs in the state.
         with TraceAnnotation("measure_batch"):
             batch_figures = task.measure_batch(state, call)
         loss = batch_figures.pop("loss")
@@ -379,15 +465,7 @@ def _loop(
             is_stopping = validation is None
         if is_checkpoint or is_stopping:
             with TraceAnnotation("save"):
-                checkpointing.save(
-                    checkpoints,
-                    step,
-                    state,
-                    saved_config,
-                    validation,
-                    stop_on_failure=config.stop_on_failed_save,
-                    is_last=is_stopping or is_end,
-                )
+                save(step, state, metrics=validation, is_last=is_stopping or is_end)
         if is_stopping:
             raise preemption.Preempted(_STOPPED.format(step))
         throughput.restart()

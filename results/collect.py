@@ -14,21 +14,14 @@ import logging
 import pathlib
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
 from llvq import checkpointing
-from llvq.config import (
-    INTERVALS,
-    RECIPES,
-    derive,
-    of_saved,
-    parse,
-    to_dict,
-)
+from llvq.config import RECIPES, TrainConfig, parse, to_dict
 from llvq.data.files import replacing
 from llvq.errors import UserError, one_line_exit
 from llvq.evaluate import read_evaluation
@@ -45,9 +38,8 @@ _FREE = {
     "dataset.manual_dir",
     "keep_checkpoints",
     "stop_on_failed_save",
-    "images_per_device",
     "steps_per_call",
-    *INTERVALS,
+    *("log_every_steps", "eval_every_steps", "checkpoint_every_steps"),
 }
 _CURVES = {"train/reconstruction_loss", "train/distinct_codes"}
 _RATE = "train/images_per_second"
@@ -60,28 +52,24 @@ def find_workdirs(directory: pathlib.Path) -> Iterator[pathlib.Path]:
         yield path.parent
 
 
-def recipe_of(saved: Mapping[str, Any]) -> str:
+def recipe_of(config: TrainConfig) -> str:
     """Finds the recipe that the run of a checkpoint follows.
-
-    Args:
-      saved: the checkpoint's config. A field that is missing has its default.
 
     Raises:
       UserError: if the run follows no recipe.
     """
-    used = of_saved(saved)
-    if "dataset.name" not in used:
-        raise UserError("it follows no recipe: it was imported")
-    dataset, quantizer = used["dataset.name"], used["quantizer.name"]
+    if not config.dataset.name:
+        raise UserError("it follows no recipe: it does not name its data set")
     try:
-        module = importlib.import_module(f"configs.{dataset}")
+        module = importlib.import_module(f"configs.{config.dataset.name}")
     except ModuleNotFoundError as error:
-        raise UserError(f"it follows no recipe: there is no configs/{dataset}.py") from error
-    ours = {**flatten(to_dict(parse(module.get_config(quantizer)))), **used}
+        raise UserError(
+            f"it follows no recipe: there is no configs/{config.dataset.name}.py"
+        ) from error
+    ours = flatten(to_dict(config))
     differences: list[list[str]] = []
     for recipe in RECIPES:
-        config = parse(module.get_config(f"{quantizer},{recipe}"))
-        theirs = flatten(to_dict(derive(config, 1, ours["batch_size"])))
+        theirs = flatten(to_dict(parse(module.get_config(f"{config.quantizer.name},{recipe}"))))
         differing = [
             name
             for name in sorted(ours.keys() | theirs.keys())
@@ -137,7 +125,7 @@ def summarise(workdir: pathlib.Path, trained_on: str) -> Run:
     rates = [rate for _, rate in scalars.pop(_RATE, [])]
     return {
         "recipe": recipe,
-        "seed": found.config["seed"],
+        "seed": found.config.seed,
         "machine": machine or trained_on,
         "training_images_per_second": statistics.median(rates) if rates else None,
         "quantizer_parameters": train_state.num_quantizer_parameters(found.state),

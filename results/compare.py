@@ -119,7 +119,7 @@ _LATTICE_COLUMNS = (
 def _lattice_cells(run: Run, record: Record) -> list[str]:
     evaluation = record["evaluation"]
     active, bits = evaluation["active_dimensions"], evaluation["coded_bits_per_vector"]
-    lattice = getattr(QUANTIZERS[CURVES[run.curve].quantizer], "lattice", None)
+    lattice = getattr(QUANTIZERS[CURVES[run.curve].quantizer].constructor, "lattice", None)
     return [
         f"`{run.curve}`",
         str(run.value),
@@ -156,7 +156,7 @@ def _plot(records: Mapping[Run, Record], path: Path) -> None:
 _HEADER = """# Quantizers at equal coded bits
 
 `python -m results.compare` wrote this page; do not edit it by hand. Each run trains FashionMNIST's
-network for three epochs with the schedule of the recipe `long`. Coded bits are the size of the test
+network for three epochs with a schedule of a cosine. Coded bits are the size of the test
 split's codes as one file, each coded by how often it occurs in the training split (order 0); "with
 contexts", its neighbours predict it. `vq_restarts` and `vq_ema_restarts` are `vq` and `vq_ema`
 with dead codes restarted and the codebook initialised from the first batch.

@@ -42,10 +42,10 @@ class Run(NamedTuple):
         return DIRECTORY / f"{self.name}.json"
 
     def config(self) -> TrainConfig:
-        """Returns the run's config: recipe `long`, but shorter."""
+        """Returns the run's config: the schedule of `standard`, in the paper's network."""
         curve = CURVES[self.curve]
-        config = curve.at(self.value, fashion_mnist.get_config(f"{curve.quantizer},long"))
-        config.seed, config.num_epochs = self.seed, self.epochs
+        config = curve.at(self.value, fashion_mnist.get_config(curve.quantizer))
+        config.seed, config.num_epochs, config.schedule = self.seed, self.epochs, "cosine"
         config.eval_every_steps = _STEPS_PER_EPOCH
         config.update_from_flattened_dict(dict(self.changes))
         return parse(config)

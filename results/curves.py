@@ -44,7 +44,7 @@ def in_name(value: Any) -> str:
 
 
 # Options against dead codes.
-_STRONG = {"restart_threshold": 0.1, "initialisation": "batch"}
+_STRONG = {"restart_threshold": 0.1, "initialization": "batch"}
 _RESIDUAL = {"codebook_size": 16, "dropout": False}
 _RATE_WEIGHTS = (2e-3, 7e-4, 2.5e-4, 1e-4)
 

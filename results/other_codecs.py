@@ -9,8 +9,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from input_pipeline.host_tensorflow import tf
-from llvq import codec
-from llvq.models import VQVAE
+from llvq import Codec
 
 Pixels = UInt8[np.ndarray, "height width channels"]
 
@@ -41,12 +40,12 @@ def quality(original: Pixels, reconstruction: Pixels) -> dict[str, float]:
     }
 
 
-def compress(model: VQVAE, pixels: Pixels) -> dict[str, tuple[int, Pixels]]:
+def compress(codec: Codec, pixels: Pixels) -> dict[str, tuple[int, Pixels]]:
     """Compresses a photograph with this program and others: size in bytes and decoded pixels."""
     images = pixels[None]
-    stream = codec.encode(model, images)
-    with_contexts = codec.encode(model, images, with_contexts=True)
-    decoded = codec.decode(model, stream)[0]
+    stream = codec.compress(images)
+    with_contexts = codec.compress(images, contexts=True)
+    decoded = codec.decompress(stream)[0]
     files = {"llvq": (len(stream), decoded), "llvq with contexts": (len(with_contexts), decoded)}
     for format_name in ("JPEG", "WebP"):
         file = nearest_file(pixels, format_name, len(stream))
@@ -54,12 +53,12 @@ def compress(model: VQVAE, pixels: Pixels) -> dict[str, tuple[int, Pixels]]:
     return files
 
 
-def measure(model: VQVAE, photographs: Collection[Pixels]) -> dict[str, dict[str, float]]:
+def measure(codec: Codec, photographs: Collection[Pixels]) -> dict[str, dict[str, float]]:
     """Measures coded bits per pixel over all photographs and their mean qualities, by format."""
     num_pixels = sum(pixels.shape[0] * pixels.shape[1] for pixels in photographs)
     totals: dict[str, dict[str, float]] = {}
     for pixels in photographs:
-        for name, (num_bytes, decoded) in compress(model, pixels).items():
+        for name, (num_bytes, decoded) in compress(codec, pixels).items():
             of_format = totals.setdefault(name, {})
             shares = {"coded_bits_per_pixel": 8 * num_bytes / num_pixels}
             for figure, value in quality(pixels, decoded).items():
@@ -69,13 +68,13 @@ def measure(model: VQVAE, photographs: Collection[Pixels]) -> dict[str, dict[str
     return totals
 
 
-def compared(model: VQVAE, pixels: Pixels) -> tuple[Pixels, dict[str, int]]:
+def compared(codec: Codec, pixels: Pixels) -> tuple[Pixels, dict[str, int]]:
     """Makes a picture of a photograph's centre, and the number of bytes by name.
 
-    The picture has the original and `model`'s version above those of JPEG and WebP. The bytes are
+    The picture has the original and `codec`'s version above those of JPEG and WebP. The bytes are
     those of the original's pixels and of the whole photograph's files.
     """
-    files = {"pixels": (pixels.nbytes, pixels), **compress(model, pixels)}
+    files = {"pixels": (pixels.nbytes, pixels), **compress(codec, pixels)}
     del files["llvq with contexts"]  # it decodes to the same
     top, left = (length // 2 - crop // 2 for length, crop in zip(pixels.shape, _CROP, strict=False))
     (a, b, c, d) = (

@@ -9,7 +9,7 @@ from etils import epath
 
 import input_pipeline
 from configs import image_folder
-from llvq import load_pretrained
+from llvq import Codec
 from llvq.config import TrainConfig, parse
 from llvq.data.image_files import SUFFIXES, find_files, read_image
 from llvq.evaluation.pictures import write_png
@@ -74,12 +74,12 @@ class Run(NamedTuple):
     def config(self) -> TrainConfig:
         """Returns the run's config, without the place of its images."""
         task, curve = TASKS[self.task], CURVES[self.curve]
-        config = curve.at(self.value, image_folder.get_config(f"{curve.quantizer},long"))
+        config = curve.at(self.value, image_folder.get_config(f"{curve.quantizer},paper"))
         config.dataset.fit = task.fit
         config.model.image_shape = (task.size, task.size, 3)
         config.model.hidden_dims = task.hidden_dims
         config.batch_size, config.num_epochs = task.batch_size, task.num_epochs
-        config.seed = self.seed
+        config.seed, config.schedule = self.seed, "cosine"
         return parse(config)
 
 
@@ -179,12 +179,12 @@ def carry_out(
     if task.whole and "evaluation" in record:
         paths = sorted(find_files(epath.Path(images / "test"), SUFFIXES))
         photographs = [read_image(path, 3) for path in paths]
-        model = load_pretrained(checkpoint)
-        record["photographs"] = other_codecs.measure(model, photographs)
+        codec = Codec.load(checkpoint)
+        record["photographs"] = other_codecs.measure(codec, photographs)
         if run == first_of(run.task):
             names = [path.name for path in paths]
             index = names.index(task.shown) if task.shown else 0
-            picture, num_bytes = other_codecs.compared(model, photographs[index])
+            picture, num_bytes = other_codecs.compared(codec, photographs[index])
             record["shown"] = {"name": names[index], "bytes": num_bytes}
             write_png(picture_of(run.task), picture)
     return record

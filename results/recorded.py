@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 from benchmarks.store import progress
-from llvq.config import TrainConfig, completed, parse, to_dict
+from llvq.checkpointing import from_saved
+from llvq.config import TrainConfig, to_dict
 from llvq.data import Dataset
 from llvq.data.files import replacing
 from llvq.errors import DivergenceError
@@ -46,7 +47,7 @@ def _read(path: pathlib.Path, config: TrainConfig) -> Record | None:
     if not path.exists():
         return None
     record: Record = json.loads(path.read_text())
-    return record if to_dict(parse(completed(record["config"]))) == to_dict(config) else None
+    return record if from_saved(record["config"]) == config else None
 
 
 def evaluated(runs: Iterable[AnyRun], records: Mapping[AnyRun, Record]) -> list[AnyRun]:
@@ -102,7 +103,7 @@ def measure(
     checkpoint: pathlib.Path | None = None,
 ) -> Record:
     """Evaluates the newest checkpoint of a workdir, or another one; returns as `train`."""
-    evaluation = evaluate(config, workdir, data, checkpoint=checkpoint)
+    evaluation = evaluate(workdir, data, checkpoint=checkpoint, dataset=config.dataset)
     del evaluation["checkpoint"]
     return {"config": to_dict(config), "evaluation": evaluation}
 

@@ -65,6 +65,8 @@ def read_runs(results: pathlib.Path) -> dict[Group, dict[str, list[Run]]]:
     groups: dict[Group, dict[str, list[Run]]] = {}
     for path in sorted((results / "runs").rglob("seed_*.json")):
         run = json.loads(path.read_text())
+        evaluation = run["evaluation"]
+        evaluation.setdefault("mse", evaluation["reconstruction_loss"])  # of an older version
         group = run["evaluation"]["dataset"], run["recipe"]
         groups.setdefault(group, {}).setdefault(run["evaluation"]["quantizer"], []).append(run)
     for runs in groups.values():

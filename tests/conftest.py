@@ -31,6 +31,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+if importlib.util.find_spec("triton"):
+    import triton  # noqa: F401  both bring an LLVM, and it crashes when TensorFlow's comes first
+
 import jax
 import pytest
 from hypothesis import HealthCheck, settings

@@ -19,22 +19,15 @@ from etils import epath
 
 import main
 from llvq import checkpointing, train
-from llvq.config import (
-    check_resumable,
-    check_same_model,
-    derive,
-    num_train_steps,
-    to_dict,
-    to_markdown,
-    to_saved,
-)
+from llvq.checkpointing import check_resumable, from_saved
 from llvq.config import parse as parse_config
+from llvq.config import to_dict
 from llvq.errors import UserError
+from llvq.models import factory
 from llvq.runtime import sharding
-from llvq.training import schedules, train_state
-from llvq.training.train_step import make_train_step
+from llvq.training.schedules import SCHEDULES
 from tests import image_data, tiny
-from tests.runs import create_model, fitted_graphdef
+from tests.runs import create_state, make_step
 
 NOWHERE = "http://127.0.0.1:9/"  # nothing listens there: no case waits for the web
 
@@ -68,14 +61,13 @@ def parse(arguments):
     sys.argv = ["main.py", *arguments]
     with contextlib.redirect_stderr(io.StringIO()):
         main._parse_flags(sys.argv)
+    if flags.FLAGS.config is None:  # a checkpoint's own is taken
+        return {}
     config = parse_config(flags.FLAGS.config)
-    derived = derive(config, 8)
-    saved = json.loads(json.dumps(to_saved(config, derived)))
-    check_resumable(derived, saved, "the run's own directory")
-    check_same_model(config, saved, "the run's own checkpoint")
-    to_markdown(config)
-    num_train_steps(derived, 55_000)
-    return json.loads(json.dumps(to_dict(config)))
+    saved = json.loads(json.dumps(to_dict(config)))
+    check_resumable(config, from_saved(saved), "the run's own directory")
+    train.num_train_steps(config, 55_000)
+    return saved
 
 
 @target
@@ -83,11 +75,13 @@ def trace(config):
     """A step of training, down to what XLA is given, for images of the config's shape."""
     with jax.enable_x64(config["compute_dtype"] == "float64"):
         parsed = parse_config(config)
-        mesh = sharding.mesh_for_batches(parsed.batch_size, parsed.latent_shape[0])
-        schedule = schedules.create(parsed.schedule, parsed.learning_rate, 10, 100)
-        state = jax.eval_shape(lambda: train_state.create_train_state(create_model(parsed)))
+        model = factory.abstract_model(parsed.architecture)
+        height, _ = factory.latent_shape(model, parsed.model.image_shape)
+        mesh = sharding.mesh_for_batches(parsed.batch_size, height)
+        schedule = SCHEDULES[parsed.schedule](parsed.learning_rate, 10, 100)
+        state = jax.eval_shape(lambda: create_state(parsed))
         images = jax.ShapeDtypeStruct((parsed.batch_size, *parsed.model.image_shape), np.uint8)
-        step, _ = make_train_step(fitted_graphdef(parsed, mesh), schedule, mesh)
+        step = make_step(parsed, mesh, schedule)
         new_state, metrics = jax.eval_shape(step, state, images)
         assert jax.tree.structure(new_state) == jax.tree.structure(state)
         assert metrics["loss"].shape == ()

@@ -1,15 +1,10 @@
-"""Encodes a tiny data set; see test_encode.py.
+"""Encodes a tiny data set as one process of a group; see test_encode.py.
 
-python -m tests.run_encode DIRECTORY MODELS kill
-python -m tests.run_encode DIRECTORY MODELS ADDRESS NUM_PROCESSES PROCESS_ID
+    python -m tests.run_encode DIRECTORY MODELS ADDRESS NUM_PROCESSES PROCESS_ID
 
-The workdirs are DIRECTORY/MODEL. The first form kills itself in the middle of its second shard; the
-second is one process of a group.
+The workdirs are DIRECTORY/MODEL.
 """
 
-import contextlib
-import os
-import signal
 import sys
 from pathlib import Path
 from unittest import mock
@@ -17,15 +12,13 @@ from unittest import mock
 import numpy as np
 from flax import nnx
 
-from input_pipeline import shards
 from input_pipeline.tokens import TokenWriter
 from llvq import checkpointing, encode
 from llvq.codec import container, estimate
 from llvq.data import ArrayDataset
 from llvq.runtime import distributed
-from llvq.training import train_state
 from tests import tiny
-from tests.runs import create_model
+from tests.runs import create_model, create_state
 
 # With their seeds, no latent of the first two is so near the border of its cell that rounding could
 # decide: 1e-5 or more between the squared distances of the nearest two vectors, 6e-4 of a lattice's
@@ -62,7 +55,7 @@ def save_checkpoint(name, directory, **overrides):
     """A checkpoint of the model as initialised, but for its quantizer, which uses many codes."""
     made = config(name, **overrides)
     model = create_model(made)
-    state = train_state.create_train_state(model)
+    state = create_state(made)
     own = state.params["quantizer"]
     if name == CODEBOOK:
         pixels = np.concatenate(list(images().values()))
@@ -74,45 +67,24 @@ def save_checkpoint(name, directory, **overrides):
     checkpointing.save_for_inference(directory, state, made)
 
 
-@contextlib.contextmanager
-def small_shards(name):
-    """Shards of two blocks of four images; a vocabulary that lacks some codes."""
+def run(name, workdir, *, make_writer=TokenWriter, data=None, **options):
+    """Encodes with a model; the directory of tokens.
+
+    Shards have two blocks of four images. The codebook's vocabulary lacks some codes.
+    """
+    data = data or ArrayDataset(**images())
     most_codes = MOST_CODES if name == CODEBOOK else estimate._MOST_CODES
     with (
         mock.patch.object(container, "VECTORS_PER_BLOCK", 4 * 36),
         mock.patch.object(encode, "_BLOCKS_PER_SHARD", 2),
         mock.patch.object(estimate, "_MOST_CODES", most_codes),
     ):
-        yield
-
-
-def run(name, workdir, *, make_writer=TokenWriter, data=None, checkpoint=None, **overrides):
-    """Encodes with a model; the directory of tokens."""
-    made, data = config(name, **overrides), data or ArrayDataset(**images())
-    with small_shards(name):
-        return Path(encode.encode(made, workdir, data, make_writer, checkpoint=checkpoint))
-
-
-def kill_in_the_second_shard():
-    """Kills this process once the second shard is written, but neither whole nor noted."""
-    digests, sha256 = [], shards.sha256
-
-    def dying(path):
-        digests.append(sha256(path))
-        if len(digests) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return digests[-1]
-
-    shards.sha256 = dying
+        return Path(encode.encode(workdir, data, make_writer, **options))
 
 
 def main():
-    directory, names, *how = sys.argv[1:]
-    if how == ["kill"]:
-        kill_in_the_second_shard()
-    else:
-        address, count, process_id = how
-        distributed.initialize(address, int(count), int(process_id))
+    directory, names, address, count, process_id = sys.argv[1:]
+    distributed.initialize(address, int(count), int(process_id))
     for name in names.split(","):
         run(name, Path(directory, name))
 

@@ -19,8 +19,7 @@ from input_pipeline import ffhq1024
 from llvq import checkpointing
 from llvq.config import to_dict
 from llvq.evaluate import evaluate
-from llvq.training import train_state
-from tests.runs import create_model
+from tests.runs import create_state
 
 NUM_IMAGES = {"train": 2, "validation": 3}
 
@@ -29,10 +28,10 @@ if __name__ == "__main__":
     config = ffhq1024_config.get_config("dense_lattice")
     config.batch_size = 2
     data = ffhq1024.load(str(directory / "data"), str(directory / "manual"), num_images=NUM_IMAGES)
-    state = train_state.create_train_state(create_model(config))
+    state = create_state(config)
     with checkpointing.open_manager(directory / "run", 1) as manager:
         checkpointing.save(manager, 1, state, to_dict(config), None)
-    results = evaluate(config, directory / "run", data)
+    results = evaluate(directory / "run", data)
     status = pathlib.Path("/proc/self/status").read_text().splitlines()
     (peak,) = (int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     print(json.dumps({**results, "peak_bytes": peak, "num_devices": jax.device_count()}))

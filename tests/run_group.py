@@ -83,7 +83,7 @@ def steps(quantizer, compute_dtype, num_devices):
 def evaluation(quantizer, workdir, reference):
     """evaluation.json's figures of a checkpoint; in float64."""
     with double_precision():
-        return evaluate(config(quantizer), workdir, tiny.dataset(), checkpoint=reference)
+        return evaluate(workdir, tiny.dataset(), checkpoint=reference)
 
 
 def main():

@@ -37,7 +37,11 @@ if __name__ == "__main__":
         log_every_steps=5,
         **{"model.num_residual_blocks": 0},
     )
-    run = {"train": train.train_and_evaluate, "evaluate": evaluate.evaluate}
-    main._run = lambda: run[main._MODE.value](config, workdir, SlowDataset(float(seconds)))
+    data = SlowDataset(float(seconds))
+    run = {
+        "train": lambda: train.train_and_evaluate(config, workdir, data),
+        "evaluate": lambda: evaluate.evaluate(workdir, data),
+    }
+    main._run = lambda: run[main._MODE.value]()
     flags.FLAGS(["run_main.py", *options])
     main.main([])

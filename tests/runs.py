@@ -2,14 +2,20 @@
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 
-from llvq.config import architecture_of, parse
+from llvq.checkpointing import from_saved
+from llvq.config import parse, to_dict
 from llvq.data import order
+from llvq.models import factory
 from llvq.runtime import sharding
-from llvq.training import schedules, train_state
+from llvq.training import train_state
+from llvq.training.objective import Objective
 from llvq.training.train_step import make_train_step
 from tests import tiny
+
+CONSTANT = optax.constant_schedule(1e-3)
 
 
 def leaves(state):
@@ -60,23 +66,41 @@ class Recorder:
         pass
 
 
-def abstract_state(saved):
-    """The train state of a run, by the config that its checkpoint holds, without arrays."""
-    return train_state.abstract_train_state(train_state.abstract_model(architecture_of(saved)))
+def objective(config):
+    """What a run with this config minimises."""
+    config = parse(config)
+    return Objective(config.loss, config.loss_options)
 
 
 def create_model(config):
     """The model that a run with this config starts with."""
     config = parse(config)
-    return train_state.create_model(config.architecture, config.seed)
+    return factory.create_model(config.architecture, config.seed)
+
+
+def create_state(config, optimizer=None):
+    """The state that a run with this config starts with."""
+    return train_state.create_train_state(create_model(config), optimizer or optax.adam(CONSTANT))
+
+
+def abstract_state(saved):
+    """The train state of a run, by the config that its checkpoint holds, without arrays."""
+    return jax.eval_shape(lambda: create_state(to_dict(from_saved(saved))))
 
 
 def fitted_graphdef(config, mesh):
     """The structure of a config's model, on a mesh."""
     config = parse(config)
-    model = train_state.abstract_model(config.architecture)
-    train_state.fit_to_mesh(model, mesh, config.latent_shape)
+    model = factory.abstract_model(config.architecture)
+    factory.fit_to_mesh(model, mesh, config.model.image_shape)
     return nnx.graphdef(model)
+
+
+def make_step(config, mesh, schedule=CONSTANT):
+    """A step of a run with this config, with Adam."""
+    graphdef = fitted_graphdef(config, mesh)
+    step, _ = make_train_step(graphdef, objective(config), optax.adam(schedule), schedule, mesh)
+    return step
 
 
 def run_steps(quantizer, num_devices, num_steps, compute_dtype, seed=3, **overrides):
@@ -84,9 +108,8 @@ def run_steps(quantizer, num_devices, num_steps, compute_dtype, seed=3, **overri
     config = tiny.config(quantizer, compute_dtype=compute_dtype, seed=seed, **overrides)
     data = tiny.dataset()
     mesh = sharding.make_mesh(jax.devices()[:num_devices])
-    schedule = schedules.create("constant", 1e-3, 5, num_steps)
-    step, _ = make_train_step(fitted_graphdef(config, mesh), schedule, mesh)
-    state = sharding.replicate(train_state.create_train_state(create_model(config)), mesh)
+    step = make_step(config, mesh)
+    state = sharding.replicate(create_state(config), mesh)
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = data.batches("train", order.training_batches(70, 16, seed=3, **share))
     states = []

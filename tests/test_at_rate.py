@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -22,7 +23,7 @@ def several(tmp_path_factory):
     for index, lattice in enumerate(model.quantizer.rates):
         lattice.log_steps[...] += 1 + index
     directory = tmp_path_factory.mktemp("several") / "checkpoint"
-    state = train_state.create_train_state(model)
+    state = train_state.create_train_state(model, optax.adam(1e-3))
     checkpointing.save_for_inference(directory, state, config)
     return model, directory
 
@@ -32,10 +33,10 @@ def test_the_network_with_one_of_the_lattices(rate, several, tmp_path):
     model, source = several
     at_rate.main([f"--checkpoint={source}", f"--rate={rate}", f"--output={tmp_path / 'one'}"])
     found = checkpointing.load(tmp_path / "one")
-    assert found.config["quantizer"] == {
-        "name": "e8_lattice",
+    assert found.config.quantizer.name == "e8_lattice"
+    assert found.config.quantizer.options == {
         "rate_weight": WEIGHTS[rate],
-        "warmup": model.quantizer.loss_warmup,
+        "warmup": 0.4,
         "initial_step": model.quantizer.rates[0].initial_step,
         "training": model.quantizer.rates[0].training,
     }

@@ -40,8 +40,11 @@ from benchmarks import train_step as benchmark
 from benchmarks.measure import Case, Contender
 from llvq import import_torch, quantizers
 from llvq.config import parse
+from llvq.models import factory
+from llvq.quantizers.registry import complete
 from llvq.runtime import sharding
 from llvq.training import train_state
+from llvq.training.objective import Objective, default_weights
 from llvq.training.train_step import make_train_step
 from tests import real_data, tiny
 from tests import torch_model as oracle
@@ -76,7 +79,7 @@ def both_sides(name):
     model.to(memory_format=torch.channels_last)
     fields = tiny.config(name)
     fields["quantizer"] = {"name": name, **oracle.options(name, 16)}
-    ours = train_state.abstract_model(parse(fields).architecture)
+    ours = factory.abstract_model(parse(fields).architecture)
     return model, (nnx.graphdef(ours), *llvq_state(model))
 
 
@@ -90,10 +93,11 @@ def test_both_sides_take_the_same_steps(name):
     losses = torch_model.make_losses(model.train(), VALUE_RANGE, amp=False)
     theirs = torch_model.make_train_step(losses, optimizer)
     before = jax.tree.map(np.array, params)  # the state is donated
-    moments = train_state.OPTIMIZER.init(params)
-    state = train_state.TrainState(jnp.int32(0), params, statistics, moments)
+    schedule = optax.constant_schedule(RATE)
+    adam = optax.adam(schedule)
+    state = train_state.TrainState(jnp.int32(0), params, statistics, adam.init(params))
     mesh = sharding.make_mesh(jax.devices()[:1])
-    ours, _ = make_train_step(graphdef, optax.constant_schedule(RATE), mesh)
+    ours, _ = make_train_step(graphdef, Objective(default_weights()), adam, schedule, mesh)
     for seed in range(3):
         images = tiny.images(16, seed)
         state, metrics = ours(state, images)
@@ -132,7 +136,7 @@ def test_both_sides_have_the_same_network(name, dataset):
     with torch.device("meta"):
         model = torch_model.create(config.architecture)
     tensors = {name: np.empty(x.shape) for name, x in model.state_dict().items()}
-    _, *expected = train_state.split(train_state.abstract_model(config.architecture))
+    _, *expected = factory.split(factory.abstract_model(config.architecture))
     shapes = [
         jax.tree.map(np.shape, tree)
         for tree in (expected, list(import_torch.parameters_from_state_dict(tensors)))
@@ -201,7 +205,7 @@ def test_a_config_can_be_varied():
     config = settings.get_config("celeba", "vq", batch_size=3, image_size=20, options=options)
     assert config.batch_size == 3
     assert config.model.image_shape == (20, 20, 3)
-    assert config.quantizer.options == quantizers.default_options("vq") | options
+    assert config.quantizer.options == complete("vq", options)
 
 
 PROGRAM = """
@@ -356,7 +360,7 @@ def test_the_pages_in_the_repository_are_of_the_rows_in_the_repository(name):
 
 STEPS = "--datasets=fashion_mnist --quantizers=sparse_lattice --batch-size=2 --image-size=12"
 BOTH, LATTICES = {"train", "evaluate"}, {"A2", "D4", "E8", "Leech"}
-PACKAGED = {"vq", "fsq", "lfq", "bsq", "simvq", "residual_vq"}
+PACKAGED = {"vq", "vq_ema", "fsq", "lfq", "bsq", "simvq", "residual_vq"}
 # Arguments, what varies, and its values by contender.
 COMMANDS = {
     benchmark: (
@@ -542,7 +546,12 @@ def test_the_phases_of_a_start(tmp_path):
         (codec_benchmark, "zstandard", [], "codec.py: zstandard is not installed: pip install"),
         (codec_benchmark, "", ["--images", "0"], "--images: 0 must be at least 1"),
         (benchmark, "", ["--batch-size", "-1"], "--batch-size: -1 must be at least 1"),
-        (benchmark, "", ["--image-size", "30"], "model.image_shape=(30, 30, 3): must be a mul"),
+        (
+            benchmark,
+            "",
+            ["--datasets", "ffhq1024", "--image-size", "30"],
+            "model.image_shape=(30, 30, 3): must be a mul",
+        ),
         (benchmark, "", ["--min-seconds=-1"], "--min-seconds: -1.0 must be 0 or more"),
         (benchmark, "", ["--min-seconds=nan"], "--min-seconds: nan must be 0 or more"),
         (benchmark, "", ["--output=pyproject.toml"], "must end in .json"),
@@ -568,5 +577,5 @@ def test_levels_multiply_to_the_codebook_size(bits):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_quantizers_options_reach_both_sides(name):
     options = quantizer._options(name, 32)
-    assert options.keys() == quantizers.default_options(name).keys()
+    assert options.keys() == complete(name, {}).keys()
     torch_model.create_quantizer(name, 8, options)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 
-from llvq import EMAVectorQuantizer, ResidualVQ, SimVQ, VectorQuantizer
+from llvq import VQ, VQEMA, ResidualVQ, SimVQ
 from llvq.quantizers import codebook as codebooks
 from llvq.quantizers import codebook_search
 from tests.test_quantizers import grads_of, latents_near, nearest_in_float64
@@ -19,7 +19,7 @@ from tests.test_scalar_quantizers import assert_close, make_latents
 
 DIM, SIZE = 8, 16
 KEY = jax.random.key(0)
-LEARNED = (VectorQuantizer, EMAVectorQuantizer)
+LEARNED = (VQ, VQEMA)
 
 
 def make(kind, **options):
@@ -52,7 +52,7 @@ def test_rotation_trick(kind, codebook):
     quantizer.codebook[...] = jnp.asarray(codebook)
     latents, weights = latents_near(codebook), make_latents(DIM, seed=7, shape=(4, 3, 5))
     codes = nearest_in_float64(latents, codebook)
-    quantized, actual_codes, _ = quantizer(latents)
+    quantized, actual_codes, *_ = quantizer(latents)
     np.testing.assert_array_equal(actual_codes, codes)
     np.testing.assert_array_equal(quantized, codebook[codes])
 
@@ -87,22 +87,22 @@ def test_cosine_distance(kind, codebook):
     points, exact = unit(codebook.astype(float)), unit(latents.astype(float))
     codes = (exact @ points.T).argmax(-1)
 
-    quantized, actual_codes, losses = quantizer(latents)
+    quantized, actual_codes, _, metrics = quantizer(latents)
     np.testing.assert_array_equal(actual_codes, codes)
     assert_close(quantized, points[codes])
     np.testing.assert_array_equal(quantizer.lookup(actual_codes), quantized)
     difference = points[codes] - exact
-    assert_close(losses["commitment_loss"], (difference**2).mean())
+    assert_close(metrics["commitment_loss"], (difference**2).mean())
 
     def tangent(gradient, vectors):
-        """Propagates a gradient through the normalisation."""
+        """Propagates a gradient through the normalization."""
         of_unit = unit(vectors.astype(float))
         along = (of_unit * gradient).sum(-1, keepdims=True)
         return (gradient - along * of_unit) / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
     by_parameters, by_latents = grads_of(quantizer, latents, weights)
     assert_close(by_latents, tangent(weights - 0.5 * difference / latents.size, latents))
-    if kind is VectorQuantizer:
+    if kind is VQ:
         desired = np.zeros_like(codebook, float)
         np.add.at(desired, codes, 2 * difference / latents.size)
         assert_close(by_parameters["codebook"][...], tangent(desired, codebook))
@@ -117,42 +117,42 @@ def lloyd(latents, centres, iterations):
 
 
 @pytest.mark.parametrize("kind", LEARNED)
-def test_initialisation_from_the_first_batch(kind, codebook):
+def test_initialization_from_the_first_batch(kind, codebook):
     latents = latents_near(codebook)
     mask = np.array([True, False, True, True])
     counted = latents[mask].reshape(-1, DIM)
-    quantizer = make(kind, initialisation="batch", restart_threshold=0.0)
+    quantizer = make(kind, initialization="batch", restart_threshold=0.0)
     before = np.array(quantizer.codebook[...])
     quantizer(latents)  # evaluation changes nothing
     np.testing.assert_array_equal(quantizer.codebook[...], before)
-    with pytest.raises(ValueError, match="initialisation='batch' needs a key"):
+    with pytest.raises(ValueError, match="initialization='batch' needs a key"):
         quantizer(latents, train=True)
     quantizer(latents, train=True, mask=np.zeros(4, bool), key=KEY)
     assert not quantizer.is_initialised[...], "a batch without examples is no first one"
     np.testing.assert_array_equal(quantizer.codebook[...], before)
-    quantized, codes, _ = quantizer(latents, train=True, mask=mask, key=KEY)
+    quantized, codes, *_ = quantizer(latents, train=True, mask=mask, key=KEY)
 
     start = np.array(codebooks.draw(jnp.asarray(latents), mask, KEY, SIZE, distinct=True))
     places = (start[:, None] == counted).all(-1)
     assert places.any(1).all(), "drawn from the images that count"
     assert len(np.unique(places.argmax(1))) == SIZE, "each once"
     centres = lloyd(counted.astype(float), start.astype(float), 10)
-    if kind is VectorQuantizer:
+    if kind is VQ:
         assert_close(quantizer.codebook[...], centres)
     assert_close(quantized, centres[nearest_in_float64(latents, centres)])
     np.testing.assert_array_equal(codes, nearest_in_float64(latents, centres))
     # The second batch finds a codebook.
     after = np.array(quantizer.codebook[...])
-    quantized, codes, _ = quantizer(latents + 1, train=True, mask=mask, key=KEY)
+    quantized, codes, *_ = quantizer(latents + 1, train=True, mask=mask, key=KEY)
     np.testing.assert_array_equal(quantized, after[codes])
 
 
-def test_the_gradient_passes_the_initialisation():
-    quantizer = make(VectorQuantizer, initialisation="batch")
+def test_the_gradient_passes_the_initialization():
+    quantizer = make(VQ, initialization="batch")
     latents = make_latents(DIM)
 
     def loss_fn(quantizer):
-        return quantizer(latents, train=True, key=KEY)[2]["codebook_loss"]
+        return quantizer(latents, train=True, key=KEY).metrics["codebook_loss"]
 
     gradient = nnx.grad(loss_fn)(quantizer)["codebook"][...]
     codes = np.asarray(quantizer(latents)[1])
@@ -170,7 +170,7 @@ def test_dead_codes_restart_from_the_batch(kind, codebook):
     quantizer = make(kind, restart_threshold=threshold)
     codebook[3] = codebook[11] = 1e3  # nothing is near
     quantizer.codebook[...] = jnp.asarray(codebook)
-    if kind is EMAVectorQuantizer:
+    if kind is VQEMA:
         quantizer.ema_sum[...] = jnp.asarray(codebook)
         quantizer.cluster_size[...] = jnp.ones(SIZE)
     size = np.array(quantizer.cluster_size[...], float)
@@ -180,16 +180,16 @@ def test_dead_codes_restart_from_the_batch(kind, codebook):
     mask = np.array([True, True, True, False])
     with pytest.raises(ValueError, match="restart_threshold above 0 needs a key"):
         make(kind, restart_threshold=threshold)(latents, train=True)
-    quantized, _, _ = quantizer(latents, train=True, mask=mask, key=KEY)
+    quantized, *_ = quantizer(latents, train=True, mask=mask, key=KEY)
     np.testing.assert_array_equal(quantized, codebook[chosen])  # the codebook of before
 
     counts = np.bincount(chosen[mask].ravel(), minlength=SIZE)
     size = 0.99 * size + 0.01 * counts
-    if kind is EMAVectorQuantizer:
+    if kind is VQEMA:
         total = size.sum()
         size = (size + 1e-5) / (total + SIZE * 1e-5) * total
     is_dead = size < threshold * size.mean()
-    if kind is VectorQuantizer:
+    if kind is VQ:
         np.testing.assert_array_equal(np.flatnonzero(is_dead), [3, 11])
         kept = codebook
     else:
@@ -206,7 +206,7 @@ def test_dead_codes_restart_from_the_batch(kind, codebook):
 
 
 def test_a_dead_code_of_moving_averages_restarts():
-    quantizer = make(EMAVectorQuantizer, restart_threshold=0.5)
+    quantizer = make(VQEMA, restart_threshold=0.5)
     quantizer.cluster_size[...] = jnp.where(jnp.arange(SIZE) == 3, 1e-3, 1.0)
     quantizer.codebook[...] = quantizer.codebook[...].at[3].set(1e3)
     latents = make_latents(DIM)
@@ -224,23 +224,23 @@ def test_nothing_restarts_from_what_does_not_count(kind):
     quantizer = make(kind, restart_threshold=0.9)
     quantizer.cluster_size[...] = jnp.arange(SIZE, dtype=np.float32)
     before = np.array(quantizer.codebook[...])
-    if kind is EMAVectorQuantizer:
+    if kind is VQEMA:
         quantizer.ema_sum[...] = before * np.arange(SIZE, dtype=np.float32)[:, None]
     latents = np.full((4, 3, DIM), 77.0, np.float32)
     quantizer(latents, train=True, mask=np.zeros(4, bool), key=KEY)
     assert np.abs(quantizer.codebook[...]).max() < 10
-    if kind is VectorQuantizer:
+    if kind is VQ:
         np.testing.assert_array_equal(quantizer.codebook[...], before)
 
 
 @pytest.mark.parametrize(
     ("construct", "words"),
     [
-        (lambda: make(VectorQuantizer, gradient="rotate"), "gradient='rotate': must be one of"),
-        (lambda: make(EMAVectorQuantizer, distance="cos"), "distance='cos': must be one of"),
-        (lambda: make(VectorQuantizer, initialisation="kmeans"), "initialisation='kmeans'"),
-        (lambda: make(VectorQuantizer, restart_threshold=2), "restart_threshold=2: .* from 0 to 1"),
-        (lambda: VectorQuantizer(DIM, codebook_size=0, rngs=nnx.Rngs(0)), "codebook_size=0"),
+        (lambda: make(VQ, gradient="rotate"), "gradient='rotate': must be one of"),
+        (lambda: make(VQEMA, distance="cos"), "distance='cos': must be one of"),
+        (lambda: make(VQ, initialization="kmeans"), "initialization='kmeans'"),
+        (lambda: make(VQ, restart_threshold=2), "restart_threshold=2: .* from 0 to 1"),
+        (lambda: VQ(DIM, codebook_size=0, rngs=nnx.Rngs(0)), "codebook_size=0"),
         (lambda: make(ResidualVQ, stage="pq"), "stage='pq': must be one of vq, vq_ema, simvq"),
         (lambda: make(ResidualVQ, depth=0), "depth=0: must be an integer from 1"),
     ],
@@ -297,12 +297,12 @@ class TestSimVQ:
         points, basis = 4 * points, 4 * basis
         exact = latents.astype(float)
         codes = ((exact[..., None, :] - points) ** 2).sum(-1).argmin(-1)
-        quantized, actual_codes, losses = quantizer(latents)
+        quantized, actual_codes, loss, _ = quantizer(latents)
         np.testing.assert_array_equal(actual_codes, codes)
         assert_close(quantized, points[codes])
         np.testing.assert_array_equal(quantizer.lookup(actual_codes), quantized)
         difference = points[codes] - exact
-        assert_close(losses["quantizer_loss"], 1.25 * (difference**2).mean())
+        assert_close(loss, 1.25 * (difference**2).mean())
         by_parameters, by_latents = grads_of(quantizer, latents, weights)
         assert_close(by_latents, weights - 0.5 * difference / latents.size)
         of_points = np.zeros_like(points)
@@ -341,10 +341,10 @@ class TestResidualVQ:
             codes.append(code)
             total, residual = total + points[code], residual - points[code]
 
-        quantized, actual_codes, losses = quantizer(latents)
+        quantized, actual_codes, actual_loss, _ = quantizer(latents)
         np.testing.assert_array_equal(actual_codes, np.stack(codes, -1))
         assert_close(quantized, total)
-        assert_close(losses["quantizer_loss"], loss)
+        assert_close(actual_loss, loss)
         np.testing.assert_array_equal(quantizer.lookup(actual_codes), quantized)
         for stages in range(1, depth):
             points = [
@@ -366,13 +366,13 @@ class TestResidualVQ:
             codebook_size=SIZE,
             stage="vq",
             restart_threshold=0.0,
-            initialisation="random",
+            initialization="random",
             rngs=nnx.Rngs(0),
         )
         latents = make_latents(DIM, shape=(400, 2))
         with pytest.raises(ValueError, match="dropout=True needs a key"):
             quantizer(latents, train=True)
-        quantized, codes, losses = quantizer(latents, train=True, key=KEY)
+        quantized, codes, actual_loss, _ = quantizer(latents, train=True, key=KEY)
         codes = np.asarray(codes)
         num_stages = (codes >= 0).sum(-1)
         assert (num_stages == num_stages[:, :1]).all(), "an example has one number"
@@ -391,15 +391,15 @@ class TestResidualVQ:
             points = np.asarray(part.points(), float)[np.asarray(all_codes)[..., index]]
             loss += 1.25 * ((points - residual)[uses] ** 2).mean()
             residual = residual - points
-        assert_close(losses["quantizer_loss"], loss)
+        assert_close(actual_loss, loss)
 
     @pytest.mark.parametrize("stage", ["vq", "vq_ema"])
     def test_a_stage_that_no_example_uses_stays_sound(self, stage):
         latents = make_latents(DIM, shape=(1, 3))
 
         def loss_fn(quantizer, latents, key):
-            quantized, codes, losses = quantizer(latents, train=True, key=key)
-            return jnp.sum(quantized) + losses["quantizer_loss"], codes
+            quantized, codes, loss, _ = quantizer(latents, train=True, key=key)
+            return jnp.sum(quantized) + loss, codes
 
         grad = nnx.jit(nnx.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True))
         for key in map(jax.random.key, range(99)):
@@ -416,7 +416,7 @@ class TestResidualVQ:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e38, 0.0])
 def test_no_index_out_of_range_and_nan_shows(kind, value):
     quantizer = make(kind)
-    quantized, codes, _ = quantizer(np.full((2, 3, DIM), value, np.float32))
+    quantized, codes, *_ = quantizer(np.full((2, 3, DIM), value, np.float32))
     assert np.all(np.asarray(codes) >= 0)
     assert np.all(np.asarray(codes) < SIZE)
     assert np.all(np.isfinite(quantizer.lookup(codes)))
@@ -425,12 +425,12 @@ def test_no_index_out_of_range_and_nan_shows(kind, value):
         return  # has too many codes for an index
     assert quantizer.num_codes == SIZE
     np.testing.assert_array_equal(quantizer.codes_to_indices(codes), codes)
-    np.testing.assert_array_equal(quantizer.indices_to_codes(codes), codes)
+    np.testing.assert_array_equal(quantizer.unflatten_codes(codes), codes)
 
 
 def test_a_large_codebooks_indices_round_trip_exhaustively():
     quantizer = ResidualVQ(2, depth=4, codebook_size=16, rngs=nnx.Rngs(0))
     indices = np.arange(16**4, dtype=np.int32)
-    codes = quantizer.indices_to_codes(indices)
+    codes = quantizer.unflatten_codes(indices)
     np.testing.assert_array_equal(codes, np.stack(np.unravel_index(indices, (16,) * 4, "F"), -1))
     np.testing.assert_array_equal(quantizer.codes_to_indices(codes), indices)

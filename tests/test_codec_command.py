@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llvq import checkpointing, codec, load_pretrained
+from llvq import Codec, checkpointing, load_pretrained
 from llvq.codec.__main__ import main
-from llvq.training import train_state
 from tests import tiny
-from tests.runs import create_model
+from tests.runs import create_state
 
 
 @pytest.fixture(autouse=True)
@@ -31,12 +30,10 @@ def checkpoints(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
     for channels in (1, 3):
         config = tiny.config("sparse_lattice", **{"model.image_shape": (12, 12, channels)})
-        state = train_state.create_train_state(create_model(config))
+        state = create_state(config)
         checkpointing.save_for_inference(root / str(channels), state, config)
-        model = load_pretrained(str(root / str(channels)))
-        assert model.code_model is None
-        codec.fit(model, [np.repeat(tiny.images(20), channels, axis=-1)])
-        codec.code_model_of(model).save(root / str(channels))
+        images = np.repeat(tiny.images(20), channels, axis=-1)
+        Codec.fit(load_pretrained(root / str(channels)), images).save(root / str(channels))
     return {channels: str(root / str(channels)) for channels in (1, 3)}
 
 
@@ -59,8 +56,8 @@ def test_a_folder_stands_for_what_is_in_it(checkpoints, tmp_path):
     (tmp_path / "in/.hidden").mkdir()
     picture(12, 12, "RGB").save(tmp_path / "in/.hidden/c.png")
     model = f"--model={checkpoints[3]}"
-    run("encode", model, tmp_path / "in", f"--output={tmp_path / 'streams'}")
-    run("decode", model, tmp_path / "streams", f"--output={tmp_path / 'out'}")
+    run("compress", model, tmp_path / "in", f"--output={tmp_path / 'streams'}")
+    run("decompress", model, tmp_path / "streams", f"--output={tmp_path / 'out'}")
     decoded = {
         path.relative_to(tmp_path / "out").as_posix(): Image.open(path).size
         for path in (tmp_path / "out").rglob("*.*")
@@ -70,23 +67,24 @@ def test_a_folder_stands_for_what_is_in_it(checkpoints, tmp_path):
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (3, "L")])
 def test_files_become_streams_and_pictures(channels, mode, checkpoints, tmp_path):
-    model = load_pretrained(checkpoints[channels])
+    codec = Codec.load(checkpoints[channels])
     inputs = []
     for name, size in (("a.png", (13, 20)), ("b.webp", (12, 12)), ("c.jpg", (31, 7))):
         inputs.append(tmp_path / name)
         options = {"lossless": True} if name == "b.webp" else {}
         picture(*size, mode).save(inputs[-1], **options)
-    run("encode", f"--model={checkpoints[channels]}", *inputs, f"--output={tmp_path / 'streams'}")
+    model = f"--model={checkpoints[channels]}"
+    run("compress", model, *inputs, f"--output={tmp_path / 'streams'}")
     streams = [tmp_path / "streams" / f"{path.stem}.llvq" for path in inputs]
-    run("decode", f"--model={checkpoints[channels]}", *streams, f"--output={tmp_path / 'out'}")
+    run("decompress", model, *streams, f"--output={tmp_path / 'out'}")
     for source, stream in zip(inputs, streams, strict=True):
         with Image.open(source) as image:
             pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
         batch = pixels.reshape(1, *pixels.shape[:2], channels)
-        assert stream.read_bytes() == codec.encode(model, batch)
+        assert stream.read_bytes() == codec.compress(batch)
         with Image.open(tmp_path / "out" / f"{source.stem}.png") as image:
             found = np.asarray(image).reshape(batch.shape)
-        np.testing.assert_array_equal(found, codec.decode(model, stream.read_bytes()))
+        np.testing.assert_array_equal(found, codec.decompress(stream.read_bytes()))
     assert len(list((tmp_path / "out").iterdir())) == len(inputs)
 
 
@@ -94,8 +92,8 @@ def test_contexts_make_other_streams_of_the_same_pictures(checkpoints, tmp_path)
     picture(12, 12, "L").save(tmp_path / "a.png")
     for name, options in {"plain": (), "contexts": ("--contexts",)}.items():
         model = f"--model={checkpoints[1]}"
-        run("encode", model, *options, tmp_path / "a.png", f"--output={tmp_path / name}")
-        run("decode", model, tmp_path / name / "a.llvq", f"--output={tmp_path / name}")
+        run("compress", model, *options, tmp_path / "a.png", f"--output={tmp_path / name}")
+        run("decompress", model, tmp_path / name / "a.llvq", f"--output={tmp_path / name}")
     plain, contexts = ((tmp_path / name / "a.llvq").read_bytes() for name in ("plain", "contexts"))
     assert plain != contexts
     assert (tmp_path / "plain/a.png").read_bytes() == (tmp_path / "contexts/a.png").read_bytes()
@@ -108,29 +106,28 @@ def test_a_photograph_is_turned_upright(checkpoints, tmp_path):
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     upright.save(tmp_path / "upright.png")
     files = [tmp_path / f"{name}.png" for name in ("turned", "upright")]
-    run("encode", f"--model={checkpoints[3]}", *files, f"--output={tmp_path}")
+    run("compress", f"--model={checkpoints[3]}", *files, f"--output={tmp_path}")
     streams = [(tmp_path / f"{name}.llvq").read_bytes() for name in ("turned", "upright")]
     assert streams[0] == streams[1]
 
 
 def test_a_stream_of_several_images_makes_several_pictures(checkpoints, tmp_path):
-    model = load_pretrained(checkpoints[1])
-    (tmp_path / "many.llvq").write_bytes(codec.encode(model, tiny.images(3)))
-    run("decode", f"--model={checkpoints[1]}", tmp_path / "many.llvq", f"--output={tmp_path}")
+    (tmp_path / "many.llvq").write_bytes(Codec.load(checkpoints[1]).compress(tiny.images(3)))
+    run("decompress", f"--model={checkpoints[1]}", tmp_path / "many.llvq", f"--output={tmp_path}")
     names = sorted(path.name for path in tmp_path.glob("*.png"))
     assert names == [f"many_00000{i}.png" for i in range(3)]
 
 
 def test_fit_gives_a_checkpoint_a_code_model(tmp_path, capsys):
     config = tiny.config("vq")
-    state = train_state.create_train_state(create_model(config))
+    state = create_state(config)
     checkpointing.save_for_inference(tmp_path / "model", state, config)
     picture(12, 12, "L").save(tmp_path / "a.png")
     with pytest.raises(SystemExit, match=r"^llvq.codec: the model has no code model: evaluate"):
-        run("encode", f"--model={tmp_path}/model", tmp_path / "a.png", f"--output={tmp_path}")
+        run("compress", f"--model={tmp_path}/model", tmp_path / "a.png", f"--output={tmp_path}")
     run("fit", f"--model={tmp_path}/model", tmp_path / "a.png")
     assert "a code model of 1 images" in capsys.readouterr().out
-    run("encode", f"--model={tmp_path}/model", tmp_path / "a.png", f"--output={tmp_path}")
+    run("compress", f"--model={tmp_path}/model", tmp_path / "a.png", f"--output={tmp_path}")
     assert (tmp_path / "a.llvq").exists()
     with pytest.raises(SystemExit, match=r"has a code model, without which its streams"):
         run("fit", f"--model={tmp_path}/model", tmp_path / "a.png")
@@ -138,10 +135,11 @@ def test_fit_gives_a_checkpoint_a_code_model(tmp_path, capsys):
 
 def test_a_file_named_twice_is_converted_once(checkpoints, tmp_path, monkeypatch):
     picture(12, 12, "L").save(tmp_path / "a.png")
-    encoded = []
-    monkeypatch.setattr(codec, "encode", lambda *_, **__: encoded.append("a") or b"")
-    run("encode", f"--model={checkpoints[1]}", tmp_path, tmp_path / "a.png", f"--output={tmp_path}")
-    assert encoded == ["a"]
+    compressed = []
+    monkeypatch.setattr(Codec, "compress", lambda *_: compressed.append("a") or b"")
+    model, output = f"--model={checkpoints[1]}", f"--output={tmp_path}"
+    run("compress", model, tmp_path, tmp_path / "a.png", output)
+    assert compressed == ["a"]
 
 
 def mistakes(directory):
@@ -170,7 +168,7 @@ def mistakes(directory):
 def test_an_image_that_cannot_be_read_is_one_line(checkpoints, tmp_path):
     for name, words in mistakes(tmp_path).items():
         with pytest.raises(SystemExit) as ended:
-            run("encode", f"--model={checkpoints[3]}", tmp_path / name, f"--output={tmp_path}")
+            run("compress", f"--model={checkpoints[3]}", tmp_path / name, f"--output={tmp_path}")
         message = str(ended.value)
         assert message.startswith(f"llvq.codec: {tmp_path / name} ")
         assert words in message
@@ -187,23 +185,19 @@ def test_other_mistakes_are_one_line(checkpoints, tmp_path):
     picture(12, 12, "RGB").save(tmp_path / "colours.png")
     model = f"--model={checkpoints[1]}"
     a, output = tmp_path / "a.png", f"--output={tmp_path}"
-    for arguments, words in {
-        (
-            "encode",
-            "--model=fashion_mnist/none",
-            a,
-            output,
-        ): "no trained model 'fashion_mnist/none'",
-        ("encode", model, a, tmp_path / "sub/a.jpg", output): "a.jpg would become",
-        ("encode", model, a, f"--output={a}"): "is no directory",
-        ("encode", model, tmp_path / "empty", output): "empty has no files of .png, .jpg",
-        ("encode", model, tmp_path / "colours.png", output): "the model's images are greyscale",
-        ("decode", model, a, output): "a.png: the stream is not of this program",
-        ("decode", model, tmp_path / "a.llvq", output): "a.llvq: the stream has version 0",
-        ("decode", model, tmp_path / "b.llvq", output): "b.llvq cannot be read",
+    missing = "--model=fashion_mnist/none"
+    for (command, *arguments), words in {
+        ("compress", missing, a, output): "no trained model 'fashion_mnist/none'",
+        ("compress", model, a, tmp_path / "sub/a.jpg", output): "a.jpg would become",
+        ("compress", model, a, f"--output={a}"): "is not a directory",
+        ("compress", model, tmp_path / "empty", output): "empty has no files of .png, .jpg",
+        ("compress", model, tmp_path / "colours.png", output): "the model's images are greyscale",
+        ("decompress", model, a, output): "a.png: the stream is not of this program",
+        ("decompress", model, tmp_path / "a.llvq", output): "a.llvq: the stream has version 0",
+        ("decompress", model, tmp_path / "b.llvq", output): "b.llvq cannot be read",
     }.items():
         with pytest.raises(SystemExit) as ended:
-            run(*arguments)
+            run(command, *arguments)
         assert str(ended.value).startswith("llvq.codec: ")
         assert words in str(ended.value)
         assert "\n" not in str(ended.value)
@@ -217,7 +211,7 @@ def test_a_photograph_takes_little_memory(tmp_path):
         **{"model.image_shape": (1024, 1024, 3), "model.hidden_dims": (16, 32)},
         **{"model.latent_dim": 64},
     )
-    state = train_state.create_train_state(create_model(config))
+    state = create_state(config)
     checkpointing.save_for_inference(tmp_path / "model", state, config)
     y, x = np.mgrid[:3000, :4000]
     waves = [128 + 127 * np.sin(x / (50 + i) + y * y / 1e5) for i in range(3)]
@@ -225,8 +219,8 @@ def test_a_photograph_takes_little_memory(tmp_path):
     model = f"--model={tmp_path / 'model'}"
     for arguments in (
         ("fit", model, tmp_path / "photo.png"),
-        ("encode", model, tmp_path / "photo.png", f"--output={tmp_path / 'out'}"),
-        ("decode", model, tmp_path / "out/photo.llvq", f"--output={tmp_path / 'out'}"),
+        ("compress", model, tmp_path / "photo.png", f"--output={tmp_path / 'out'}"),
+        ("decompress", model, tmp_path / "out/photo.llvq", f"--output={tmp_path / 'out'}"),
     ):
         child = subprocess.run(
             [sys.executable, "-c", PEAK, *map(str, arguments)],

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llvq import codec, load_pretrained
+from llvq import Codec
 from llvq.codec import code_model, integers
 from llvq.codec.code_model import CodeModel, Contexts
 from llvq.codec.coder import Block, Coder
@@ -74,12 +74,12 @@ def test_a_block_of_an_earlier_version_decodes(vector):
 
 @pytest.mark.parametrize("vector", [v for v in VECTORS if "model" in v], ids=lambda v: v["model"])
 def test_a_stream_of_an_earlier_version_decodes(vector):
-    model = load_pretrained(vector["model"])
+    codec = Codec.load(vector["model"])
     stream = base64.b64decode(vector["data"])
-    codes = codec.decode_codes(model, stream)
+    codes = codec.decompress_codes(stream)
     assert list(codes.shape) == vector["shape"]
     assert digest(codes) == vector["sha256"]
-    again = codec.encode_codes(model, codes, with_contexts=vector["with_contexts"])
+    again = codec.compress_codes(codes, contexts=vector["with_contexts"])
     assert again[30:] == stream[30:]  # the header says that it holds codes
 
 
@@ -97,13 +97,13 @@ def write(test_image):
         data = Coder(tables()).encode(block(), with_contexts=option)
         vectors.append({"with_contexts": option, "data": base64.b64encode(data).decode()})
     for name in ("vq", "vq_ema", "sparse_lattice", "dense_lattice"):
-        model = load_pretrained(f"fashion_mnist/{name}")
+        codec = Codec.load(f"fashion_mnist/{name}")
         for option in (False, True):
-            stream = codec.encode(model, test_image, with_contexts=option)
+            stream = codec.compress(test_image, contexts=option)
             if name == "dense_lattice":
-                codes = codec.decode_codes(model, stream)[:, 6:8, 6:8]
-                stream = codec.encode_codes(model, codes, with_contexts=option)
-            codes = codec.decode_codes(model, stream)
+                codes = codec.decompress_codes(stream)[:, 6:8, 6:8]
+                stream = codec.compress_codes(codes, contexts=option)
+            codes = codec.decompress_codes(stream)
             vectors.append(
                 {
                     "model": f"fashion_mnist/{name}",

@@ -22,7 +22,7 @@ def run(tmp_path_factory):
     assert steps(workdir) == [4, 6, 7, 8]
     other = shutil.copytree(workdir, workdir.parent / "other")
     shutil.rmtree(other / "checkpoints/8")
-    seven = checkpointing.resume(other, abstract_state).state
+    seven = checkpointing.resume(other, abstract_state)
     return workdir, {"7": leaves(seven), "8": leaves(newest)}
 
 
@@ -48,7 +48,7 @@ def is_noticed(workdir, states, caplog):
     with caplog.at_level("WARNING", logger="absl"):
         checkpoint, _, loaded = checkpointing.load(workdir)
         assert steps(workdir) == [4, 6, 7, 8]  # who evaluates changes nothing
-        restored = leaves(checkpointing.resume(workdir, abstract_state).state)
+        restored = leaves(checkpointing.resume(workdir, abstract_state))
     warnings = [record.getMessage() for record in caplog.records if record.name == "absl"]
     params = {".params" + name: array for name, array in leaves(loaded.params).items()}
     expected = {n: x for n, x in states[checkpoint.name].items() if n.startswith(".params")}

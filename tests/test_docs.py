@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 
 from llvq.evaluation import metrics
+from llvq.models import NETWORKS
 from llvq.quantizers import QUANTIZERS
+from llvq.training.objective import LOSSES
+from llvq.training.optimizer import OPTIMIZERS
+from llvq.training.schedules import SCHEDULES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,7 +65,7 @@ def joined(text):
 @pytest.fixture
 def _registries():
     """Takes back what a page registers."""
-    registries = QUANTIZERS, metrics.METRICS
+    registries = QUANTIZERS, NETWORKS, LOSSES, OPTIMIZERS, SCHEDULES, metrics.METRICS
     before = [dict(registry) for registry in registries]
     yield
     for registry, entries in zip(registries, before, strict=True):
@@ -230,8 +234,9 @@ def test_every_config_field_is_described():
         if not field.startswith("quantizer.") or field == "quantizer.name"
     }
     text = (ROOT / "docs/training.md").read_text()
-    section = text.split("## Config fields")[1].split("\n## ")[0]
-    described = set(re.findall(r"^\| `([\w.]+)` \|", section, re.MULTILINE))
+    section = text.split("\n## Losses")[1].split("\n## Quantizer options")[0]
+    rows = re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE)
+    described = {name for row in rows for name in re.findall(r"`([\w.]+)`", row)}
     assert described == fields
 
 

@@ -28,7 +28,7 @@ def test_train_and_evaluate_from_official_files(module, get_config, hidden_dims,
     config.model.latent_dim = 8
     config.model.image_shape = data.image_shape
     assert int(train_and_evaluate(config, tmp_path / "run", data).step) == 3
-    results = evaluate(config, tmp_path / "run", data)
+    results = evaluate(tmp_path / "run", data)
     height, width, _ = data.image_shape
     vectors = (height // 2 ** len(hidden_dims)) * (width // 2 ** len(hidden_dims))
     images = data.num_images["train"] + data.num_images["validation"]

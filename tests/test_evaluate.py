@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from llvq import checkpointing, codec, evaluate, load_pretrained, train
+from llvq import Codec, checkpointing, evaluate, load_pretrained, train
+from llvq.config import DatasetConfig
 from llvq.data import ArrayDataset
 from llvq.data.files import writing
 from llvq.errors import UserError
@@ -19,7 +20,7 @@ from llvq.evaluation.pictures import write_png
 from llvq.runtime import sharding
 from llvq.usage.table import CodebookUsage
 from tests import tiny
-from tests.runs import fitted_graphdef
+from tests.runs import fitted_graphdef, objective
 
 
 @pytest.fixture(scope="module", params=["vq", "dense_lattice"])
@@ -49,28 +50,25 @@ def by_hand(workdir, images):
     """(scaled images, reconstructions, codes) of all images in one unsharded batch."""
     model = checkpointing.model_of(checkpointing.load(workdir))
     scaled = images / np.float32(255) - np.float32(0.5)
-    outputs, codes, _ = nnx.jit(lambda model, images: model(images))(model, scaled)
+    outputs, codes, *_ = nnx.jit(lambda model, images: model(images))(model, scaled)
     return scaled.astype(np.float64), np.asarray(outputs, np.float64), np.asarray(codes)
 
 
 def check_rates(workdir, results):
     """The rates are those of streams of all test codes, under tables of the training split."""
-    model = load_pretrained(workdir)
+    codec = Codec.load(workdir)
     codes = by_hand(workdir, tiny.images(19, 2))[2]
     num_vectors = 19 * 36
-    bits = {
-        with_contexts: 8 * len(codec.encode_codes(model, codes, with_contexts=with_contexts))
-        for with_contexts in (False, True)
-    }
+    bits = {contexts: 8 * len(codec.compress_codes(codes, contexts)) for contexts in (False, True)}
     # A code at the border of two cells may fall to either side in a batch of another size.
     close = functools.partial(pytest.approx, rel=1e-3)
     assert results["coded_bits_per_vector"] == close(bits[False] / num_vectors)
     assert results["context_coded_bits_per_vector"] == close(bits[True] / num_vectors)
     assert results["coded_bits_per_pixel"] == close(bits[False] / num_vectors * 36 / 144)
-    with_tables = bits[False] + 8 * model.code_model.num_table_bytes
+    with_tables = bits[False] + 8 * codec.code_model.num_table_bytes
     assert results["coded_bits_per_vector_with_tables"] == close(with_tables / num_vectors)
     rows = codes.reshape(num_vectors, -1)
-    known = set(map(tuple, model.code_model.vocabulary.tolist()))
+    known = set(map(tuple, codec.code_model.vocabulary.tolist()))
     num_escaped = sum(tuple(row) not in known for row in rows.tolist())
     assert results["escaped_fraction"] == close(num_escaped / num_vectors)
     assert results["vocabulary_size"] == len(known)
@@ -81,7 +79,7 @@ def check_rates(workdir, results):
 
 def test_figures_pictures_and_files(run):
     config, workdir, _ = run
-    results = evaluate.evaluate(config, workdir, tiny.dataset())
+    results = evaluate.evaluate(workdir, tiny.dataset())
     assert json.loads((workdir / "evaluation.json").read_text()) == results
     assert results["step"] == 100
     assert results["split"] == "test"
@@ -129,7 +127,7 @@ def test_figures_pictures_and_files(run):
 def test_any_number_of_devices_counts_every_image_once(run, num_devices):
     config, workdir, _ = run
     mesh = sharding.make_mesh(jax.devices()[:num_devices])
-    evaluator = Evaluator(fitted_graphdef(config, mesh), mesh)
+    evaluator = Evaluator(fitted_graphdef(config, mesh), objective(config), mesh)
     state = jax.device_put(checkpointing.load(workdir).state, sharding.replicated(mesh))
 
     for batch_size in (8, 16, 64):
@@ -144,20 +142,21 @@ def test_any_number_of_devices_counts_every_image_once(run, num_devices):
 
 
 def test_quantizer_losses_are_of_the_whole_split(run):
-    config, workdir, _ = run
+    _, workdir, _ = run
     model = checkpointing.model_of(checkpointing.load(workdir))
-    _, _, losses = model.quantizer(model.encoder(tiny.images(19, 2) / np.float32(255) - 0.5))
-    results = evaluate.evaluate(config, workdir, tiny.dataset())
-    for name, value in losses.items():
+    latents = model.encoder(tiny.images(19, 2) / np.float32(255) - 0.5)
+    _, _, loss, metrics = model.quantizer(latents)
+    results = evaluate.evaluate(workdir, tiny.dataset())
+    for name, value in {"quantizer_loss": loss, **metrics}.items():
         assert results[name] == pytest.approx(float(value), rel=1e-5)
 
 
 def test_without_a_test_split_validation_stands_in(run, tmp_path):
-    config, workdir, _ = run
+    _, workdir, _ = run
     data = ArrayDataset(
         train=tiny.images(70), validation=tiny.images(21, 1), test=tiny.images(21, 1)[:0]
     )
-    results = evaluate.evaluate(config, tmp_path, data, checkpoint=workdir)
+    results = evaluate.evaluate(tmp_path, data, checkpoint=workdir)
     assert results["split"] == "validation"
     scaled, outputs, _ = by_hand(workdir, tiny.images(21, 1))
     assert results["reconstruction_loss"] == pytest.approx(
@@ -167,26 +166,30 @@ def test_without_a_test_split_validation_stands_in(run, tmp_path):
 
 @pytest.mark.parametrize("which", ["workdir", "checkpoints", "step"])
 def test_what_checkpoint_may_name(run, tmp_path, which):
-    config, workdir, _ = run
+    _, workdir, _ = run
     path = {
         "workdir": workdir,
         "checkpoints": workdir / "checkpoints",
         "step": workdir / "checkpoints" / "100",
     }[which]
-    results = evaluate.evaluate(config, tmp_path, tiny.dataset(), checkpoint=path)
+    results = evaluate.evaluate(tmp_path, tiny.dataset(), checkpoint=path)
     assert results["checkpoint"] == str(workdir / "checkpoints" / "100")
     assert (tmp_path / "evaluation.json").exists()
 
 
 def test_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match=rf"no checkpoint in {tmp_path}: train first"):
-        evaluate.evaluate(tiny.config("vq"), tmp_path, tiny.dataset())
+        evaluate.evaluate(tmp_path, tiny.dataset())
 
 
-def test_another_models_checkpoint(run, tmp_path):
+def test_another_data_set_is_refused(run, tmp_path):
     _, workdir, _ = run
-    with pytest.raises(UserError, match=r"checkpoints/100 holds a run with quantizer.name="):
-        evaluate.evaluate(tiny.config("vq_ema"), tmp_path, tiny.dataset(), checkpoint=workdir)
+    mnist = DatasetConfig("mnist")
+    with pytest.raises(UserError, match=r"is of the data set 'tiny', not of 'mnist'"):
+        evaluate.evaluate(tmp_path, tiny.dataset(), checkpoint=workdir, dataset=mnist)
+    larger = ArrayDataset(**dict.fromkeys(("train", "validation"), np.zeros((2, 16, 12, 1), "u1")))
+    with pytest.raises(UserError, match=r"image_shape=\(12, 12, 1\): must be \(16, 12, 1\)"):
+        evaluate.evaluate(tmp_path, larger, checkpoint=workdir)
 
 
 def test_a_damaged_checkpoint_is_one_line(tmp_path):
@@ -196,7 +199,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=r"^checkpoint .*/2 cannot be read [^\n]*$"):
-        evaluate.evaluate(config, tmp_path, tiny.dataset())
+        evaluate.evaluate(tmp_path, tiny.dataset())
 
 
 def test_bucket_paths_are_left_as_they_are():
@@ -206,14 +209,14 @@ def test_bucket_paths_are_left_as_they_are():
 
 def test_evaluation_leaves_a_run_as_it_is(run):
     """So that a training may go on meanwhile."""
-    config, workdir, _ = run
+    _, workdir, _ = run
 
     def contents():
         files = (path for path in workdir.rglob("*") if path.is_file())
         return {path: path.read_bytes() for path in files if path.parent != workdir}
 
     before = contents()
-    evaluate.evaluate(config, workdir, tiny.dataset())
+    evaluate.evaluate(workdir, tiny.dataset())
     assert contents() == before
     assert {path.name for path in workdir.iterdir()} == {
         *("checkpoints", "evaluation.json", "reconstructions.png")
@@ -229,7 +232,7 @@ def test_an_exactly_reconstructed_image_leaves_valid_json(tmp_path):
     state = train.train_and_evaluate(config, tmp_path / "run", data)
     params = jax.tree.map(np.zeros_like, state.params)  # every output is 0
     checkpointing.save_for_inference(tmp_path / "black", state.replace(params=params), config)
-    results = evaluate.evaluate(config, tmp_path, data, checkpoint=tmp_path / "black")
+    results = evaluate.evaluate(tmp_path, data, checkpoint=tmp_path / "black")
     assert results["reconstruction_loss"] == 0
     assert results["psnr"] == pytest.approx(100, rel=1e-6)
 
@@ -241,7 +244,7 @@ def test_an_exactly_reconstructed_image_leaves_valid_json(tmp_path):
 
 def test_a_mistyped_workdir_is_not_created(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint in .*/mistyped"):
-        evaluate.evaluate(tiny.config("vq"), tmp_path / "mistyped", tiny.dataset())
+        evaluate.evaluate(tmp_path / "mistyped", tiny.dataset())
     assert not list(tmp_path.iterdir())
 
 
@@ -257,17 +260,17 @@ def test_every_quantizer_goes_the_whole_way(quantizer, tmp_path):
     """Trains, evaluates, and codes images: what the codec decodes is what was encoded."""
     config = tiny.config(quantizer)
     train.train_and_evaluate(config, tmp_path, tiny.dataset())
-    results = evaluate.evaluate(config, tmp_path, tiny.dataset())
+    results = evaluate.evaluate(tmp_path, tiny.dataset())
     check_rates(tmp_path, results)
-    model = load_pretrained(tmp_path)
+    codec = Codec.load(tmp_path)
     codes = by_hand(tmp_path, tiny.images(19, 2))[2]
-    stream = codec.encode(model, tiny.images(19, 2))
-    np.testing.assert_array_equal(codec.decode_codes(model, stream), codes)
+    stream = codec.compress(tiny.images(19, 2))
+    np.testing.assert_array_equal(codec.decompress_codes(stream), codes)
     everything = by_hand(tmp_path, np.concatenate([tiny.images(70), tiny.images(21, 1)]))[2]
     distinct = np.unique(everything.reshape(91 * 36, -1), axis=0)
     assert results["effective_codebook_size"] == len(distinct)
-    if model.quantizer.num_codes:
-        assert results["codebook_utilization"] == len(distinct) / model.quantizer.num_codes
+    if num_codes := codec.model.quantizer.num_codes:
+        assert results["codebook_utilization"] == len(distinct) / num_codes
     else:
         assert results["rate"] > 0
         assert results["density_coded_bits_per_vector"] > results["coded_bits_per_vector"]
@@ -278,16 +281,12 @@ def test_the_code_model_is_of_the_data_sets_training_split(tmp_path, caplog):
     config = tiny.config("vq")
     train.train_and_evaluate(config, tmp_path / "run", tiny.dataset())
     trained = tmp_path / "run"
-    expected = evaluate.evaluate(config, tmp_path / "a", tiny.dataset(), checkpoint=trained)
+    expected = evaluate.evaluate(tmp_path / "a", tiny.dataset(), checkpoint=trained)
     (path,) = trained.rglob("code_model.npz")
     path.unlink()
-    model = load_pretrained(trained)
-    codec.fit(model, [tiny.images(1, seed=9)])
-    model.code_model.save(path.parent)
+    Codec.fit(load_pretrained(trained), tiny.images(1, seed=9)).save(path.parent)
     kept = path.read_bytes()
-    found = evaluate.evaluate(
-        config, tmp_path / "found", tiny.dataset(), checkpoint=tmp_path / "run"
-    )
+    found = evaluate.evaluate(tmp_path / "found", tiny.dataset(), checkpoint=tmp_path / "run")
     assert found["coded_bits_per_vector"] == expected["coded_bits_per_vector"]
     assert path.read_bytes() == kept
     assert "keeps its code model of images chosen to fit it to" in caplog.text

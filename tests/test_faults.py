@@ -36,7 +36,7 @@ def config(num_steps, **overrides):
 
 
 def evaluate_in(workdir):
-    return evaluate.evaluate(config(NUM_STEPS), workdir, tiny.dataset())
+    return evaluate.evaluate(workdir, tiny.dataset())
 
 
 class Interrupted:

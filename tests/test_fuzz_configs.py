@@ -14,7 +14,8 @@ pytest.importorskip("ml_collections", reason="main.py parses configs with ml_col
 from configs import default, fashion_mnist
 from llvq.config import RECIPES
 from llvq.fields import flatten, plain
-from llvq.quantizers import default_options
+from llvq.quantizers.registry import complete
+from llvq.training.schedules import SCHEDULES
 from tests import fuzz_targets, processes, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,7 +128,6 @@ def words(line):
         "--config is missing",
         "--workdir is missing",
         "--config: ",
-        "in --config or an override",
         "flag --config",
     }
 
@@ -168,7 +168,7 @@ def possible(draw, sizes, batch_sizes, image_shapes):
         "distance": st.sampled_from(["euclidean", "cosine"]),
         "gradient": st.sampled_from(["straight_through", "rotation"]),
         # k-means numbers a batch's latents in int32.
-        "initialisation": st.sampled_from(
+        "initialization": st.sampled_from(
             ["random"] if 2**20 in batch_sizes else ["random", "batch"]
         ),
         "restart_threshold": st.sampled_from([0, 0.0, 0.1, 1]),
@@ -188,14 +188,12 @@ def possible(draw, sizes, batch_sizes, image_shapes):
     if quantizer == "lfq":
         options["codebook_size"] = st.sampled_from([2, 64, 2**18])
     # Or one that has to be a multiple of something.
-    has_fixed_dim = quantizer in ("fsq", "lfq", "bsq") or "rate_weight" in default_options(
-        quantizer
-    )
+    has_fixed_dim = quantizer in ("fsq", "lfq", "bsq") or "warmup" in complete(quantizer, {})
     fields = {
         "batch_size": st.sampled_from(batch_sizes),
         "seed": st.sampled_from([0, 1, 2**31, 2**32 - 1]),
         "learning_rate": st.sampled_from([0, 0.0, 1e-30, 1e-3, 1]),
-        "schedule": st.sampled_from(["constant", "first_epoch"]),
+        "schedule": st.sampled_from([*SCHEDULES]),
         "compute_dtype": st.sampled_from(["float32", "float32", "bfloat16", "float64"]),
         "keep_checkpoints": st.sampled_from([1, 2, 2**31 - 1]),
         "steps_per_call": st.sampled_from([1, 2, 2**20]),
@@ -204,11 +202,19 @@ def possible(draw, sizes, batch_sizes, image_shapes):
         "checkpoint_every_steps": st.sampled_from([1, 2, 2**31 - 1]),
         "model.hidden_dims": st.lists(st.sampled_from(sizes), min_size=1, max_size=2).map(tuple),
         "model.latent_dim": st.sampled_from([0] if has_fixed_dim else [0, *sizes]),
-        "model.latent_activation": st.sampled_from(["", "leaky_relu", "none"]),
+        "model.latent_activation": st.sampled_from(["leaky_relu", "none"]),
+        "model.output_activation": st.sampled_from(["leaky_relu", "none"]),
+        "loss.mse": st.sampled_from([0, 0.5, 1]),
+        "loss.l1": st.sampled_from([0, 1.0]),
+        "loss.ssim": st.sampled_from([0, 0.1]),
+        "loss.quantizer": st.sampled_from([0, 1]),
+        "optimizer.clip_norm": st.sampled_from([0, 0.1]),
+        "optimizer.accumulate_steps": st.sampled_from([1, 2, 8]),
+        "optimizer.ema_decay": st.sampled_from([0, 0.9]),
         "model.num_residual_blocks": st.sampled_from([0, 1, 2]),
         "model.image_shape": st.sampled_from(image_shapes),
         "model.value_range": st.sampled_from([(0, 1), (-0.5, 0.5), [0.0, 255.0], (-1e-9, 1e9)]),
-        **{f"quantizer.{name}": options[name] for name in default_options(quantizer)},
+        **{f"quantizer.{name}": options[name] for name in options.keys() & complete(quantizer, {})},
     }
     return tiny.config(quantizer, **{name: draw(value) for name, value in fields.items()})
 

@@ -13,14 +13,16 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 
-from llvq import VQVAE, import_torch, quantizers
-from llvq.training import train_state
-from llvq.training.train_state import OPTIMIZER
-from tests import reference
+from llvq import import_torch, quantizers
+from llvq.models import factory
+from llvq.training import optimizer
+from llvq.training.objective import Objective, default_weights
+from tests import reference, tiny
 from tests.counting import count
 
 pytestmark = reference.needs_reference
 
+PAPERS_OBJECTIVE = Objective(default_weights())
 HIDDEN_DIMS = {"fashion_mnist": (64,), "ffhq1024": (16, 32)}
 CASES = pytest.mark.parametrize(("dataset", "quantizer"), list(reference.FILES))
 TOLERANCE = 1e-4  # what float32 leaves of agreement after a backward pass; the rest is nearer 1e-6
@@ -45,15 +47,14 @@ def assert_trees_close(actual, desired, what: str) -> None:
 def load(dataset: str, quantizer: str):
     """(golden numbers, graphdef, params, statistics) of the authors' model."""
     golden = reference.golden(dataset, quantizer)
-    model = VQVAE(
+    model = tiny.paper_model(
         quantizers.create(quantizer, 64, rngs=nnx.Rngs(0)),
-        image_channels=golden["images"].shape[-1],
+        channels=golden["images"].shape[-1],
         hidden_dims=HIDDEN_DIMS[dataset],
         latent_activation="leaky_relu",
         output_activation="leaky_relu",
-        rngs=nnx.Rngs(0),
     )
-    graphdef, ours_params, ours_statistics = train_state.split(model)
+    graphdef, ours_params, ours_statistics = factory.split(model)
     params, statistics = import_torch.parameters_from_state_dict(
         reference.state_dict(dataset, quantizer)
     )
@@ -71,11 +72,10 @@ def forward_backward(dataset: str, quantizer: str):
     def run(params, statistics, images):
         def loss_fn(params):
             model = nnx.merge(graphdef, params, statistics)
-            reconstruction, codes, losses = model(images, train=True)
-            reconstruction_loss = jnp.mean((reconstruction - images) ** 2)
-            after = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-            loss = reconstruction_loss + losses["quantizer_loss"]
-            return loss, (reconstruction, codes, reconstruction_loss, losses, after)
+            loss, metrics, pair = PAPERS_OBJECTIVE(model, images, train=True)
+            _, _, after = factory.split(model)
+            losses = metrics["reconstruction_loss"], metrics["quantizer_loss"]
+            return loss, (pair.reconstructions, pair.codes, *losses, after)
 
         return jax.grad(loss_fn, has_aux=True)(params)
 
@@ -102,10 +102,10 @@ def test_quantizer_from_stored_latents(dataset, quantizer):
     def run(latents):
         return nnx.merge(graphdef, params, statistics).quantizer(latents)
 
-    quantized, codes, losses = run(golden["latents"])
+    quantized, codes, loss, _ = run(golden["latents"])
     np.testing.assert_array_equal(codes, golden.get("codes", golden.get("indices")))
     assert_close(quantized, golden["quantized"], "quantized")
-    assert_close(losses["quantizer_loss"], golden["eval/quantizer_loss"], "quantizer loss")
+    assert_close(loss, golden["eval/quantizer_loss"], "quantizer loss")
     if "perplexity" in golden:
         usage = count(np.asarray(codes).reshape(-1, 1), codes.size)
         assert_close(usage.perplexity, golden["perplexity"], "perplexity")
@@ -121,7 +121,7 @@ def test_decoder(dataset, quantizer):
 @CASES
 def test_training_forward(dataset, quantizer):
     golden, *_ = load(dataset, quantizer)
-    _, (reconstruction, codes, reconstruction_loss, losses, _) = forward_backward(
+    _, (reconstruction, codes, reconstruction_loss, quantizer_loss, _) = forward_backward(
         dataset, quantizer
     )
     codes_golden = golden.get("codes", golden.get("indices"))
@@ -132,7 +132,7 @@ def test_training_forward(dataset, quantizer):
         np.testing.assert_array_equal(codes, codes_golden)
     assert_close(reconstruction, golden["reconstruction"], "reconstruction")
     assert_close(reconstruction_loss, golden["train/reconstruction_loss"], "reconstruction loss")
-    assert_close(losses["quantizer_loss"], golden["train/quantizer_loss"], "quantizer loss")
+    assert_close(quantizer_loss, golden["train/quantizer_loss"], "quantizer loss")
 
 
 @CASES
@@ -149,8 +149,9 @@ def test_every_gradient(dataset, quantizer):
 def test_adam_step(dataset, quantizer):
     golden, _, params, _ = load(dataset, quantizer)
     grads, _ = forward_backward(dataset, quantizer)
-    updates, _ = OPTIMIZER.update(grads, OPTIMIZER.init(params))
-    after = optax.apply_updates(params, jax.tree.map(lambda update: -1e-3 * update, updates))
+    adam = optimizer.create("adam", {}, optax.constant_schedule(1e-3))
+    updates, _ = adam.update(grads, adam.init(params))
+    after = optax.apply_updates(params, updates)
     assert_trees_close(after, subset(golden, "after_adam_step/")[0], "after Adam")
 
 

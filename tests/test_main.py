@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_train_resume_extend_and_evaluate_on_the_real_data(tmp_path):
     assert second.returncode == 0, second.stderr
     assert "Resuming at step 10 of 16" in second.stderr
 
-    evaluated = main(*config, "--mode=evaluate")
+    evaluated = main(f"--workdir={relative}", "--mode=evaluate")
     assert evaluated.returncode == 0, evaluated.stderr
     assert "ETA" in evaluated.stderr
     results = json.loads((tmp_path / "evaluation.json").read_text())
@@ -112,13 +113,16 @@ def test_what_is_compiled_is_kept_for_the_next_run(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([f"{FASHION}:vq", "--config.nope=1"], ["no field 'nope'"]),
-        ([f"{FASHION}:vq", "--config.model.nope=1"], ["no field 'nope'"]),
+        ([f"{FASHION}:vq", "--config.nope=1"], ["no field nope"]),
+        ([f"{FASHION}:vq", "--config.model.nope=1"], ["no field nope"]),
         ([f"{FASHION}:xvq"], ["unknown quantizer 'xvq'", "vq_ema"]),
         ([f"{FASHION}:vq,longer"], ["unknown recipe 'longer'", "paper"]),
-        ([f"{FASHION}:vq", "--config.quantizer.name=vq_ema"], ["config argument", ".py:vq_ema"]),
+        (
+            [f"{FASHION}:sparse_lattice", "--config.quantizer.name=vq"],
+            ["config.quantizer.gamma is not an option of vq"],
+        ),
         ([f"{FASHION}:vq", "--checkpoint=/nowhere"], ["--checkpoint", "--mode=evaluate"]),
-        (["--config=configs/default.py"], ["get_config"]),
+        (["--config=configs/default.py"], ["config.model.image_shape=(0, 0, 0)"]),
         (["--config=configs/imagenet.py"], ["configs/imagenet.py", "No such file"]),
         ([f"{FASHION}:vq", "--config.batch_size=many"], ["config.batch_size", "many"]),
         ([f"{FASHION}:vq", "--config.batch_size=-64"], ["config.batch_size=-64"]),
@@ -144,7 +148,7 @@ def test_a_mistake_in_the_flags_is_one_line(arguments, words, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([f"{FASHION}:vq", "--config.nope=1"], ["no field 'nope'"]),
+        ([f"{FASHION}:vq", "--config.nope=1"], ["no field nope"]),
         ([f"{FASHION}:vq", "--config.dataset.manual_dir=/nowhere"], ["manual_dir=/nowhere"]),
         pytest.param(
             [f"{FASHION}:vq", "--mode=evaluate"],
@@ -174,42 +178,35 @@ def get_config(argument):
 @pytest.mark.parametrize(
     ("mistake", "error"),
     [
-        ("math.ceiling(3)", "AttributeError: module 'math' has no attribute 'ceiling'"),
-        ("maths.ceil(3)", "NameError: name 'maths' is not defined"),
-        ("len(3)", "TypeError: object of type 'int' has no len()"),
-        ("int('many')", "ValueError: invalid literal for int() with base 10: 'many'"),
-        ("__import__('no_such')", "ModuleNotFoundError: No module named 'no_such'"),
-        ("open('/nowhere/x')", "FileNotFoundError: [Errno 2] No such file or directory"),
-        ("{}['x']", "KeyError: 'x'"),
-        ("'many'", "TypeError: "),  # ConfigDict wants a number
-        ("3 +", "SyntaxError: invalid syntax"),
-        ("default.get_config(3).batch_size", "AttributeError: 'int' object has no attribute"),
+        ("math.ceiling(3)", AttributeError),
+        ("maths.ceil(3)", NameError),
+        ("open('/nowhere/x')", FileNotFoundError),
+        ("'many'", TypeError),  # ConfigDict wants a number
+        ("default.get_config(3).batch_size", AttributeError),
     ],
 )
-def test_a_mistake_in_a_config_file_names_its_line(mistake, error, tmp_path, monkeypatch):
+def test_a_mistake_in_a_config_file_keeps_its_traceback(mistake, error, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     path = tmp_path / "mine.py"
     path.write_text(CONFIG.replace("{}", mistake, 1))
+    with pytest.raises(Exception) as raised:  # noqa: PT011 (config_flags may have changed its type)
+        fuzz_targets.parse([f"--config={path}:vq", "--workdir=/nowhere"])
+    shown = "".join(traceback.format_exception(raised.value))
+    assert error.__name__ in shown
+    assert str(path) in shown
+
+
+def test_a_file_that_is_not_python_is_one_line(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(CONFIG.replace("{}", "3 +", 1))
     outcome, line = fuzz_targets.parse([f"--config={path}:vq", "--workdir=/nowhere"])
     assert outcome == "refused"
-    where = "configs/default.py" if "get_config(3)" in mistake else os.path.relpath(path)
-    number = r"\d+" if "get_config(3)" in mistake else "9"
-    assert re.match(f"main.py: {re.escape(where)}, line {number}: {re.escape(error)}", line)
-    assert "\n" not in line
-
-
-def test_a_config_file_that_needs_its_argument_says_so(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(CONFIG.format(8))
-    outcome, line = fuzz_targets.parse([f"--config={path}", "--workdir=/nowhere"])
-    assert outcome == "refused"
-    missing = "get_config() missing 1 required positional argument: 'argument'"
-    assert line == f"main.py: --config: TypeError: {missing}"
+    assert re.fullmatch(rf"main.py: --config: {path}, line 9: invalid syntax", line)
 
 
 def test_evaluation_makes_nothing_where_there_is_no_checkpoint(tmp_path):
     workdir = tmp_path / "mistyped"
-    result = main(f"{FASHION}:vq", f"--workdir={workdir}", "--mode=evaluate")
+    result = main(f"--workdir={workdir}", "--mode=evaluate")
     assert_one_line(result, "no checkpoint in", "mistyped")
     assert not workdir.exists()
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from llvq import VQVAE, LatticeQuantizer
+from llvq import SparseLattice
 from llvq.evaluation import metrics
+from llvq.models import Pair
+from tests import tiny
 
 
 def image_pairs(shape):
@@ -64,25 +66,28 @@ def test_an_exact_reconstruction_counts_as_100_db():
     np.testing.assert_allclose(metrics.psnr(images, images), [100, 100], rtol=1e-6)
 
 
-def test_value_ranges_are_mapped_and_clipped():
-    model = VQVAE(
-        LatticeQuantizer(8, rngs=nnx.Rngs(0)),
-        image_channels=1,
-        hidden_dims=(8,),
-        value_range=(-0.5, 0.5),
-        rngs=nnx.Rngs(0),
+def tiny_model():
+    return tiny.paper_model(
+        SparseLattice(8, rngs=nnx.Rngs(0)), hidden_dims=(8,), value_range=(-0.5, 0.5)
     )
+
+
+def test_value_ranges_are_mapped_and_clipped():
+    model = tiny_model()
     images = np.array([-0.7, -0.5, 0.0, 0.5, 0.9], np.float32).reshape(1, 1, 5, 1)
     np.testing.assert_allclose(np.ravel(model.to_unit(images)), [0, 0, 0.5, 1, 1])
 
 
 def test_sums_and_means_leave_out_what_the_mask_does():
     rng = np.random.default_rng(0)
-    originals, reconstructions = rng.uniform(size=(2, 3, 16, 16, 1)).astype(np.float32)
-    pair = metrics.Pair(originals, reconstructions, originals, reconstructions)
+    images, outputs = rng.uniform(-0.5, 0.7, size=(2, 3, 16, 16, 1)).astype(np.float32)
+    pair = Pair(images, images, outputs, np.zeros((3, 8, 8)), 0.0, {}, tiny_model())
     sums = metrics.sums(pair, np.array([True, False, True]))
     figures = metrics.finish({**jax.device_get(sums), "quantizer_loss": 3.0}, 2)
-    mse = np.mean((originals - reconstructions)[[0, 2]].astype(np.float64) ** 2)
-    assert figures["reconstruction_loss"] == pytest.approx(mse, rel=1e-6)
-    assert figures["loss"] == pytest.approx(mse + 1.5, rel=1e-6)
-    assert figures.keys() == {"loss", "quantizer_loss", *metrics.METRICS}
+    images, outputs = images.astype(np.float64)[[0, 2]], outputs.astype(np.float64)[[0, 2]]
+    assert figures["mse"] == pytest.approx(np.mean((images - outputs) ** 2), rel=1e-6)
+    unit, clipped = images + 0.5, np.clip(outputs + 0.5, 0, 1)
+    psnrs = -10 * np.log10(np.mean((unit - clipped) ** 2, axis=(1, 2, 3)))
+    assert figures["psnr"] == pytest.approx(np.mean(psnrs), rel=1e-6)
+    assert figures["quantizer_loss"] == 1.5
+    assert figures.keys() == {"quantizer_loss", *metrics.METRICS}

@@ -6,22 +6,18 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 
-from llvq import VQVAE, import_torch, quantizers
+from llvq import import_torch, quantizers
 from llvq.errors import UserError
-from llvq.models import layers
-from llvq.training import train_state
+from llvq.models import factory, layers
+from tests import tiny
 
 KINDS = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
 
 def make(quantizer="sparse_lattice", channels=1, hidden_dims=(64,), seed=0):
     rngs = nnx.Rngs(seed)
-    return VQVAE(
-        quantizers.create(quantizer, 0, rngs=rngs),
-        image_channels=channels,
-        hidden_dims=hidden_dims,
-        rngs=rngs,
-    )
+    quantizer = quantizers.create(quantizer, 0, rngs=rngs)
+    return tiny.paper_model(quantizer, channels=channels, hidden_dims=hidden_dims, rngs=rngs)
 
 
 @pytest.mark.parametrize(
@@ -36,8 +32,8 @@ def make(quantizer="sparse_lattice", channels=1, hidden_dims=(64,), seed=0):
     ],
 )
 def test_number_of_parameters(quantizer, channels, hidden_dims, count):
-    _, params, statistics = train_state.split(make(quantizer, channels, hidden_dims))
-    assert train_state.num_parameters((params, statistics)) == count
+    _, params, statistics = factory.split(make(quantizer, channels, hidden_dims))
+    assert factory.num_parameters((params, statistics)) == count
 
 
 def conv_in_float64(x, kernel, strides, padding):
@@ -158,18 +154,18 @@ def test_seeds_draw_different_parameters_and_layers_too():
 def test_bfloat16_computes_in_bfloat16_and_quantizes_in_float32():
     rngs = nnx.Rngs(0)
     quantizer = quantizers.create("dense_lattice", 64, rngs=rngs)
-    model = VQVAE(quantizer, image_channels=1, hidden_dims=(64,), dtype=jnp.bfloat16, rngs=rngs)
+    model = tiny.paper_model(quantizer, dtype=jnp.bfloat16)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model)))
     images = np.zeros((1, 28, 28, 1), np.float32)
     latents = model.encoder(images)
     assert latents.dtype == jnp.bfloat16
-    quantized, codes, losses = model.quantizer(latents)
+    quantized, codes, loss, _ = model.quantizer(latents)
     assert (quantized.dtype, codes.dtype) == (jnp.bfloat16, jnp.int32)
-    exact, codes_of_float32, losses_of_float32 = model.quantizer(latents.astype(jnp.float32))
+    exact, codes_of_float32, loss_of_float32, _ = model.quantizer(latents.astype(jnp.float32))
     np.testing.assert_array_equal(codes, codes_of_float32)
     np.testing.assert_array_equal(quantized, exact.astype(jnp.bfloat16))
-    assert losses == losses_of_float32
-    assert losses["quantizer_loss"].dtype == jnp.float32
+    assert loss == loss_of_float32
+    assert loss.dtype == jnp.float32
     assert model.decoder(quantized).dtype == jnp.bfloat16
 
 
@@ -181,11 +177,8 @@ def test_foreign_tensor_names_are_refused():
 @pytest.mark.parametrize("value_range", [(-0.5, 0.5), (0.0, 1.0)])
 def test_uint8_images_are_scaled_by_the_models_value_range(value_range):
     low, high = value_range
-    rngs = nnx.Rngs(0)
-    quantizer = quantizers.create("dense_lattice", 64, rngs=rngs)
-    model = VQVAE(
-        quantizer, image_channels=1, hidden_dims=(64,), value_range=value_range, rngs=rngs
-    )
+    quantizer = quantizers.create("dense_lattice", 64, rngs=nnx.Rngs(0))
+    model = tiny.paper_model(quantizer, value_range=value_range)
     images = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 1), np.uint8)
     floats = np.float32(low) + images / np.float32(255) * np.float32(high - low)
     codes = model.encode(floats)
@@ -205,9 +198,6 @@ def test_images_that_cannot_be_scaled_are_refused():
     model = make()
     with pytest.raises(ValueError, match=r"images must be uint8 or float, not int32"):
         model.encode(np.zeros((1, 28, 28, 1), np.int32))
-    model.value_range = None
-    with pytest.raises(ValueError, match=r"does not know its value range"):
-        model.encode(np.zeros((1, 28, 28, 1), np.uint8))
     assert model.encode(np.zeros((1, 28, 28, 1), np.float32)).shape == (1, 14, 14, 64)
 
 

@@ -12,10 +12,9 @@ import pytest
 from llvq import checkpointing
 from llvq.data import order
 from llvq.runtime import sharding
-from llvq.training import train_state
 from tests import groups, run_group, tiny
 from tests.run_group import CHECKED_FURTHER, HALFWAY, NUM_STEPS
-from tests.runs import create_model
+from tests.runs import create_state
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +29,7 @@ def alone(tmp_path_factory):
     trained = run_group.run("vq_ema", directory / "vq_ema", NUM_STEPS)
     config = run_group.config("dense_lattice")
     with run_group.double_precision():
-        state = train_state.create_train_state(create_model(config))
+        state = create_state(config)
         state.params["quantizer"]["basis"] *= 1e-3  # as it becomes in training: many codes
         checkpointing.save_for_inference(directory / "dense_lattice", state, config)
     return directory, trained

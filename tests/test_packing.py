@@ -1,14 +1,18 @@
 """Packed images, the form for TPUs, against plain ones: layer by layer, and whole runs."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
 from llvq import evaluate, train
+from llvq.codec import passes
 from llvq.data import ArrayDataset
 from llvq.models import packing as packings
 from tests import tiny
 from tests.convolutions import CASES, assert_close
+from tests.runs import create_model
 
 
 @pytest.mark.parametrize(
@@ -70,7 +74,22 @@ def run(workdir, quantizer, batch_size):
     config = tiny.config(quantizer, compute_dtype="float64", **fields)
     with jax.enable_x64(True):
         state = train.train_and_evaluate(config, workdir, data)
-        return state, evaluate.evaluate(config, workdir, data)
+        return state, evaluate.evaluate(workdir, data)
+
+
+def test_codes_and_images_of_a_packed_model_have_their_plain_shapes():
+    model = create_model(tiny.config("dense_lattice", **{"model.image_shape": (16, 16, 1)}))
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 1), np.uint8)
+    encode = jax.jit(lambda x: model.encode(x))
+    expected, plain = np.asarray(encode(images)), np.asarray(model.reconstruct(images))
+    model.set_attributes(packing=2)
+    found = np.asarray(jax.jit(lambda x: model.encode(x))(images))
+    # The same sums in another order: a code at a wall may fall to the other side.
+    assert found.shape == expected.shape
+    assert np.mean(found != expected) < 0.01
+    np.testing.assert_allclose(model.reconstruct(images), plain, atol=1e-4)
+    np.testing.assert_allclose(model.decode(expected), plain, atol=1e-4)
+    assert model.pair(images).codes.shape == (3, 4, 4, 4, 8)
 
 
 # On eight devices a batch of 8 is an image each; of 2 four of them share one.
@@ -85,6 +104,8 @@ def test_a_run_is_the_same(quantizer, batch_size, tmp_path, monkeypatch):
         return 2
 
     monkeypatch.setattr(packings, "choose", choose)
+    # What the codec has compiled before is not packed.
+    monkeypatch.setattr(passes, "_steps", functools.cache(passes._steps.__wrapped__))
     state, results = run(tmp_path / "packed", quantizer, batch_size)
     # Training and evaluation share out an image where they must; the codec takes whole ones.
     assert set(calls) == {("cpu", (8 * batch_size // 8, 8), 8), ("cpu", (8, 8), 8)}

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 
-from llvq import BSQ, FSQ, LFQ, EMAVectorQuantizer, ResidualVQ, SimVQ, VectorQuantizer
+from llvq import BSQ, FSQ, LFQ, VQ, VQEMA, ResidualVQ, SimVQ
 from tests.test_quantizers import grads_of
 from tests.test_scalar_quantizers import assert_close, entropy, make_latents, soft_assignments
 
@@ -73,8 +73,8 @@ def test_lfq_clamps_logarithms_and_has_no_commitment_loss():
     _, parts = module(torch.zeros(1, 1, 17), return_loss_breakdown=True)
     assert float(parts.batch_entropy) == pytest.approx(5 * np.log(10), rel=1e-5)
     quantizer = LFQ(codebook_size=2**17)
-    losses = quantizer(np.zeros((1, 17), np.float32))[2]
-    assert float(losses["batch_entropy"]) == pytest.approx(17 * np.log(2), rel=1e-6)
+    metrics = quantizer(np.zeros((1, 17), np.float32)).metrics
+    assert float(metrics["batch_entropy"]) == pytest.approx(17 * np.log(2), rel=1e-6)
     quantizer = LFQ(codebook_size=64)
     our_codes = quantizer(latents)[1]
     # The first bit is their most significant one and our least.
@@ -87,7 +87,7 @@ def test_bsq_is_colder_goes_over_all_codes_and_rounds_zero_down():
     latents[0, 0] = 0.0
     latents[0, 0, :, 0] = 1.0
     quantized, _, loss, _ = of_peer(peers.LFQ(codebook_size=64, spherical=True).train(), latents)
-    ours, _, losses = BSQ(num_bits=6, temperature=0.01)(latents)
+    ours, _, _, metrics = BSQ(num_bits=6, temperature=0.01)(latents)
     np.testing.assert_allclose(quantized.reshape(latents.shape)[0, 1:], ours[0, 1:], rtol=1e-6)
     assert np.all(np.asarray(ours)[0, 0] > 0)
     assert np.all(quantized.reshape(latents.shape)[0, 0, :, 1:] < 0)
@@ -95,7 +95,7 @@ def test_bsq_is_colder_goes_over_all_codes_and_rounds_zero_down():
     p = soft_assignments(flat / np.linalg.norm(flat, axis=-1, keepdims=True), 6**-0.5, 0.01)
     # Its logarithms are clamped at 1e-5: good to three digits.
     assert_close(loss, 0.1 * (entropy(p).mean() - entropy(p.mean(0))), 1e-3)
-    assert float(losses["batch_entropy"]) > entropy(p.mean(0))  # the bits' sum is an upper bound
+    assert float(metrics["batch_entropy"]) > entropy(p.mean(0))  # the bits' sum is an upper bound
 
 
 @pytest.mark.parametrize("rotation_trick", [False, True])
@@ -106,17 +106,17 @@ def test_vq_agrees_once_the_defaults_do(codebook, rotation_trick):
     )
     set_codebook(module, codebook).train()
     quantized, codes, loss, gradient = of_peer(module, latents, weights)
-    quantizer = EMAVectorQuantizer(  # no codebook loss, as theirs
+    quantizer = VQEMA(  # no codebook loss, as theirs
         DIM,
         codebook_size=SIZE,
         gradient="rotation" if rotation_trick else "straight_through",
         rngs=nnx.Rngs(0),
     )
     quantizer.codebook[...] = jnp.asarray(codebook)
-    ours, our_codes, losses = quantizer(latents)
+    ours, our_codes, our_loss, _ = quantizer(latents)
     np.testing.assert_array_equal(np.ravel(our_codes), codes.ravel())
     np.testing.assert_allclose(np.ravel(ours), quantized.ravel(), rtol=1e-5, atol=1e-6)
-    assert float(losses["quantizer_loss"]) == pytest.approx(float(loss), rel=1e-5)
+    assert float(our_loss) == pytest.approx(float(loss), rel=1e-5)
     np.testing.assert_allclose(
         grads_of(quantizer, latents, weights)[1], gradient, rtol=1e-4, atol=1e-5
     )
@@ -129,9 +129,9 @@ def test_vq_agrees_once_the_defaults_do(codebook, rotation_trick):
 def test_vq_learns_from_its_codebook_loss_too_and_theirs_by_averages(codebook):
     latents = make_latents(DIM)
     module = set_codebook(peers.VectorQuantize(DIM, SIZE, commitment_weight=0.25), codebook)
-    quantizer = VectorQuantizer(DIM, codebook_size=SIZE, rngs=nnx.Rngs(0))
+    quantizer = VQ(DIM, codebook_size=SIZE, rngs=nnx.Rngs(0))
     quantizer.codebook[...] = jnp.asarray(codebook)
-    ours, theirs = quantizer(latents)[2]["quantizer_loss"], of_peer(module, latents)[2]
+    ours, theirs = quantizer(latents).loss, of_peer(module, latents)[2]
     assert float(ours) == pytest.approx(5 * float(theirs), rel=1e-5)
 
 
@@ -143,10 +143,10 @@ def test_simvq_rotates_by_default(rotation_trick):
     quantizer.coefficients[...] = jnp.asarray(module.frozen_codebook.numpy())
     quantizer.basis[...] = jnp.asarray(module.code_transform.weight.detach().numpy().T)
     quantized, codes, loss, gradient = of_peer(module, latents, weights)
-    ours, our_codes, losses = quantizer(latents)
+    ours, our_codes, our_loss, _ = quantizer(latents)
     np.testing.assert_array_equal(np.ravel(our_codes), codes.ravel())
     np.testing.assert_allclose(np.ravel(ours), quantized.ravel(), rtol=1e-5, atol=1e-6)
-    assert float(losses["quantizer_loss"]) == pytest.approx(float(loss), rel=1e-5)
+    assert float(our_loss) == pytest.approx(float(loss), rel=1e-5)
     is_same = np.allclose(grads_of(quantizer, latents, weights)[1], gradient, atol=1e-5)
     assert is_same == (not rotation_trick)
     assert peers.SimVQ(DIM, SIZE).rotation_trick
@@ -167,11 +167,11 @@ def test_residual_vq_multiplies_the_gradient_by_the_depth():
     for ours, theirs in zip(quantizer.stages, module.layers, strict=True):
         ours.codebook[...] = jnp.asarray(theirs.codebook.numpy())
     quantized, codes, loss, gradient = of_peer(module, latents, weights)
-    ours, our_codes, losses = quantizer(latents)
+    ours, our_codes, our_loss, _ = quantizer(latents)
     np.testing.assert_array_equal(np.reshape(our_codes, codes.shape), codes)
     np.testing.assert_allclose(np.ravel(ours), quantized.ravel(), rtol=1e-5, atol=1e-5)
-    assert float(losses["quantizer_loss"]) == pytest.approx(float(loss), rel=1e-5)
-    commitment = jax.grad(lambda z: quantizer(z)[2]["quantizer_loss"])(latents)
+    assert float(our_loss) == pytest.approx(float(loss), rel=1e-5)
+    commitment = jax.grad(lambda z: quantizer(z).loss)(latents)
     np.testing.assert_allclose(gradient, depth * weights + commitment, rtol=1e-4, atol=1e-5)
     by_latents = grads_of(quantizer, latents, weights)[1]
     np.testing.assert_allclose(by_latents, weights + commitment, rtol=1e-4, atol=1e-5)

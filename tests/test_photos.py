@@ -9,11 +9,10 @@ pytest.importorskip("tensorflow_datasets", reason="the command reads images with
 
 from PIL import Image
 
-from llvq import checkpointing, codec, load_pretrained
-from llvq.training import train_state
+from llvq import Codec, checkpointing, load_pretrained
 from results import other_codecs, photo_runs, photos
 from tests import tiny
-from tests.runs import create_model
+from tests.runs import create_state
 
 
 def smooth(height, width):
@@ -42,18 +41,18 @@ def test_the_nearest_file(format_name):
 
 def test_what_is_measured(tmp_path):
     config = tiny.config("fsq", **{"model.image_shape": (12, 12, 3)})
-    state = train_state.create_train_state(create_model(config))
+    state = create_state(config)
     checkpointing.save_for_inference(tmp_path / "model", state, config)
-    model = load_pretrained(tmp_path / "model")
     photographs = [smooth(180, 200), smooth(200, 180)]
-    codec.fit(model, [image[None] for image in photographs])
-    found = other_codecs.measure(model, photographs)
-    streams = [codec.encode(model, image[None]) for image in photographs]
+    images = [image[None] for image in photographs]
+    codec = Codec.fit(load_pretrained(tmp_path / "model"), images)
+    found = other_codecs.measure(codec, photographs)
+    streams = list(map(codec.compress, images))
     bits = 8 * sum(map(len, streams)) / (2 * 180 * 200)
     assert found["llvq"]["coded_bits_per_pixel"] == pytest.approx(bits)
     psnr = 0.0
     for image, stream in zip(photographs, streams, strict=True):
-        error = image.astype(np.float64) - codec.decode(model, stream)[0]
+        error = image.astype(np.float64) - codec.decompress(stream)[0]
         psnr += 10 * np.log10(255**2 / np.mean(error**2)) / 2
     assert found["llvq"]["psnr"] == pytest.approx(psnr, abs=1e-3)  # TensorFlow's float32
     assert found["llvq with contexts"]["psnr"] == found["llvq"]["psnr"]
@@ -62,12 +61,10 @@ def test_what_is_measured(tmp_path):
         assert 0 < figures["ssim"] <= 1
 
     photograph = smooth(300, 400)
-    picture, num_bytes = other_codecs.compared(model, photograph)
-    stream = codec.encode(model, photograph[None])
+    picture, num_bytes = other_codecs.compared(codec, photograph)
+    stream = codec.compress(photograph[None])
     np.testing.assert_array_equal(picture[:240, :320], photograph[30:270, 40:360])
-    np.testing.assert_array_equal(
-        picture[:240, 320:], codec.decode(model, stream)[0, 30:270, 40:360]
-    )
+    np.testing.assert_array_equal(picture[:240, 320:], codec.decompress(stream)[0, 30:270, 40:360])
     assert picture.shape == (480, 640, 3)
     assert list(num_bytes) == ["pixels", "llvq", "JPEG", "WebP"]
     assert num_bytes["pixels"] == 300 * 400 * 3

@@ -10,16 +10,10 @@ import pytest
 from flax import nnx
 from jax import numpy as jnp
 
-from llvq import (
-    DenseLatticeQuantizer,
-    EMAVectorQuantizer,
-    LatticeQuantizer,
-    VectorQuantizer,
-    config,
-    quantizers,
-)
+from llvq import VQ, VQEMA, DenseLattice, SparseLattice, config, fields, quantizers
 from llvq.errors import UserError
-from llvq.quantizers import codebook_search
+from llvq.models import factory
+from llvq.quantizers import codebook_search, registry
 from llvq.quantizers.lattice import LARGEST_CODE, SMALLEST_BASIS, sparse_basis_bound
 from tests import tiny
 from tests.tiny import NAMES
@@ -53,8 +47,8 @@ def grads_of(quantizer, latents, weights):
     """Gradients of Σ weights·quantized + quantizer loss: by parameters and by latents."""
 
     def loss_fn(quantizer, latents):
-        quantized, _, losses = quantizer(latents)
-        return jnp.sum(weights * quantized) + losses["quantizer_loss"]
+        quantized, _, loss, _ = quantizer(latents)
+        return jnp.sum(weights * quantized) + loss
 
     return nnx.jit(nnx.grad(loss_fn, argnums=(0, 1)))(quantizer, latents)
 
@@ -78,7 +72,7 @@ def latents_near(codebook, seed=0):
 
 
 @pytest.mark.usefixtures("_blocks")
-class TestVectorQuantizer:
+class TestVQ:
     def test_against_numpy(self, spread_codebook):
         quantizer = make("vq", codebook_size=16)
         quantizer.codebook[...] = jnp.asarray(spread_codebook)
@@ -86,12 +80,12 @@ class TestVectorQuantizer:
         codes = nearest_in_float64(latents, spread_codebook)
         distance = np.mean((spread_codebook[codes] - latents.astype(np.float64)) ** 2)
 
-        quantized, actual_codes, losses = quantizer(latents)
+        quantized, actual_codes, loss, metrics = quantizer(latents)
         np.testing.assert_array_equal(actual_codes, codes)
         np.testing.assert_array_equal(quantized, spread_codebook[codes])
-        assert_close(losses["codebook_loss"], distance)
-        assert_close(losses["commitment_loss"], distance)
-        assert_close(losses["quantizer_loss"], (1 + BETA) * distance)
+        assert_close(metrics["codebook_loss"], distance)
+        assert_close(metrics["commitment_loss"], distance)
+        assert_close(loss, (1 + BETA) * distance)
         np.testing.assert_array_equal(quantizer.lookup(actual_codes), quantized)
 
     def test_float64(self, spread_codebook):
@@ -99,7 +93,7 @@ class TestVectorQuantizer:
             quantizer = make("vq", codebook_size=16, param_dtype=np.float64)
             quantizer.codebook[...] = jnp.asarray(spread_codebook, np.float64)
             latents = latents_near(spread_codebook).astype(np.float64)
-            _, codes, _ = quantizer(latents)
+            _, codes, *_ = quantizer(latents)
         assert codes.dtype == np.int32
         np.testing.assert_array_equal(codes, nearest_in_float64(latents, spread_codebook))
 
@@ -120,18 +114,18 @@ class TestVectorQuantizer:
     def test_lowest_index_wins_a_tie(self):
         quantizer = make("vq", codebook_size=16)
         quantizer.codebook[...] = jnp.ones((16, DIM)).at[jnp.array([1, 4, 9])].set(0.0)
-        _, codes, _ = quantizer(np.full((1, DIM), 0.1, np.float32))
+        _, codes, *_ = quantizer(np.full((1, DIM), 0.1, np.float32))
         assert codes == 1
 
     def test_starts_uniform_within_one_over_codebook_size(self):
-        codebook = np.asarray(VectorQuantizer(64, rngs=nnx.Rngs(0)).codebook[...])
+        codebook = np.asarray(VQ(64, rngs=nnx.Rngs(0)).codebook[...])
         assert codebook.shape == (512, 64)
         assert 0.999 / 512 < np.abs(codebook).max() <= 1 / 512
         assert abs(codebook.std() * 512 - 1 / np.sqrt(3)) < 0.01
 
 
 @pytest.mark.usefixtures("_blocks")
-class TestEMAVectorQuantizer:
+class TestVQEMA:
     def test_three_training_steps_against_numpy(self, spread_codebook):
         quantizer = make("vq_ema", codebook_size=16)
         quantizer.codebook[...] = jnp.asarray(spread_codebook)
@@ -141,12 +135,12 @@ class TestEMAVectorQuantizer:
         for step in range(3):
             latents = latents_near(codebook, seed=step)
             codes = nearest_in_float64(latents, codebook)
-            quantized, actual_codes, losses = quantizer(latents, train=True)
+            quantized, actual_codes, loss, _ = quantizer(latents, train=True)
             # The result is of the codebook from before the update.
             np.testing.assert_array_equal(actual_codes, codes)
             assert_close(quantized, codebook[codes])
             distance = np.mean((codebook[codes] - latents) ** 2)
-            assert_close(losses["quantizer_loss"], BETA * distance)
+            assert_close(loss, BETA * distance)
 
             one_hot = np.eye(16)[codes.reshape(-1)]
             cluster_size = 0.99 * cluster_size + 0.01 * one_hot.sum(0)
@@ -169,7 +163,7 @@ class TestEMAVectorQuantizer:
         jax.tree.map(np.testing.assert_array_equal, before, after)
 
     def test_has_no_trained_parameters_and_starts_normal(self):
-        quantizer = EMAVectorQuantizer(64, rngs=nnx.Rngs(0))
+        quantizer = VQEMA(64, rngs=nnx.Rngs(0))
         assert not jax.tree.leaves(nnx.state(quantizer, nnx.Param))
         codebook, ema_sum = np.asarray(quantizer.codebook[...]), np.asarray(quantizer.ema_sum[...])
         for array in (codebook, ema_sum):
@@ -196,8 +190,8 @@ def test_a_large_codebook_takes_no_matrix_of_all_pairs(name):
 
     def loss(state, latents):
         quantizer = nnx.merge(graphdef, state)
-        quantized, _, losses = quantizer(latents, train=True)
-        return jnp.sum(quantized) + losses["quantizer_loss"], nnx.state(quantizer)
+        output = quantizer(latents, train=True)
+        return jnp.sum(output.quantized) + output.loss, nnx.state(quantizer)
 
     latents = jax.ShapeDtypeStruct((num_vectors, DIM), jnp.float32)
     step = jax.jit(jax.grad(loss, argnums=1, has_aux=True))
@@ -219,13 +213,13 @@ class TestLattice:
         distance = np.mean(difference**2)
         weights = make_latents(seed=7)
 
-        quantized, codes, losses = quantizer(latents)
+        quantized, codes, loss, metrics = quantizer(latents)
         assert codes.dtype == jnp.int32
         np.testing.assert_array_equal(codes, desired_codes)
         np.testing.assert_array_equal(quantized, basis * desired_codes.astype(np.float32))
-        assert_close(losses["codebook_loss"], distance)
-        assert_close(losses["basis_l1"], np.abs(basis.astype(np.float64)).sum())
-        assert_close(losses["quantizer_loss"], (1 + BETA) * distance - gamma * np.abs(basis).sum())
+        assert_close(metrics["codebook_loss"], distance)
+        assert_close(metrics["basis_l1"], np.abs(basis.astype(np.float64)).sum())
+        assert_close(loss, (1 + BETA) * distance - gamma * np.abs(basis).sum())
         np.testing.assert_array_equal(quantizer.lookup(codes), quantized)
 
         by_parameters, by_latents = grads_of(quantizer, latents, 0.0 * weights)
@@ -245,7 +239,9 @@ class TestLattice:
     def test_ties_go_to_even(self):
         quantizer = make("sparse_lattice")
         quantizer.basis[...] = jnp.ones(DIM)
-        _, codes, _ = quantizer(np.array([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3.5, 0.0]], np.float32))
+        _, codes, *_ = quantizer(
+            np.array([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3.5, 0.0]], np.float32)
+        )
         np.testing.assert_array_equal(codes, [[0, 2, 2, 0, -2, -2, 4, 0]])
 
     def test_the_reciprocal_is_taken_first(self):
@@ -267,7 +263,7 @@ class TestLattice:
         tiny = [0.0, -0.0, 1e-12, -1e-12, 2e-38, -2e-38, 9.9e-8, -9.9e-8]
         quantizer.basis[...] = jnp.asarray(tiny, jnp.float32)
         latents = make_latents()
-        quantized, _, losses = quantizer(latents)
+        quantized, _, loss, metrics = quantizer(latents)
         floor = np.float32(SMALLEST_BASIS)
         np.testing.assert_array_equal(
             quantizer.effective_basis(), floor * np.array([1, 1, 1, -1, 1, -1, 1, -1])
@@ -275,7 +271,7 @@ class TestLattice:
         # ±1e-7 is still a lattice: nothing is further from it than half a step, but for float32.
         assert np.abs(np.asarray(quantized) - latents).max() < 1e-6
         by_parameters, by_latents = grads_of(quantizer, latents, latents)
-        for value in (*losses.values(), by_latents, by_parameters["basis"][...]):
+        for value in (loss, *metrics.values(), by_latents, by_parameters["basis"][...]):
             assert np.all(np.isfinite(value))
         # The size term alone moves an entry this small, away from zero or towards and across it.
         sign = np.array([1, 1, 1, -1, 1, -1, 1, -1])
@@ -296,14 +292,14 @@ class TestLattice:
     def test_codes_saturate(self):
         quantizer = make("dense_lattice")
         quantizer.basis[...] = jnp.full(DIM, SMALLEST_BASIS)
-        _, codes, _ = quantizer(np.array([[1e3, -1e3, np.inf, -np.inf, 1e30, -1e30, 0, 1]], "f"))
+        _, codes, *_ = quantizer(np.array([[1e3, -1e3, np.inf, -np.inf, 1e30, -1e30, 0, 1]], "f"))
         top = LARGEST_CODE
         np.testing.assert_array_equal(codes[0, :7], [top, -top, top, -top, top, -top, 0])
         assert codes[0, 7] == np.rint(np.float32(1) * (np.float32(1) / np.float32(1e-7)))
 
     def test_starting_bases(self):
         assert sparse_basis_bound(512, 64) == pytest.approx(9.77, abs=0.01)
-        for cls, bound in ((LatticeQuantizer, 9.77), (DenseLatticeQuantizer, 1.0)):
+        for cls, bound in ((SparseLattice, 9.77), (DenseLattice, 1.0)):
             bases = [cls(64, rngs=nnx.Rngs(seed)).basis[...] for seed in range(20)]
             largest = np.abs(bases).max()
             assert 0.99 * bound < largest < 1.001 * bound
@@ -311,7 +307,7 @@ class TestLattice:
 
     def test_lookup_is_float32_whatever_the_latents_are(self):
         quantizer = make("dense_lattice")
-        quantized, codes, _ = quantizer(make_latents().astype(jnp.bfloat16))
+        quantized, codes, *_ = quantizer(make_latents().astype(jnp.bfloat16))
         assert quantized.dtype == jnp.bfloat16
         looked_up = quantizer.lookup(codes)
         assert looked_up.dtype == jnp.float32
@@ -327,14 +323,14 @@ class TestContract:
         plain, masked = make(name), make(name)
         key = jax.random.key(0)
         train = nnx.jit(lambda quantizer, *given: quantizer(given[0], train=True, **given[1]))
-        _, codes, losses = train(plain, latents, {"key": key})
-        _, more_codes, masked_losses = train(
-            masked, np.concatenate([latents, junk]), {"mask": mask, "key": key}
-        )
-        np.testing.assert_array_equal(more_codes[:4], codes)
-        largest = float(max(map(abs, losses.values())))  # some losses are differences of others
-        for part, value in losses.items():
-            assert float(masked_losses[part]) == pytest.approx(float(value), abs=1e-6 * largest)
+        output = train(plain, latents, {"key": key})
+        others = train(masked, np.concatenate([latents, junk]), {"mask": mask, "key": key})
+        np.testing.assert_array_equal(others.codes[:4], output.codes)
+        ours, theirs = ({"loss": x.loss, **x.metrics} for x in (others, output))
+        assert ours.keys() == theirs.keys()
+        largest = float(max(map(abs, theirs.values())))  # some losses are differences of others
+        for part, value in theirs.items():
+            assert float(ours[part]) == pytest.approx(float(value), abs=1e-6 * largest)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
             nnx.to_pure_dict(nnx.state(plain)),
@@ -350,11 +346,65 @@ class TestContract:
         latents = make_latents((6, tiny.latent_dim(name)))
         quantizer = make(name)
         call = jax.jit(lambda latents: quantizer(latents))
-        flat, flat_codes, _ = call(latents)
+        flat, flat_codes, *_ = call(latents)
         np.testing.assert_array_equal(jax.jit(quantizer.lookup)(flat_codes), flat)
-        deep, deep_codes, _ = call(latents.reshape(3, 1, 2, -1))
+        deep, deep_codes, *_ = call(latents.reshape(3, 1, 2, -1))
         np.testing.assert_array_equal(flat.reshape(deep.shape), deep)
         np.testing.assert_array_equal(flat_codes.reshape(deep_codes.shape), deep_codes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_network_starts_the_same_whatever_the_quantizer(name):
+    """Also the same as with a quantizer that draws nothing."""
+
+    def kernels(quantizer):
+        values = tiny.config(quantizer, **{"model.latent_dim": tiny.latent_dim(name)})
+        model = factory.create_model(config.parse(values).architecture, seed=7)
+        return nnx.to_pure_dict(nnx.state((model.encoder, model.decoder)))
+
+    jax.tree.map(np.testing.assert_array_equal, kernels(name), kernels("diagonal_lattice"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_named_value_of_an_option_makes_a_quantizer(name):
+    constructor = quantizers.QUANTIZERS[name].constructor
+    for option, (default, range_) in fields.options(constructor.__init__).items():
+        values = getattr(range_, "values", (default,))
+        assert default in values
+        for value in values:
+            quantizers.create(name, 0, rngs=nnx.Rngs(0), **{option: value})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_registered_recipes_have_options_and_fields_that_exist(name):
+    entry = quantizers.QUANTIZERS[name]
+    registry.complete(name, entry.standard)
+    made = config.make_config(name, "paper", image_shape=(12, 12, 1), **entry.paper)
+    assert all(getattr(made, field) == value for field, value in entry.paper.items())
+
+
+def types_of_variables(name, **options):
+    flat = nnx.to_flat_state(nnx.state(make(name, **options)))
+    return {type(variable) for _, variable in flat}
+
+
+def test_variables_have_types_of_their_own():
+    learned = {"restart_threshold": 0.1, "initialization": "batch"}
+    assert types_of_variables("vq", **learned) == {nnx.Param, quantizers.Statistic}
+    assert types_of_variables("vq_ema", **learned) == {quantizers.Statistic}
+    assert types_of_variables("simvq") == {nnx.Param, quantizers.Frozen}
+    assert types_of_variables("e8_lattice") == {nnx.Param}
+
+
+def test_missing_options_have_their_defaults():
+    options = registry.complete("vq", {"codebook_size": 8})
+    assert options == {**registry.complete("vq", {}), "codebook_size": 8}
+    assert options["commitment_cost"] == 0.25
+
+
+def test_the_loss_warms_up_where_a_quantizer_has_the_option():
+    assert registry.loss_warmup(registry.complete("e8_lattice", {"warmup": 0.3})) == 0.3
+    assert registry.loss_warmup(registry.complete("vq", {})) == 0
 
 
 def test_unknown_name():
@@ -370,7 +420,24 @@ def test_unknown_name():
         ("lfq", 0, {"codebook_size": 0}, "quantizer.codebook_size"),
         ("fsq", 0, {"levels": 5}, "quantizer.levels"),
         ("vq", -3, {}, "model.latent_dim"),
-        ("vq", 8, {"codebooksize": 8}, "codebooksize is no option"),
+        (
+            "vq",
+            8,
+            {"codebooksize": 8},
+            r"codebooksize is not an option of vq \(did you mean codebook_",
+        ),
+        (
+            "vq_ema",
+            8,
+            {"ema_decay": 0.9},
+            r"\(did you mean decay\?\): vq_ema takes codebook_size, ",
+        ),
+        (
+            "vq",
+            8,
+            {"xyz": 8},
+            r"config\.quantizer\.xyz is not an option of vq: vq takes code",
+        ),
     ],
 )
 def test_impossible_options_are_named(name, latent_dim, options, words):
@@ -379,10 +446,10 @@ def test_impossible_options_are_named(name, latent_dim, options, words):
 
 
 def test_options_may_be_numpys_numbers():
-    quantizer = quantizers.VectorQuantizer(
+    quantizer = quantizers.VQ(
         8, codebook_size=np.int64(16), commitment_cost=np.float32(0.5), rngs=nnx.Rngs(0)
     )
     assert quantizer.codebook[...].shape == (16, 8)
-    assert config.make_config("vq", quantizer={"codebook_size": np.int64(16)}) == (
-        config.make_config("vq", quantizer={"codebook_size": 16})
+    assert config.make_dict("vq", quantizer={"codebook_size": np.int64(16)}) == (
+        config.make_dict("vq", quantizer={"codebook_size": 16})
     )

@@ -1,5 +1,6 @@
 """From finished workdirs to results/README.md."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from clu import metric_writers
 from PIL import Image
 
 from configs import fashion_mnist
+from llvq.checkpointing import from_saved
 from llvq.config import RECIPES, parse, to_dict
 from llvq.data import ArrayDataset
 from llvq.errors import UserError
@@ -52,7 +54,7 @@ def train(workdir, seed, num_train_steps=4):
     data = ArrayDataset(train=images, validation=images[:9], test=images[:20])
     recorder = Recorder(str(workdir))
     train_and_evaluate(config, workdir, data, make_writer=lambda: recorder)
-    return recorder.losses, evaluate(config, workdir, data)
+    return recorder.losses, evaluate(workdir, data)
 
 
 @pytest.mark.slow
@@ -60,7 +62,7 @@ def test_runs_become_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(RECIPES, "tiny", tiny)
     monkeypatch.setattr(report, "DIRECTORY", tmp_path / "results")
     (tmp_path / "results").mkdir()
-    published = {"source": "", "fashion_mnist": {"sparse_lattice": {"reconstruction_loss": 0.25}}}
+    published = {"source": "", "fashion_mnist": {"sparse_lattice": {"mse": 0.25}}}
     (tmp_path / "results/published.json").write_text(json.dumps(published))
     runs = {seed: train(tmp_path / f"runs/seed_{seed}", seed) for seed in (2, 10)}
     wrong = {
@@ -138,33 +140,27 @@ def test_runs_become_a_table(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_that_follows_no_recipe_is_named():
-    config = to_dict(parse(fashion_mnist.get_config("vq")))
-    assert collect.recipe_of(config) == "paper"
-    config |= {"seed": 5, "log_every_steps": 1, "num_train_steps": 200}
-    config["dataset"]["data_dir"] = "elsewhere"
+    for recipe in ("paper", "standard"):
+        config = parse(fashion_mnist.get_config(f"vq,{recipe}"))
+        assert collect.recipe_of(config) == recipe
+    config = dataclasses.replace(config, seed=5, log_every_steps=1)
+    config = dataclasses.replace(
+        config, dataset=dataclasses.replace(config.dataset, data_dir="elsewhere")
+    )
+    assert collect.recipe_of(config) == "standard"
     with pytest.raises(UserError, match=r"no recipe: num_train_steps is 200"):
-        collect.recipe_of(config)
-    assert collect.recipe_of({**config, "num_train_steps": 0}) == "paper"
+        collect.recipe_of(dataclasses.replace(config, num_train_steps=200))
 
 
-def test_a_run_that_was_saved_before_a_field_existed_had_its_default():
-    config = to_dict(parse(fashion_mnist.get_config("vq_ema,long")))
-    for name in ("steps_per_call", "init_from", "images_per_device", "stop_on_failed_save"):
+def test_a_run_of_an_older_version_follows_its_recipe():
+    config = to_dict(parse(fashion_mnist.get_config("vq_ema,paper")))
+    for name in ("steps_per_call", "init_from", "stop_on_failed_save", "task", "loss"):
         del config[name]
-    del config["quantizer"]["commitment_cost"]
-    assert collect.recipe_of(config) == "long"
+    del config["quantizer"]["commitment_cost"], config["model"]["output_activation"]
+    assert collect.recipe_of(from_saved(config)) == "paper"
     config["quantizer"]["decay"] = 0.9
     with pytest.raises(UserError, match=r"no recipe: quantizer.decay is 0.9"):
-        collect.recipe_of(config)
-
-
-def test_a_run_on_many_devices_follows_its_recipe():
-    config = to_dict(parse(fashion_mnist.get_config("vq_ema,pod")))
-    derived = {"batch_size": 512, "learning_rate": 1e-3 * 8**0.5, "quantizer.decay": 0.99**8}
-    assert collect.recipe_of({**config, "derived": derived}) == "pod"
-    derived["learning_rate"] = 1e-3
-    with pytest.raises(UserError, match=r"no recipe: learning_rate is 0.001"):
-        collect.recipe_of({**config, "derived": derived})
+        collect.recipe_of(from_saved(config))
 
 
 def test_the_summary_has_a_row_for_each_run(tmp_path, capsys, monkeypatch):
@@ -179,7 +175,7 @@ def test_the_summary_has_a_row_for_each_run(tmp_path, capsys, monkeypatch):
     }
     estimated = {"effective_codebook_size": 2**25, "effective_codebook_size_is_exact": False}
     older = ("psnr", "coded_bits_per_vector")  # an evaluation from before these were measured
-    workdirs = [tmp_path / f"fashion_mnist/long/vq/seed_{seed}" for seed in (2, 32, 432)]
+    workdirs = [tmp_path / f"fashion_mnist/standard/vq/seed_{seed}" for seed in (2, 32, 432)]
     without = {name: value for name, value in figures.items() if name not in older}
     evaluations = figures, figures | estimated, without
     for workdir, evaluation in zip(workdirs, evaluations, strict=True):
@@ -198,17 +194,17 @@ def test_the_summary_has_a_row_for_each_run(tmp_path, capsys, monkeypatch):
         "| data set | recipe | quantizer | seed | split | MSE | PSNR | SSIM | codes in use "
         "| coded bits per vector |"
     )
-    start = "| fashion_mnist | long | vq | {} | test | 0.01235 | 20.12 | 0.988 | {} | 5.678 |"
+    start = "| fashion_mnist | standard | vq | {} | test | 0.01235 | 20.12 | 0.988 | {} | 5.678 |"
     assert exact == start.format(2, "1,234")
     assert estimate == start.format(32, "≈ 33,554,432")
-    assert old == "| fashion_mnist | long | vq | 432 | test | 0.01235 | | 0.988 | 1,234 | |"
+    assert old == "| fashion_mnist | standard | vq | 432 | test | 0.01235 | | 0.988 | 1,234 | |"
     assert [line.strip() for line in rest[3:6]] == list(map(str, workdirs))
-    assert rest[-1].endswith(f"--logdir={tmp_path / 'fashion_mnist/long/vq'}")
+    assert rest[-1].endswith(f"--logdir={tmp_path / 'fashion_mnist/standard/vq'}")
 
 
 @pytest.mark.parametrize(
     ("workdir", "message"),
-    [("runs", "must end in DATA SET"), ("celeba/long/vq/seed_0", "no checkpoint in")],
+    [("runs", "must end in DATA SET"), ("celeba/standard/vq/seed_0", "no checkpoint in")],
 )
 def test_a_run_that_cannot_be_summarised_is_named(workdir, message, tmp_path):
     with pytest.raises(SystemExit, match=rf"results.summary: .*{message}"):

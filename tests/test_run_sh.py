@@ -85,17 +85,17 @@ def test_by_default_the_sparse_lattice_is_trained_and_evaluated_once(checkout):
 
 
 def test_seeds_and_recipes_end_in_a_table(checkout):
-    _, calls = run(checkout, "--seeds=2,32", "--recipe=long", "celeba", "vq", "dense_lattice")
+    _, calls = run(checkout, "--seeds=2,32", "--recipe=standard", "celeba", "vq", "dense_lattice")
     *runs, summary, table = calls
     assert table == "-m results.collect runs"
-    workdirs = [f"runs/celeba/long/{name}" for name in ("vq", "dense_lattice")]
+    workdirs = [f"runs/celeba/standard/{name}" for name in ("vq", "dense_lattice")]
     expected = [f"{workdir}/seed_{seed}" for workdir in workdirs for seed in (2, 32)]
     assert summary.split() == ["-m", "results.summary", *expected]
     assert [call.split()[1:4] for call in runs if "evaluate" not in call] == [
         [
-            f"--config=configs/celeba.py:{quantizer},long",
+            f"--config=configs/celeba.py:{quantizer},standard",
             f"--config.seed={seed}",
-            f"--workdir=runs/celeba/long/{quantizer}/seed_{seed}",
+            f"--workdir=runs/celeba/standard/{quantizer}/seed_{seed}",
         ]
         for quantizer in ("vq", "dense_lattice")
         for seed in (2, 32)
@@ -111,10 +111,10 @@ def test_quick_runs_are_kept_apart(checkout):
 def test_names_come_from_the_registries(checkout, monkeypatch):
     monkeypatch.setenv("REAL_PYTHON", sys.executable)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    process, calls = run(checkout, "--recipe=pod", *QUANTIZERS)
+    process, calls = run(checkout, "--recipe=standard", *QUANTIZERS)
     assert process.returncode == 0, process.stderr
     trained = [call.split()[1] for call in calls if "--config.seed=0" in call]
-    assert trained == [f"--config=configs/fashion_mnist.py:{name},pod" for name in QUANTIZERS]
+    assert trained == [f"--config=configs/fashion_mnist.py:{name},standard" for name in QUANTIZERS]
 
 
 def test_help_needs_no_virtual_environment(checkout):

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from benchmarks.tpu_compile import count_collectives
@@ -9,11 +10,11 @@ from llvq import evaluate, train
 from llvq.data import ArrayDataset
 from llvq.errors import UserError
 from llvq.evaluation.steps import make_steps
+from llvq.models import factory
 from llvq.runtime import sharding
-from llvq.training import schedules, train_state
 from llvq.training.train_step import make_train_step
 from tests import tiny
-from tests.runs import create_model, fitted_graphdef
+from tests.runs import CONSTANT, create_state, fitted_graphdef, objective
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def train_and_evaluate(workdir):
         **{"model.image_shape": (16, 16, 1), "num_train_steps": 4, "eval_every_steps": 4},
     )
     state = train.train_and_evaluate(config, workdir, data)
-    return jax.device_get(state), evaluate.evaluate(config, workdir, data)
+    return jax.device_get(state), evaluate.evaluate(workdir, data)
 
 
 @pytest.mark.slow
@@ -117,28 +118,29 @@ def test_gradients_sums_and_nothing_else_cross_between_devices(name, num_devices
     if name == "vq_ema":
         config["quantizer"]["codebook_size"] = 2_400  # several blocks
     mesh = sharding.make_mesh(jax.devices()[:num_devices])
-    schedule = schedules.create("constant", 1e-3, 5, 10)
     graphdef = fitted_graphdef(config, mesh)
-    state = jax.eval_shape(lambda: train_state.create_train_state(create_model(config)))
+    state = jax.eval_shape(lambda: create_state(config))
     images, mask, count = (
         jax.ShapeDtypeStruct(shape, dtype)
         for shape, dtype in (((16, 12, 12, 1), np.uint8), ((16,), bool), ((mesh.size,), np.int32))
     )
-    train_step, _ = make_train_step(graphdef, schedule, mesh)
-    metrics_step = make_steps(graphdef, mesh).measure
+    training = graphdef, objective(config), optax.adam(CONSTANT), CONSTANT, mesh
+    train_step, _ = make_train_step(*training)
+    metrics_step = make_steps(graphdef, objective(config), mesh).measure
     num_distances = 1 if name == "vq_ema" else 2  # among the quantizer's losses
-    num_sums = train_state.num_parameters(state.params) + 1 + num_distances
+    num_sums = factory.num_parameters(state.params) + 1 + num_distances
     if name == "vq_ema":  # learns from the sum and the number of each code's vectors
         num_sums += config["quantizer"]["codebook_size"] * (config["model"]["latent_dim"] + 1)
     in_training = {"all-reduce": 4 * num_sums}
-    # Three metrics of the images, and of these and each distance over how many they are.
-    in_evaluation = {"all-reduce": 4 * (3 + 1 + 2 * num_distances)}
+    # Three metrics of the images and their number; the reconstruction loss and each distance, with
+    # over how many they are.
+    in_evaluation = {"all-reduce": 4 * (3 + 1 + 2 * (1 + num_distances))}
     cases = [
         (train_step, (images,), in_training),
         (metrics_step, (images, mask, count), in_evaluation),
     ]
     if name == "vq_ema":
-        several, _ = make_train_step(graphdef, schedule, mesh, several=True)
+        several, _ = make_train_step(*training, several=True)
         index = jax.ShapeDtypeStruct((3, 16), np.int32)
         cases.append((several, (images, index), in_training))  # written once, for every step
     for step, arguments, expected in cases:

@@ -23,7 +23,7 @@ from tests import tiny
 
 config = tiny.config("sparse_lattice")
 state = train_and_evaluate(config, sys.argv[1], tiny.dataset())
-results = evaluate(config, sys.argv[1], tiny.dataset())
+results = evaluate(sys.argv[1], tiny.dataset())
 assert int(state.step) == results["step"] == 6
 print("trained without TensorFlow")
 """

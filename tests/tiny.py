@@ -3,9 +3,11 @@
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from llvq.config import make_config, to_dict
 from llvq.data import ArrayDataset
+from llvq.models import NETWORKS, VQVAE
 from llvq.quantizers import QUANTIZERS
 
 NAMES = tuple(QUANTIZERS)
@@ -33,6 +35,7 @@ def config(quantizer: str, **overrides: Any) -> dict[str, Any]:
     fields = to_dict(
         make_config(
             quantizer,
+            "paper",
             seed=3,
             batch_size=16,
             num_epochs=1,
@@ -70,3 +73,14 @@ def images(count: int, seed: int = 0) -> np.ndarray:
 def dataset() -> ArrayDataset:
     """70 training, 21 validation and 19 test images: no batch of 16 divides any of them."""
     return ArrayDataset(train=images(70), validation=images(21, 1), test=images(19, 2))
+
+
+def paper_model(quantizer, *, channels=1, hidden_dims=(64,), value_range=(0.0, 1.0), **options):
+    """The paper's network around a quantizer."""
+    encoder, decoder = NETWORKS["paper"](
+        image_shape=(None, None, channels),
+        latent_dim=quantizer.latent_dim,
+        hidden_dims=hidden_dims,
+        **{"rngs": nnx.Rngs(0), **options},
+    )
+    return VQVAE(encoder, quantizer, decoder, value_range=value_range, image_channels=channels)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from benchmarks import torch_model
-from llvq.quantizers import default_options
+from llvq.quantizers.registry import complete
 
 
 class Model(torch_model.VQVAE):
@@ -36,7 +36,7 @@ class Model(torch_model.VQVAE):
 
 def options(quantizer, codebook_size):
     """A quantizer's default options, with another codebook size if it has one."""
-    defaults = default_options(quantizer)
+    defaults = complete(quantizer, {})
     return defaults | {"codebook_size": codebook_size} if "codebook_size" in defaults else defaults
 
 

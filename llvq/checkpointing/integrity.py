@@ -18,10 +18,6 @@ from llvq.errors import UserError
 _NUM_BYTES_OF_METADATA = 2**18  # more than Orbax writes besides the arrays
 
 
-class DamageError(Exception):
-    """Why a checkpoint cannot be read."""
-
-
 def digests(state: dict[str, Any], config: Any, metrics: Any) -> dict[str, str]:
     """A hash of each part of a checkpoint, independent of how it is stored and sharded.
 

@@ -2,7 +2,7 @@
 
 A checkpoint is a directory with three items: `state`, the pytree of the train state; `config`, the
 run's config as JSON; and `digests`, hashes of both. The newest few are kept, and the two best by
-validation (see `reading.rank`).
+validation.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from etils import epath
 from orbax import checkpoint as ocp
 
 from llvq.checkpointing.integrity import digests, remove, remove_leftovers, require_room
-from llvq.checkpointing.reading import FORMAT, absolute, rank
+from llvq.checkpointing.reading import FORMAT, absolute
 from llvq.errors import UserError, first_line
-from llvq.training.train_state import TrainState
+from llvq.training.train_state import TrainState, parts
 
 _NUM_BEST = 2
 
@@ -26,17 +26,24 @@ _preservation = ocp.checkpoint_managers
 
 
 @contextlib.contextmanager
-def open_manager(workdir: epath.PathLike, keep_checkpoints: int) -> Iterator[ocp.CheckpointManager]:
-    """The manager of a run's checkpoints, saving in the background.
+def open_manager(
+    workdir: epath.PathLike, keep_checkpoints: int, ranking: str
+) -> Iterator[ocp.CheckpointManager]:
+    """Opens the manager of a run's checkpoints, which saves in the background.
 
     Args:
       workdir: of the run.
       keep_checkpoints: how many of the newest to keep.
+      ranking: the name of the figure of validation that ranks checkpoints; lower is better.
 
     Raises:
       UserError: on leaving, if the last save failed.
     """
     directory = absolute(workdir) / "checkpoints"
+
+    def rank(metrics: Mapping[str, float]) -> float:
+        return metrics[ranking]
+
     policy = _preservation.AnyPreservationPolicy(
         [
             _preservation.LatestN(keep_checkpoints),
@@ -108,7 +115,7 @@ def describe_newest(manager: ocp.CheckpointManager) -> str:
 def save(
     manager: ocp.CheckpointManager,
     step: int,
-    state: TrainState,
+    state: Any,
     config: Mapping[str, Any],
     metrics: dict[str, float] | None,
     *,
@@ -121,7 +128,7 @@ def save(
       manager: of the run's checkpoints.
       step: the number of steps done.
       state: the train state after that step.
-      config: of the run; see `config.to_saved`.
+      config: of the run, as nested dicts.
       metrics: of validation, if there are any at this step; they rank the checkpoint.
       stop_on_failure: whether a save that fails is an error, or only a warning.
       is_last: whether the run ends here: it waits, and a save that fails is an error in any case.
@@ -129,10 +136,11 @@ def save(
     Raises:
       UserError: if this save, or the one before it in the background, fails.
     """
+    kept = parts(state)
     items = ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
+        state=ocp.args.StandardSave(kept),
         config=ocp.args.JsonSave(config),
-        digests=ocp.args.JsonSave({"format": FORMAT, **digests(vars(state), config, metrics)}),
+        digests=ocp.args.JsonSave({"format": FORMAT, **digests(kept, config, metrics)}),
     )
     _wait(manager, stop_on_failure=stop_on_failure)
     with _saving(manager, step, stop_on_failure or is_last):
@@ -149,9 +157,9 @@ def save_for_inference(
 
     Args:
       directory: must not exist, or be empty.
-      state: its opt_state is left out.
-      config: a run's config, or the part of one that is known: `compute_dtype`, `quantizer` and
-        `model`, where value_range may be missing, and height and width may be None.
+      state: its `best_params` are kept, without what only training needs.
+      config: a run's config, or the part of one that is known, as nested dicts; height and width
+        of the images may be 0.
 
     Raises:
       UserError: if the directory holds something or cannot be written. Then nothing is.
@@ -160,8 +168,9 @@ def save_for_inference(
     # NumPy arrays, because Orbax would save the sharding of arrays on devices.
     arrays = jax.tree.map(
         np.asarray,
-        {"step": state.step, "params": state.params, "statistics": state.statistics},
+        {"step": state.step, "params": state.best_params, "statistics": state.statistics},
     )
+    arrays = {name: tree for name, tree in arrays.items() if jax.tree.leaves(tree)}
     items = ocp.args.Composite(
         state=ocp.args.PyTreeSave(arrays),
         config=ocp.args.JsonSave(config),

@@ -6,7 +6,7 @@ evaluated at, its newest checkpoint that is sound.
 
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,43 +18,37 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from orbax import checkpoint as ocp
 
-from llvq.checkpointing.integrity import DamageError, digests
-from llvq.config import architecture_of, require_x64
-from llvq.errors import UserError, first_line
-from llvq.models import VQVAE
-from llvq.training import train_state
-from llvq.training.train_state import TrainState, Tree
+from llvq.checkpointing.integrity import digests, require_writable
+from llvq.checkpointing.saved_config import SavedConfig, from_saved
+from llvq.config import DatasetConfig, TrainConfig
+from llvq.data import Dataset
+from llvq.data.dataset import check_data
+from llvq.errors import DamageError, UserError, first_line
+from llvq.models import VQVAE, factory
+from llvq.models.factory import Tree
+from llvq.training.train_state import TrainState, parts
 
-# The format of the checkpoints that are written today, kept beside their digests. In those without
-# a format, opt_state is that of optax.adam, which counts the steps once more beside Adam's moments.
-FORMAT = 2
-
-SavedConfig = Mapping[str, Any]
+# The format of the checkpoints that are written today, kept beside their digests. In format 2,
+# opt_state is Adam's moments alone; in all others it is what optax has, where Adam's learning rate
+# counts the steps once more.
+FORMAT = 3
 
 
 class Checkpoint(NamedTuple):
     """Attributes:
     path: the directory.
-    config: of the run, or what an imported model's file tells of it; see `config.to_saved`.
+    config: of the run; an imported one has what its file tells, and defaults.
     state: in NumPy arrays; opt_state is () where it was not asked for.
     """
 
     path: epath.Path
-    config: SavedConfig
+    config: TrainConfig
     state: TrainState
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
     """A path as Orbax wants it, absolute; gs://… is so already."""
     return epath.Path(path if "://" in os.fspath(path) else pathlib.Path(path).absolute())
-
-
-def rank(metrics: Mapping[str, float]) -> float:
-    """The value that ranks checkpoints; lower is better.
-
-    It is not the total loss, which contains −γ·Σ|b| for a lattice.
-    """
-    return metrics["reconstruction_loss"]
 
 
 def find(
@@ -83,9 +77,11 @@ def load(path: epath.PathLike) -> Checkpoint:
       UserError: if there is no checkpoint, or none is sound.
     """
 
-    def like(config: SavedConfig) -> Tree:
-        _, params, statistics = train_state.split(_abstract_model(config))
-        return {"step": np.zeros((), np.int32), "params": params, "statistics": statistics}
+    def like(config: SavedConfig, saved: Collection[str]) -> Tree:
+        architecture = from_saved(config).architecture
+        _, params, statistics = factory.split(factory.abstract_model(architecture))
+        of_params = "averages" if "averages" in saved else "params"
+        return {"step": np.zeros((), np.int32), of_params: params, "statistics": statistics}
 
     candidates = _candidates(path, "train first")
     found = _newest_sound(candidates[0].parent, candidates, like, "name another one")
@@ -93,21 +89,63 @@ def load(path: epath.PathLike) -> Checkpoint:
     checkpoint, (config, state), damage = found
     for damaged, error in damage.items():
         logging.warning("Checkpoint %s cannot be read (%s): taking %s", damaged, error, checkpoint)
-    return Checkpoint(checkpoint, config, TrainState(**state, opt_state=()))
+    params, statistics = state.get("averages") or state["params"], state.get("statistics") or {}
+    loaded = TrainState(state["step"], params, statistics, opt_state=())
+    return Checkpoint(checkpoint, from_saved(config), loaded)
 
 
-def resume(
-    workdir: epath.PathLike, make_like: Callable[[SavedConfig], TrainState]
-) -> Checkpoint | None:
-    """The checkpoint that a run resumes from, its newest sound one, whole; None if it has none.
+def load_for(
+    workdir: epath.PathLike,
+    data: Dataset,
+    checkpoint: epath.PathLike | None,
+    dataset: DatasetConfig | None,
+) -> tuple[Checkpoint, DatasetConfig]:
+    """Loads the checkpoint that a data set is evaluated or encoded with; see `llvq.evaluate`.
+
+    Returns:
+      The checkpoint, and what the data set is.
+    """
+    source = workdir if checkpoint is None else checkpoint
+    find(source)  # before a workdir is made
+    require_writable(workdir)
+    found = load(source)
+    own = found.config.dataset
+    if dataset is not None and own.name and dataset.name != own.name:
+        raise UserError(
+            f"{found.path} is of the data set {own.name!r}, not of {dataset.name!r}: name that "
+            "one's config file, or leave --config out"
+        )
+    check_data(data, found.config.model.image_shape)
+    return found, dataset or own
+
+
+def config_of(path: epath.PathLike) -> TrainConfig:
+    """The config of the newest checkpoint whose config can be read; see `find` for the path.
+
+    Raises:
+      UserError: if there is no checkpoint, or none can be read.
+    """
+    candidates = _candidates(path, "train first, or name one with --checkpoint")
+    for checkpoint in candidates:
+        try:
+            return from_saved(_read_json(checkpoint)[0])
+        except UserError:
+            raise
+        except Exception as error:
+            reason = first_line(error)
+    raise UserError(f"checkpoint {candidates[0]} cannot be read ({reason}): name another one")
+
+
+def resume(workdir: epath.PathLike, make_like: Callable[[SavedConfig], Any]) -> Any | None:
+    """The state that a run resumes from, of its newest sound checkpoint; None if it has none.
 
     Damaged ones, which would be in the way when their steps are saved again, are renamed to
     STEP.damaged, with a warning. Call it before the manager is opened, in all processes.
 
     Args:
       workdir: of the run.
-      make_like: maps the config of a checkpoint to the structure, shapes and dtypes of its state;
-        raises UserError if the run cannot resume from it.
+      make_like: maps the config of a checkpoint, as nested dicts, to the structure, shapes and
+        dtypes of its state; raises UserError if the run cannot resume from it.
 
     Raises:
       UserError: if `make_like` does, if no checkpoint is sound, or if the newest is for inference
@@ -121,7 +159,9 @@ def resume(
             f"its parameters, in another --workdir, with --config.init_from={checkpoints[0]}"
         )
     remedy = "delete what is damaged to start anew, or use another --workdir"
-    found = _newest_sound(directory, checkpoints, lambda config: vars(make_like(config)), remedy)
+    found = _newest_sound(
+        directory, checkpoints, lambda config, _: parts(make_like(config)), remedy
+    )
     if found is None:
         return None
     newest, (config, state), damage = found
@@ -135,38 +175,32 @@ def resume(
         for checkpoint, reason in damage.items():
             _set_aside(checkpoint, reason, newest)
     multihost_utils.sync_global_devices("damaged checkpoints are out of the way")
-    return Checkpoint(newest, config, type(make_like(config))(**state))
+    return make_like(config).replace(**state)
 
 
-def model_of(checkpoint: Checkpoint, *, compute_dtype: str = "") -> VQVAE:
-    """The model that a checkpoint holds; `compute_dtype`, if given, replaces the checkpoint's.
+def model_of(checkpoint: Checkpoint) -> VQVAE:
+    """The model that a checkpoint holds.
 
     Raises:
       UserError: if the model needs float64 and JAX lacks it.
     """
-    config = checkpoint.config
-    if compute_dtype:
-        config = {**config, "compute_dtype": compute_dtype}
-    require_x64(config.get("compute_dtype", ""))
-    graphdef, _, _ = train_state.split(_abstract_model(config))
+    factory.require_x64(checkpoint.config.compute_dtype)
+    graphdef = nnx.graphdef(factory.abstract_model(checkpoint.config.architecture))
     params, statistics = jax.device_put((checkpoint.state.params, checkpoint.state.statistics))
     return nnx.merge(graphdef, params, statistics)
-
-
-def _abstract_model(config: SavedConfig) -> VQVAE:
-    try:
-        return train_state.abstract_model(architecture_of(config))
-    except UserError as error:  # what was saved was a possible model
-        raise ValueError(str(error)) from error
 
 
 def _is_for_inference(checkpoint: epath.Path) -> bool:
     """Whether `save_for_inference` wrote a checkpoint, as far as can be told if it is damaged."""
     try:
-        metadata = ocp.PyTreeCheckpointHandler().metadata(checkpoint / "state").tree
+        saved = _saved_parts(checkpoint)
     except Exception:
         return False
-    return "params" in metadata and "opt_state" not in metadata
+    return "params" in saved and "opt_state" not in saved
+
+
+def _saved_parts(checkpoint: epath.Path) -> Collection[str]:
+    return ocp.PyTreeCheckpointHandler().metadata(checkpoint / "state").tree.keys()
 
 
 def _set_aside(checkpoint: epath.Path, reason: DamageError, newest: epath.Path) -> None:
@@ -217,7 +251,6 @@ def _read_json(checkpoint: epath.Path) -> tuple[Any, Any, dict[str, Any] | None]
     metrics = None
     if (checkpoint / "metrics").exists():
         metrics = ocp.JsonCheckpointHandler("metrics").restore(checkpoint / "metrics")
-        rank(metrics)
     found = None
     if (checkpoint / "digests").exists():  # the first versions wrote none
         found = reader.restore(checkpoint / "digests")
@@ -231,17 +264,18 @@ def _compare(actual: Mapping[str, str], saved: Mapping[str, Any]) -> None:
             raise ValueError(f"its {part} is not what was saved")
 
 
-def _read(
-    checkpoint: epath.Path, make_like: Callable[[SavedConfig], Tree]
-) -> tuple[SavedConfig, Tree]:
+_MakeLike = Callable[[SavedConfig, Collection[str]], Tree]
+
+
+def _read(checkpoint: epath.Path, make_like: _MakeLike) -> tuple[SavedConfig, Tree]:
     """A checkpoint's config and state, compared with its digests.
 
     Orbax's handlers read it, which do not wait for other processes as its manager does.
 
     Args:
       checkpoint: the directory.
-      make_like: maps the config to the structure, shapes and dtypes of the wanted part of the
-        state.
+      make_like: maps the config, and the names of the parts that were saved, to the structure,
+        shapes and dtypes of the wanted parts of the state.
 
     Returns:
       The config, and the part of the state in NumPy arrays.
@@ -252,12 +286,11 @@ def _read(
     """
     try:
         config, metrics, saved_digests = _read_json(checkpoint)
-        is_old = "opt_state" in (like := make_like(config)) and "format" not in (
-            saved_digests or {}
-        )
+        like = make_like(config, _saved_parts(checkpoint))
+        like = {name: tree for name, tree in like.items() if jax.tree.leaves(tree)}
+        is_old = "opt_state" in like and (saved_digests or {}).get("format") == 2
         if is_old:
-            schedule_state = optax.ScaleByScheduleState(np.zeros((), np.int32))
-            like = {**like, "opt_state": (like["opt_state"], schedule_state)}
+            like = {**like, "opt_state": like["opt_state"][0]}
         state = ocp.PyTreeCheckpointHandler().restore(
             checkpoint / "state",
             args=ocp.args.PyTreeRestore(
@@ -270,7 +303,10 @@ def _read(
         if saved_digests is not None:
             _compare(digests(state, config, metrics), saved_digests)
         state = jax.tree.map(_convert, state, like)
-        return config, {**state, "opt_state": state["opt_state"][0]} if is_old else state
+        if is_old:
+            count = optax.ScaleByScheduleState(state["step"].astype(np.int32))
+            state["opt_state"] = (state["opt_state"], count)
+        return config, state
     except UserError:
         raise
     except Exception as error:
@@ -293,7 +329,7 @@ _Read = tuple[SavedConfig, Tree]
 def _newest_sound(
     directory: epath.Path,
     checkpoints: Sequence[epath.Path],
-    make_like: Callable[[SavedConfig], Tree],
+    make_like: _MakeLike,
     remedy: str,
 ) -> tuple[epath.Path, _Read, dict[epath.Path, DamageError]] | None:
     """Reads the newest checkpoint that is sound; of several processes, process 0 decides which.

@@ -1,12 +1,12 @@
-"""Images to small files and back.
+"""Compresses images to small files and decompresses them.
 
-    python -m llvq.codec encode --model=fashion_mnist/vq IN.png … --output=DIRECTORY
-    python -m llvq.codec decode --model=fashion_mnist/vq DIRECTORY/IN.llvq … --output=DIRECTORY
+    python -m llvq.codec compress --model=fashion_mnist/vq IN.png … --output=DIRECTORY
+    python -m llvq.codec decompress --model=fashion_mnist/vq DIRECTORY/IN.llvq … --output=DIRECTORY
     python -m llvq.codec fit --model=CHECKPOINT IMAGE …
 
 A folder stands for all images or streams in it; its sub-folders appear in the output. A model is
-the name of one that the project ships, a checkpoint or a workdir. `fit` gives a checkpoint that has
-no code model one that is estimated from some images.
+the name of a trained model, a checkpoint or a workdir. `fit` estimates a code model from images,
+for a checkpoint without one.
 """
 
 import argparse
@@ -17,29 +17,38 @@ import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 
+import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from llvq import checkpointing, codec
+from llvq import checkpointing
+from llvq.codec import Codec
+from llvq.codec import code_model as code_models
 from llvq.data.files import writing
 from llvq.data.image_files import SUFFIXES, find_files, read_image
 from llvq.errors import UserError, one_line_exit
 from llvq.models import VQVAE
-from llvq.pretrained import find_pretrained, load_pretrained
+from llvq.pretrained import find_pretrained
 
 _SUFFIX = ".llvq"
 
 
-def _encode(model: VQVAE, with_contexts: bool, source: pathlib.Path, target: pathlib.Path) -> None:
-    images = read_image(source, model.image_channels)[None]
+def _read(path: pathlib.Path, model: VQVAE) -> UInt8[np.ndarray, "1 height width channels"]:
+    assert model.image_channels is not None  # a checkpoint's model knows it
+    return read_image(path, model.image_channels)[None]
+
+
+def _compress(codec: Codec, contexts: bool, source: pathlib.Path, target: pathlib.Path) -> None:
+    images = _read(source, codec.model)
     with writing(target) as file:
-        file.write_bytes(codec.encode(model, images, with_contexts=with_contexts))
+        file.write_bytes(codec.compress(images, contexts))
 
 
-def _decode(model: VQVAE, source: pathlib.Path, target: pathlib.Path) -> None:
+def _decompress(codec: Codec, source: pathlib.Path, target: pathlib.Path) -> None:
     try:
-        images = codec.decode(model, source.read_bytes())
+        images = codec.decompress(source.read_bytes())
     except OSError as error:
         raise UserError(f"{source} cannot be read ({error.strerror})") from error
     except UserError as error:
@@ -54,7 +63,7 @@ def _decode(model: VQVAE, source: pathlib.Path, target: pathlib.Path) -> None:
 def _find(
     named: Iterable[pathlib.Path], suffixes: Sequence[str]
 ) -> list[tuple[pathlib.Path, pathlib.Path]]:
-    """The files named and those in the folders named, each with its path in the output."""
+    """Lists the files named and those in the folders named, each with its path in the output."""
     found: list[tuple[pathlib.Path, pathlib.Path]] = []
     for path in named:
         if not path.is_dir():
@@ -73,7 +82,7 @@ def _convert(
     output: pathlib.Path,
     suffix: str,
 ) -> None:
-    """Converts files, as many at a time as there are cores."""
+    """Converts files, one per core at a time."""
     files = [file for file, _ in found]
     targets = [(output / name).with_suffix(suffix) for _, name in found]
     by_target = dict(zip(targets, files, strict=True))
@@ -84,7 +93,9 @@ def _convert(
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--output={directory} is no directory ({error.strerror})") from error
+            raise UserError(
+                f"--output={directory} is not a directory ({error.strerror})"
+            ) from error
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(convert, *paths) for paths in zip(files, targets, strict=True)]
         try:
@@ -95,50 +106,50 @@ def _convert(
             raise
 
 
-def _fit(model: VQVAE, checkpoint: epath.Path, files: Sequence[pathlib.Path]) -> None:
-    if model.code_model is not None:
+def _fit(name: str, files: Sequence[pathlib.Path]) -> None:
+    checkpoint = checkpointing.load(find_pretrained(name))
+    model, path = checkpointing.model_of(checkpoint), checkpoint.path
+    existing = code_models.load(path)
+    if existing and existing.belongs_to(model):
         raise UserError(
-            f"{checkpoint} has a code model, without which its streams would not decode: delete "
-            "its code_model.npz to have another one"
+            f"{path} has a code model, without which its streams would not decode: delete its "
+            "code_model.npz to fit another one"
         )
-    codec.fit(model, (read_image(path, model.image_channels)[None] for path in files))
-    codec.code_model_of(model).save(checkpoint)
-    print(f"{checkpoint} has a code model of {len(files)} images")
+    Codec.fit(model, (_read(file, model) for file in files)).save(path)
+    print(f"{path} has a code model of {len(files)} images")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; a user's mistake ends in one line."""
+    """Runs the command line; a user's mistake ends in one line."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # hides Orbax's messages
     parser = argparse.ArgumentParser(prog="llvq.codec", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in (
-        ("encode", "images to streams"),
-        ("decode", "streams to PNG images"),
-        ("fit", "a code model from images"),
+        ("compress", "turns images into streams"),
+        ("decompress", "turns streams into PNG images"),
+        ("fit", "estimates a code model from images"),
     ):
         command = commands.add_parser(name, help=about, description=about)
         command.add_argument("--model", required=True, help="name, checkpoint or workdir")
         command.add_argument("files", nargs="+", type=pathlib.Path, help="files or folders")
         if name != "fit":
             command.add_argument("--output", required=True, type=pathlib.Path, help="a directory")
-        if name == "encode":
+        if name == "compress":
             command.add_argument(
-                "--contexts", action="store_true", help="smaller files, in a longer time"
+                "--contexts", action="store_true", help="makes smaller files, and takes longer"
             )
     options = parser.parse_args(arguments)
     with one_line_exit(parser.prog):
-        model = load_pretrained(options.model)
         if options.command == "fit":
-            checkpoint = checkpointing.load(find_pretrained(options.model)).path
-            _fit(model, checkpoint, [file for file, _ in _find(options.files, SUFFIXES)])
+            _fit(options.model, [file for file, _ in _find(options.files, SUFFIXES)])
             return
-        codec.code_model_of(model)  # before files are read
-        if options.command == "encode":
-            encode = functools.partial(_encode, model, options.contexts)
-            convert, before, after = encode, SUFFIXES, _SUFFIX
+        codec = Codec.load(options.model)
+        if options.command == "compress":
+            compress = functools.partial(_compress, codec, options.contexts)
+            _convert(compress, _find(options.files, SUFFIXES), options.output, _SUFFIX)
         else:
-            convert, before, after = functools.partial(_decode, model), (_SUFFIX,), ".png"
-        _convert(convert, _find(options.files, before), options.output, after)
+            decompress = functools.partial(_decompress, codec)
+            _convert(decompress, _find(options.files, [_SUFFIX]), options.output, ".png")
 
 
 if __name__ == "__main__":

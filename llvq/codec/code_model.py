@@ -1,9 +1,9 @@
 """Code models: the cost of each code, as integer frequency tables beside a checkpoint.
 
 A code that occurs often in the training split is an entry of the vocabulary and has a frequency of
-its own. Any other is escaped: it costs the escape's frequency and then, integer by integer, what
-the table for its position says (see `integers`). All frequencies are integers, and those of a
-table sum to `TOTAL`, so that every machine has the same model.
+its own. Any other code is escaped: it costs the escape's frequency and then, integer by integer,
+the frequency in the table for its position (see `integers`). All frequencies are integers, and
+those of a table sum to `TOTAL`, so that every machine has the same model.
 """
 
 import dataclasses
@@ -22,13 +22,12 @@ from jaxtyping import Int32, Int64
 from llvq.checkpointing.integrity import digests
 from llvq.data.files import writing
 from llvq.errors import UserError
-from llvq.models import VQVAE
-from llvq.training import train_state
+from llvq.models import VQVAE, factory
 
 TOTAL = 2**20
 _FILE = "code_model.npz"
 
-# The errors that reading a damaged file may raise.
+# Reading a damaged file may raise any of these.
 _DAMAGE = (
     *(OSError, ValueError, KeyError, TypeError, EOFError),
     *(NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error),
@@ -36,18 +35,18 @@ _DAMAGE = (
 
 
 def parameters_digest(model: VQVAE) -> str:
-    """A hash of all that a model's codes and images depend on: parameters and value range."""
-    _, params, statistics = train_state.split(model)
-    value_range = model.value_range and list(map(float, model.value_range))  # 0 and 0.0 are equal
+    """Hashes everything that a model's codes and images depend on: parameters and value range."""
+    _, params, statistics = factory.split(model)
+    value_range = list(map(float, model.value_range))  # 0 and 0.0 are equal
     parts = digests({"params": params, "statistics": statistics}, value_range, None)
     return "".join(parts[name][:16] for name in ("params", "statistics", "config"))
 
 
 def frequencies(counts: Int64[np.ndarray, "n"]) -> Int32[np.ndarray, "n"]:
-    """Integers in proportion to counts, each at least 1, that sum to TOTAL.
+    """Scales counts to integers of at least 1 that sum to TOTAL.
 
     Args:
-      counts: at least 0; at most TOTAL of them.
+      counts: numbers of at least 0; at most TOTAL of them.
     """
     counts = counts.astype(object)  # Python's integers: the product would overflow
     free = TOTAL - len(counts)
@@ -66,11 +65,11 @@ class Contexts:
     without context.
 
     Attributes:
-      frequent: the id of each frequent code; −1 for a class that has none.
-      ends: the end of each context's entries in the arrays below; a context is
+      frequent: the id of each frequent code; −1 for a class without one.
+      ends: the end of each context's entries in the arrays below; the number of a context is
         left · num_classes + above.
-      ids: the codes of the entries; the last one of each context is the escape, −1.
-      frequencies: of the entries; each context's sum to TOTAL.
+      ids: the codes of the entries; the last entry of each context is the escape, −1.
+      frequencies: the frequencies of the entries; those of a context sum to TOTAL.
     """
 
     frequent: Int32[np.ndarray, "classes-2"]
@@ -80,11 +79,11 @@ class Contexts:
 
     @property
     def num_classes(self) -> int:
-        """How many classes of neighbours there are."""
+        """The number of classes of neighbours."""
         return len(self.frequent) + 2
 
     def classes(self, vocabulary_size: int) -> Int32[np.ndarray, "codes+2"]:
-        """The class of each id, of the escape's (vocabulary_size), and last, −1, of the border."""
+        """Maps ids to classes: each code's, the escape's (vocabulary_size), the border's (−1)."""
         classes = np.full(vocabulary_size + 2, len(self.frequent), np.int32)
         has_code = self.frequent >= 0
         classes[self.frequent[has_code]] = np.flatnonzero(has_code)
@@ -92,20 +91,22 @@ class Contexts:
         return classes
 
     def table(self, context: int) -> tuple[Int32[np.ndarray, "n"], Int32[np.ndarray, "n"]]:
-        """(ids, frequencies) of a context's entries."""
+        """Returns (ids, frequencies) of a context's entries."""
         entries = slice(self.ends[context - 1] if context else 0, self.ends[context])
         return self.ids[entries], self.frequencies[entries]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CodeModel:
-    """Attributes:
-    parameters: the digest of the parameters that made the codes; see `parameters_digest`.
-    vocabulary: the codes with an entry, by falling count.
-    frequencies: of these entries, and of the escape.
-    digits: the frequencies of `integers`' symbols, for each integer of an escaped code.
-    contexts: the tables for codes given their neighbours.
-    source: in words, the images that it was estimated from; no part of the digest.
+    """The cost of each code.
+
+    Attributes:
+      parameters: the digest of the parameters that made the codes; see `parameters_digest`.
+      vocabulary: the codes with an entry, by falling count.
+      frequencies: the frequencies of these entries and, last, of the escape.
+      digits: the frequencies of `integers`' symbols, for each integer of an escaped code.
+      contexts: the tables for codes given their neighbours.
+      source: describes the images behind the estimate; not part of the digest.
     """
 
     parameters: str
@@ -117,7 +118,7 @@ class CodeModel:
 
     @functools.cached_property
     def digest(self) -> str:
-        """A hash of the model, in hexadecimal, independent of how it is stored."""
+        """A hash of the tables, in hexadecimal, independent of how they are stored."""
         whole = hashlib.sha256(self.parameters.encode())
         for name, array in sorted(self._arrays().items()):
             whole.update(f"{name} {array.shape}".encode())
@@ -129,6 +130,10 @@ class CodeModel:
         """The compressed size of the tables without contexts, in bytes."""
         arrays = (self.vocabulary, self.frequencies, self.digits)
         return sum(len(zlib.compress(array.astype("<i4").tobytes(), 9)) for array in arrays)
+
+    def belongs_to(self, model: VQVAE) -> bool:
+        """Tells whether the codes behind the estimate were made with a model's parameters."""
+        return self.parameters == parameters_digest(model)
 
     def _arrays(self) -> dict[str, Int32[np.ndarray, "..."]]:
         return {
@@ -142,7 +147,7 @@ class CodeModel:
         }
 
     def save(self, checkpoint: epath.PathLike) -> None:
-        """Writes the model beside a checkpoint's items.
+        """Writes the code model into a checkpoint's directory.
 
         Raises:
           UserError: if it cannot be written.
@@ -155,12 +160,10 @@ class CodeModel:
             file.write_bytes(buffer.getvalue())
 
 
-def load(checkpoint: epath.PathLike, parameters: str) -> CodeModel | None:
-    """The code model beside a checkpoint; None if there is none for its parameters.
+def load(checkpoint: epath.PathLike) -> CodeModel | None:
+    """Reads the code model in a checkpoint's directory, if there is one.
 
-    Args:
-      checkpoint: its directory.
-      parameters: the digest of its parameters.
+    It may belong to other parameters than the checkpoint's; see `CodeModel.belongs_to`.
 
     Raises:
       UserError: if it is damaged.
@@ -189,4 +192,4 @@ def load(checkpoint: epath.PathLike, parameters: str) -> CodeModel | None:
         is_sound = False
     if not is_sound:
         raise UserError(f"{path} is damaged: delete it and run main.py --mode=evaluate again")
-    return found if found.parameters == parameters else None
+    return found

@@ -1,7 +1,7 @@
-"""Codes to bits and back under a code model, with constriction's range coder.
+"""Turns codes into bits and back under a code model, with constriction's range coder.
 
-The coder takes a model as probabilities and makes integers of 24 bits of them. Those here are
-multiples of 2⁻²⁰, whose sums floating point holds exactly, so that every machine makes the same.
+The coder rounds the probabilities of a model to integers of 24 bits. Those here are multiples of
+2⁻²⁰, whose sums are exact in floating point, so that every machine gets the same integers.
 """
 
 import functools
@@ -14,19 +14,16 @@ from jaxtyping import Int32
 
 from llvq.codec import integers
 from llvq.codec.code_model import TOTAL, CodeModel
+from llvq.errors import DamageError
 
 _BITS_AT_ONCE = 16
-
-
-class DamageError(Exception):
-    """Bits that `Coder.encode` cannot have made, and why."""
 
 
 class Block(NamedTuple):
     """The codes of some images of one size.
 
     Attributes:
-      ids: each code's id; a code that the vocabulary lacks has the vocabulary's size as its id.
+      ids: the id of each code; the vocabulary's size stands for a code that the vocabulary lacks.
       escaped: the codes that the vocabulary lacks, in order.
     """
 
@@ -44,16 +41,18 @@ def _uniform(num_bits: int) -> stream.model.Uniform:
 
 
 def _pieces(num_bits: int) -> Iterator[tuple[int, int]]:
-    """The pieces in which so many bits are coded, as (position, length)."""
+    """Yields the pieces in which a number of bits is coded, as (position, length)."""
     for position in range(0, num_bits, _BITS_AT_ONCE):
         yield position, min(_BITS_AT_ONCE, num_bits - position)
 
 
 class _Context(NamedTuple):
-    """Attributes:
-    ids: the ids that have an entry, and last −1, the escape.
-    places: each id's place among the entries; an id without an entry has the escape's.
-    model: the entries' probabilities; None if the escape is the only entry and costs nothing.
+    """The entries of a context.
+
+    Attributes:
+      ids: the ids that have an entry, and last −1, the escape.
+      places: each id's place among the entries; the escape's place for an id without an entry.
+      model: the entries' probabilities; None if the escape is the only entry and costs nothing.
     """
 
     ids: Int32[np.ndarray, "entries"]
@@ -65,8 +64,10 @@ class Coder:
     """Encodes and decodes blocks."""
 
     def __init__(self, code_model: CodeModel) -> None:
-        """Args:
-        code_model: what each code costs.
+        """Makes constriction's models of the tables.
+
+        Args:
+          code_model: the cost of each code.
         """
         self._contexts = code_model.contexts
         self._escape = len(code_model.vocabulary)
@@ -82,7 +83,7 @@ class Coder:
         return _Context(ids, places, _model(frequencies) if len(ids) > 1 else None)
 
     def encode(self, block: Block, *, with_contexts: bool) -> bytes:
-        """The bits of a block.
+        """Encodes a block to bits.
 
         Args:
           block: the codes.
@@ -114,15 +115,15 @@ class Coder:
         return encoder.get_compressed().astype("<u4").tobytes()
 
     def decode(self, data: bytes, shape: tuple[int, int, int], *, with_contexts: bool) -> Block:
-        """The block of some bits.
+        """Decodes bits to a block.
 
         Args:
-          data: what `encode` returned.
-          shape: of the ids.
+          data: the result of `encode`.
+          shape: the shape of the ids.
           with_contexts: as for `encode`.
 
         Raises:
-          DamageError: if the bits are of no block.
+          DamageError: if `encode` cannot have made the bits.
         """
         if len(data) % 4:
             raise DamageError("its length is impossible")
@@ -130,7 +131,7 @@ class Coder:
         try:
             ids = self._decode_ids(decoder, shape, with_contexts)
             escaped = self._decode_escaped(decoder, int(np.sum(ids == self._escape)))
-        except (AssertionError, ValueError) as error:  # constriction's, and of `integers.join`
+        except (AssertionError, ValueError) as error:  # by constriction and `integers.join`
             raise DamageError(str(error)) from error
         if not decoder.maybe_exhausted():
             raise DamageError("bits are left over")
@@ -159,18 +160,18 @@ class Coder:
     def _diagonals(
         self, shape: tuple[int, int, int], padded: Int32[np.ndarray, "n height+1 width+1"]
     ) -> Iterator[tuple[tuple[np.ndarray, np.ndarray, np.ndarray], list[tuple[int, slice]]]]:
-        """The order of coding with contexts: diagonal by diagonal, and there context by context.
+        """Yields the order of coding with contexts: by diagonals, and within one by contexts.
 
-        The neighbours of a diagonal's codes are in the one before it.
+        The neighbours of a diagonal's codes are in the diagonal before it.
 
         Args:
-          shape: of the ids.
-          padded: the ids, with a border of −1 to the left and above; each diagonal is read when its
-            places are asked for.
+          shape: the shape of the ids.
+          padded: the ids, with a border of −1 to the left and above. A diagonal is read only when
+            the next one is requested, so that a decoder can fill it in the meantime.
 
         Yields:
-          (places of the diagonal in all images, ordered by context, the groups); a group is
-          (context, which of these places).
+          (places, groups): the places of the diagonal in all images, ordered by context, and for
+          each context a group (context, slice of these places).
         """
         n, height, width = shape
         num_classes = self._contexts.num_classes
@@ -205,7 +206,7 @@ class Coder:
 def _by_low_bits(
     symbols: Int32[np.ndarray, "escaped code_width"],
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The symbols grouped by how many bits follow them, if any do: (number, which ones)."""
+    """Groups the symbols that bits follow by the number of these bits: (number, places)."""
     follow = integers.num_low_bits(symbols)
     for num_bits in np.unique(follow):
         if num_bits:

@@ -1,10 +1,10 @@
-"""The container: codes as a stream of bytes that says what it holds and proves that it is whole.
+"""The container: a stream of bytes that describes its content and carries a checksum.
 
     offset  bytes  little-endian
          0      4  magic, "LLVQ"
          4      1  version, 1
          5      1  flags: 1 if it holds images rather than codes, 2 if it is coded with contexts
-         6      8  start of the code model's digest, which covers the model's parameters, too
+         6      8  start of the code model's digest, which also covers the model's parameters
         14      4  number of images
         18      4  their height, in pixels or, if it holds codes, in codes
         22      4  their width
@@ -25,8 +25,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from llvq.codec.code_model import TOTAL, CodeModel
-from llvq.codec.coder import DamageError
-from llvq.errors import UserError
+from llvq.errors import DamageError, UserError
 
 MAGIC = b"LLVQ"
 VERSION = 1
@@ -43,12 +42,14 @@ _DAMAGED = "the stream is truncated or damaged"
 
 
 class Header(NamedTuple):
-    """Attributes:
-    holds_images: whether images are to be made of the codes.
-    has_contexts: how the codes are coded.
-    num_images: how many images.
-    height: of each image, in pixels or, unless it holds images, in codes.
-    width: likewise.
+    """The content of a stream.
+
+    Attributes:
+      holds_images: whether the stream stands for images rather than codes.
+      has_contexts: whether neighbours predict a code.
+      num_images: the number of images.
+      height: the height of each image, in pixels or, if the stream holds codes, in codes.
+      width: the width, likewise.
     """
 
     holds_images: bool
@@ -59,18 +60,18 @@ class Header(NamedTuple):
 
 
 def images_per_block(height: int, width: int) -> int:
-    """How many images of so many codes a block has."""
+    """Returns the number of images in a block; the size of an image is in codes."""
     return max(1, VECTORS_PER_BLOCK // (height * width))
 
 
 def blocks(images: range, height: int, width: int) -> list[range]:
-    """The images of each block, for images of so many codes."""
+    """Returns the range of images of each block; the size of an image is in codes."""
     step = images_per_block(height, width)
     return [images[start : start + step] for start in range(0, len(images), step)]
 
 
 def num_bytes(block_lengths: Iterable[int]) -> int:
-    """The length in bytes of a stream, from the lengths of its blocks."""
+    """Computes the length of a stream in bytes from the lengths of its blocks."""
     lengths = list(block_lengths)
     framing = _LENGTH.size * len(lengths) if len(lengths) > 1 else 0
     return HEADER_BYTES + framing + sum(lengths)
@@ -90,12 +91,12 @@ def _checksum(fixed: bytes, num_bytes: int, codes: Int32[np.ndarray, "..."]) -> 
 def pack(
     header: Header, code_model: CodeModel, codes: Int32[np.ndarray, "..."], blocks: list[bytes]
 ) -> bytes:
-    """A stream.
+    """Joins a header and blocks to a stream.
 
     Args:
-      header: what it holds.
-      code_model: with which the codes are coded.
-      codes: all of them, for the checksum.
+      header: the content.
+      code_model: the code model behind the blocks.
+      codes: all codes, for the checksum.
       blocks: the coded codes.
     """
     fixed = _fixed(header, code_model)
@@ -106,15 +107,15 @@ def pack(
 
 
 def read_header(data: bytes, code_model: CodeModel) -> Header:
-    """The header of a stream.
+    """Reads the header of a stream.
 
     Args:
       data: the stream.
-      code_model: the model that it must be of.
+      code_model: the code model that the stream must belong to.
 
     Raises:
-      UserError: if it is foreign, of a newer version or another model, or asks for more than a
-        stream of its length can hold.
+      UserError: if the stream is foreign, has a newer version, belongs to another model, or claims
+        more than a stream may hold.
     """
     if data[: len(MAGIC)] != MAGIC:
         raise UserError("the stream is not of this program (it does not begin with LLVQ)")
@@ -139,7 +140,7 @@ def read_header(data: bytes, code_model: CodeModel) -> Header:
 
 
 def check_size(header: Header) -> None:
-    """Raises UserError if a stream would hold nothing, or more than may take memory."""
+    """Raises UserError if a stream would hold nothing, or too much for the memory."""
     if not 0 < math.prod(header[2:]) <= MOST_PIXELS:
         raise UserError(
             f"a stream cannot hold {header.num_images:,} × {header.height:,} × {header.width:,} "
@@ -149,26 +150,26 @@ def check_size(header: Header) -> None:
 
 
 def check_length(block: bytes, code_model: CodeModel, num_vectors: int, has_contexts: bool) -> None:
-    """Raises DamageError if a block is too short for so many codes, before they take memory."""
+    """Raises DamageError if a block is too short for its codes, before they take memory."""
     least_bits = _least_bits(code_model.frequencies)
     if has_contexts:
         tables, is_escape = code_model.contexts.frequencies, code_model.contexts.ids == -1
         after_escape = _least_bits(tables[is_escape]) + least_bits
         least_bits = min(_least_bits(tables[~is_escape]), after_escape)
     if len(block) + 4 < num_vectors * least_bits / 8:  # the coder's last word holds less
-        raise DamageError("it is too short for what it says it holds")
+        raise DamageError("it is too short for the content it claims")
 
 
 def _least_bits(frequencies: Int32[np.ndarray, "n"]) -> float:
-    """The bits that the most frequent entry of some tables costs."""
+    """Returns the cost in bits of the most frequent entry of tables."""
     return -math.log2(frequencies.max(initial=1) / TOTAL)
 
 
 def unpack(data: bytes, num_blocks: int) -> list[bytes]:
-    """The blocks of a stream.
+    """Splits a stream into its blocks.
 
     Raises:
-      DamageError: if their lengths are not the stream's.
+      DamageError: if the lengths of the blocks contradict that of the stream.
     """
     if num_blocks == 1:
         return [data[HEADER_BYTES:]]
@@ -187,7 +188,7 @@ def unpack(data: bytes, num_blocks: int) -> list[bytes]:
 
 
 def check(data: bytes, header: Header, code_model: CodeModel, codes: np.ndarray) -> None:
-    """Raises DamageError unless the codes are those that were encoded."""
+    """Raises DamageError if the codes differ from those that were encoded."""
     fixed = _fixed(header, code_model)
     if _checksum(fixed, len(data), codes) != data[_FIXED.size : HEADER_BYTES]:
         raise DamageError("its checksum is wrong")

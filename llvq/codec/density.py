@@ -1,4 +1,4 @@
-"""A code model of the density that some lattices learn: no counts say what a code costs."""
+"""Makes a code model of the density that some lattices learn, instead of counts."""
 
 import dataclasses
 
@@ -12,17 +12,17 @@ _RESOLUTION = 2**40
 
 
 def with_density(code_model: CodeModel, quantizer: Quantizer) -> CodeModel | None:
-    """A code model whose codes cost what the quantizer's density says.
+    """Replaces the frequencies of the vocabulary by the quantizer's density.
 
-    An escape costs what probability is left. Where the density times the cells' volumes adds up to
+    The escape gets the remaining probability. If the density times the cells' volumes adds up to
     more than 1, all of it is scaled down. The tables for contexts and for escaped codes remain.
 
     Args:
-      code_model: has the vocabulary.
-      quantizer: whose codes they are.
+      code_model: a code model with the vocabulary.
+      quantizer: the quantizer behind the codes.
 
     Returns:
-      None if the quantizer learns no density.
+      A new code model, or None if the quantizer does not learn a density.
     """
     codes = code_model.vocabulary.reshape(-1, *quantizer.code_shape)
     bits = quantizer.code_length(quantizer.lookup(jnp.asarray(codes)))

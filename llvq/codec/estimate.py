@@ -1,10 +1,10 @@
-"""A code model from the codes of a split, in one pass and in bounded memory.
+"""Estimates a code model from the codes of a split, in one pass and in bounded memory.
 
 The codes come in blocks. Each block's codes are counted, and the counts are added to a table in the
 order of the blocks. The table keeps the `_MOST_CANDIDATES` codes with the highest counts; in the
 end the first `_MOST_CODES` of them are the vocabulary. Contexts need their frequent codes from the
-start: they are those of the first block. The result is a function of the blocks alone, since
-several processes, which count some blocks each, exchange the counts and add them up in the same
+start, so these come from the first block. The result depends on the blocks alone: several
+processes, each of which counts some of the blocks, exchange the counts and add them up in the same
 order.
 """
 
@@ -25,16 +25,16 @@ _MOST_CODES = 2**14
 _MOST_CANDIDATES = 4 * _MOST_CODES
 _MOST_PAIRS = 2**17
 _LEAST_COUNT = 2
-_MOST_FREQUENT = 16  # codes that are a class of their own as neighbours
+_MOST_FREQUENT = 16  # each of these codes is a class of its own as a neighbour
 
 
 class _Counts(NamedTuple):
-    """How often codes occur, in the order of their keys.
+    """The numbers of occurrences of codes, in the order of their keys.
 
     Attributes:
       keys: fingerprints, or (context, fingerprint).
-      counts: occurrences.
-      rows: the codes themselves, or nothing.
+      counts: the numbers of occurrences.
+      rows: the codes themselves; empty for pairs.
     """
 
     keys: Shaped[np.ndarray, "n ..."]
@@ -43,13 +43,13 @@ class _Counts(NamedTuple):
 
 
 class _BlockCounts(NamedTuple):
-    """The counts of one block or of several, in NumPy arrays, which processes can exchange.
+    """The counts of one or more blocks, in NumPy arrays, which processes can exchange.
 
     Attributes:
       codes: the distinct codes.
       pairs: the distinct pairs of context and code.
-      contexts: how many codes occur in each context.
-      digits: how often each of `integers`' symbols occurs, by position in the code.
+      contexts: the number of codes in each context.
+      digits: the number of occurrences of each of `integers`' symbols, by position in the code.
     """
 
     codes: _Counts
@@ -63,15 +63,15 @@ def estimate(
     code_width: int,
     parameters: str,
 ) -> CodeModel:
-    """The code model of the codes in some blocks. All processes must call it at the same time.
+    """Estimates a code model. All processes must call this at the same time.
 
     Args:
-      blocks: the codes; if there are several processes, this one's, which take turns.
-      code_width: how many integers make up a code.
+      blocks: the codes; with several processes, this process's share, every n-th block.
+      code_width: the number of integers in a code.
       parameters: the digest of the parameters; see `CodeModel`.
 
     Raises:
-      ValueError: if there is no block.
+      ValueError: if there are no blocks.
     """
     remaining = iter(blocks)
     block = next(remaining, None)
@@ -88,7 +88,7 @@ def estimate(
 
 
 def _in_turn(own: Iterator[_BlockCounts]) -> Iterator[_BlockCounts]:
-    """The counts of all processes' blocks."""
+    """Yields the counts of all processes' blocks in order."""
     while counted := [counts for counts in all_gather(next(own, None)) if counts is not None]:
         yield from counted
 
@@ -96,18 +96,18 @@ def _in_turn(own: Iterator[_BlockCounts]) -> Iterator[_BlockCounts]:
 def _frequent(
     block: Int[np.ndarray, "n height width ..."], code_width: int
 ) -> UInt64[np.ndarray, "m"]:
-    """The keys of the codes that are a class of their own as neighbours, ascending."""
+    """Chooses the codes that are a class of their own as neighbours; returns ascending keys."""
     found, counts = np.unique(keys(block.reshape(-1, code_width)), return_counts=True)
     return np.sort(found[_most_frequent(counts, _MOST_FREQUENT)])
 
 
 def _most_frequent(counts: Int64[np.ndarray, "n"], number: int) -> Int64[np.ndarray, "m"]:
-    """The places of the highest counts, by falling count; of equal ones the first."""
+    """Returns the places of the highest counts, by falling count; the first of equal ones."""
     return np.argsort(-counts, kind="stable")[:number]
 
 
 def _kept(counted: _Counts, number: int) -> _Counts:
-    """The most frequent of them, in the order of their keys."""
+    """Keeps the most frequent codes, in the order of their keys."""
     if len(counted.keys) <= number:
         return counted
     places = np.sort(_most_frequent(counted.counts, number))
@@ -153,7 +153,7 @@ def _count_digits(
 ) -> Int64[np.ndarray, "width symbols"]:
     width = rows.shape[1]
     symbols = integers.split(rows).symbols + integers.NUM_SYMBOLS * np.arange(width)
-    # Sums of counts are far below 2^53, so that they are exact.
+    # Sums of counts are exact, because they are far below 2^53.
     weights = np.repeat(counts, width)
     sums = np.bincount(symbols.reshape(-1), weights, minlength=width * integers.NUM_SYMBOLS)
     return sums.astype(np.int64).reshape(width, -1)
@@ -199,7 +199,7 @@ def _finish(total: _BlockCounts, frequent: UInt64[np.ndarray, "m"], parameters: 
 def _finish_contexts(
     total: _BlockCounts, frequent: UInt64[np.ndarray, "m"], vocabulary_keys: UInt64[np.ndarray, "v"]
 ) -> Contexts:
-    """The tables of contexts, whose codes must all be in the vocabulary."""
+    """Makes the tables of contexts from the pairs whose code is in the vocabulary."""
     order = np.argsort(vocabulary_keys)
     ascending = vocabulary_keys[order]
 

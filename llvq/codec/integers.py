@@ -1,8 +1,8 @@
-"""Any int32 as a symbol of a small alphabet and a few more bits.
+"""Splits any int32 into a symbol of a small alphabet and a few more bits.
 
 A magnitude of at most six bits is a symbol of its own. A larger one keeps its `_LEADING` + 1
-leading bits in the symbol; the bits below them, which are hardly predictable, follow as they are.
-So a table of `NUM_SYMBOLS` entries describes integers of any size with the same relative accuracy.
+leading bits in the symbol; the lower bits, which are hardly predictable, follow unchanged. So a
+table of `NUM_SYMBOLS` entries describes integers of any size with the same relative accuracy.
 """
 
 from typing import NamedTuple
@@ -12,13 +12,15 @@ from jaxtyping import Int32, UInt32
 
 _LEADING = 5
 _MOST_LOW_BITS = 32 - 1 - _LEADING  # a magnitude of 2^31 has 32 bits
-NUM_SYMBOLS = 2 * ((_MOST_LOW_BITS + 1) << _LEADING)  # that one with its sign is the last
+NUM_SYMBOLS = 2 * ((_MOST_LOW_BITS + 1) << _LEADING)  # −2^31 has the last symbol
 
 
 class Parts(NamedTuple):
-    """Attributes:
-    symbols: 0 … NUM_SYMBOLS − 1.
-    low: the bits that follow, as a number below 2 ** num_low_bits.
+    """Integers as symbols and bits.
+
+    Attributes:
+      symbols: numbers from 0 to NUM_SYMBOLS − 1.
+      low: the bits that follow, as a number below 2 ** num_low_bits.
     """
 
     symbols: Int32[np.ndarray, "*shape"]
@@ -26,7 +28,7 @@ class Parts(NamedTuple):
 
 
 def split(values: Int32[np.ndarray, "*shape"]) -> Parts:
-    """The parts of integers."""
+    """Splits integers."""
     magnitudes = np.abs(values.astype(np.int64))
     _, num_bits = np.frexp(magnitudes.astype(np.float64))
     num_low = np.maximum(num_bits - 1 - _LEADING, 0)
@@ -37,15 +39,15 @@ def split(values: Int32[np.ndarray, "*shape"]) -> Parts:
 
 
 def num_low_bits(symbols: Int32[np.ndarray, "*shape"]) -> Int32[np.ndarray, "*shape"]:
-    """How many bits follow each symbol."""
+    """Returns the number of bits that follow each symbol."""
     return np.maximum(((symbols + 1) >> (_LEADING + 1)) - 1, 0)
 
 
 def join(parts: Parts) -> Int32[np.ndarray, "*shape"]:
-    """The integers of some parts.
+    """Joins parts to integers again.
 
     Raises:
-      ValueError: if one is not an int32; `split` never makes such parts.
+      ValueError: if a result is not an int32; `split` never makes such parts.
     """
     num_low = num_low_bits(parts.symbols).astype(np.int64)
     leading = ((parts.symbols.astype(np.int64) + 1) >> 1) - (num_low << _LEADING)

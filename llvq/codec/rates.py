@@ -1,4 +1,4 @@
-"""The rate of a model's codes: the size of files that decode."""
+"""Measures the rate of a model's codes: the size of streams that decode."""
 
 import dataclasses
 import functools
@@ -33,12 +33,12 @@ def _blocks(model: VQVAE, data: Dataset, split: str) -> list[range]:
 
 
 def codes(model: VQVAE, data: Dataset, split: str) -> Iterator[Int32[np.ndarray, "n h w ..."]]:
-    """The codes of a split's images, block by block; of several processes, each has its share.
+    """Encodes a split's images, block by block; each process encodes a share of the blocks.
 
     Args:
-      model: makes the codes.
+      model: the model that makes the codes.
       data: the data set.
-      split: of it.
+      split: the name of the split.
     """
     own = _blocks(model, data, split)[jax.process_index() :: jax.process_count()]
     with console.Progress(len(own), f"encoding {split}") as report:
@@ -54,26 +54,29 @@ def find_or_estimate(
     data: Dataset,
     blocks: Iterable[Int32[np.ndarray, "n h w ..."]],
 ) -> CodeModel:
-    """The code model of a checkpoint for a data set: the one beside it, or a new one.
+    """Loads the code model of a checkpoint, or estimates one over the training split.
 
-    A new one is saved beside the checkpoint, unless there is one of other images, which the
-    checkpoint's streams may need. All processes must call it at the same time.
+    The code model beside the checkpoint is used if it was estimated over the same images. A new one
+    is saved there, unless one of other images exists, which the checkpoint's streams may need. All
+    processes must call this at the same time.
 
     Args:
-      model: of the checkpoint.
-      checkpoint: its directory.
-      dataset: names the data set.
+      model: the model in the checkpoint.
+      checkpoint: the checkpoint's directory.
+      dataset: the config of the data set.
       data: the data set.
-      blocks: `codes` of its training split; not touched if there is a code model of them.
+      blocks: `codes` of the training split; consumed only if a code model has to be estimated.
 
     Raises:
-      UserError: if the one beside the checkpoint is damaged.
+      UserError: if the code model beside the checkpoint is damaged.
     """
     parameters = code_models.parameters_digest(model)
     shape = "×".join(map(str, data.image_shape))
     images = f"{data.num_images['train']:,} training images of {shape}"
     source = " ".join(filter(None, (dataset.name, dataset.fit, images, data.fingerprint)))
-    (found, *_) = all_gather(code_models.load(checkpoint, parameters))
+    (found, *_) = all_gather(code_models.load(checkpoint))
+    if found and found.parameters != parameters:
+        found = None
     if found and found.source == source:
         return found
     estimated = estimate(blocks, model.quantizer.code_width, parameters)
@@ -81,32 +84,34 @@ def find_or_estimate(
     if found:
         logging.warning(
             "%s keeps its code model of %s; this evaluation or encoding uses one of %s",
-            *(os.fspath(checkpoint), found.source or "other images", source),
+            os.fspath(checkpoint),
+            found.source or "other images",
+            source,
         )
     elif jax.process_index() == 0:
         try:
             estimated.save(checkpoint)
         except UserError as error:
-            logging.warning("The code model is not kept: %s", error)
+            logging.warning("The code model is not saved: %s", error)
     return estimated
 
 
 def measure(model: VQVAE, code_model: CodeModel, data: Dataset, split: str) -> dict[str, float]:
-    """The rate of a split whose codes make one stream. All processes must call it at once.
+    """Measures the rate of a split as one stream. All processes must call this at the same time.
 
     Args:
-      model: makes the codes.
-      code_model: what they cost.
+      model: the model that makes the codes.
+      code_model: the cost of each code.
       data: the data set.
-      split: of it.
+      split: the name of the split.
 
     Returns:
-      `coded_bits_per_vector`, from the bytes of the stream; the same `_with_tables`, which the
-      receiver may have to be sent, too; `coded_bits_per_pixel`; `context_coded_bits_per_vector`, of
-      a stream in which a code's neighbours predict it; `escaped_fraction`, of the vectors whose
-      codes have no entry of their own; and `vocabulary_size`, the number of entries. If a density
-      was learned with the quantizer, `density_coded_bits_per_vector` is of a stream in which codes
-      cost what that says; see `with_density`.
+      `coded_bits_per_vector`, from the bytes of the stream; the same `_with_tables`, which a
+      receiver without the code model needs as well; `coded_bits_per_pixel`;
+      `context_coded_bits_per_vector`, for a stream in which neighbours predict a code;
+      `escaped_fraction`, the fraction of vectors whose code has no entry; and `vocabulary_size`,
+      the number of entries. If the quantizer learned a density, `density_coded_bits_per_vector` is
+      for a stream under that density; see `with_density`.
     """
     lengths = np.concatenate(all_gather(_lengths(model, code_model, codes(model, data, split))))
     height, width, _ = data.image_shape
@@ -132,9 +137,9 @@ def measure(model: VQVAE, code_model: CodeModel, data: Dataset, split: str) -> d
 def _lengths(
     model: VQVAE, code_model: CodeModel, blocks: Iterable[Int32[np.ndarray, "n h w ..."]]
 ) -> Int64[np.ndarray, "blocks figures"]:
-    """(escaped codes, bytes, bytes with contexts, bytes by the density) of each block.
+    """Returns (escaped codes, bytes, bytes with contexts, bytes by the density) of each block.
 
-    The last column is only there if a density was learned.
+    Without a learned density there is no last column.
     """
     vocabulary, coder = Vocabulary(code_model, model.quantizer), Coder(code_model)
     ways = [

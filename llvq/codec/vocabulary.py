@@ -1,4 +1,4 @@
-"""Codes to ids of a vocabulary and back."""
+"""Maps codes to ids in a vocabulary and back."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from llvq.quantizers import Quantizer
 from llvq.usage.counting import keys
 
 _NEAREST_AT_ONCE = 1024
-_AT_ONCE = 2**14  # what JAX copies at once then stays in the cache
+_AT_ONCE = 2**14  # so that the copies that JAX makes fit the processor's cache
 
 
 @jax.jit
@@ -21,11 +21,11 @@ def _look_up(
     order: Int32[Array, "codes"],
     rows: Int32[Array, "codes width"],
 ) -> Int32[Array, "n"]:
-    """The id of each code, from the vocabulary's keys in ascending order and their ids."""
+    """Looks up the id of each code; `ascending` has the vocabulary's keys, `order` their ids."""
     with jax.enable_x64(True):
         place = jnp.searchsorted(ascending, keys(codes)).astype(jnp.int32)
     candidate = order.at[place].get(mode="clip")
-    # A fingerprint may be another code's, so that the whole code is compared.
+    # Two codes may share a fingerprint, so the whole code is compared.
     is_same = jnp.all(rows[candidate] == codes, axis=-1)
     return jnp.where(is_same, candidate, len(rows))
 
@@ -42,14 +42,17 @@ class Vocabulary:
     """The vocabulary of a code model.
 
     Attributes:
-      size: how many codes it has.
-      width: how many integers make up a code.
+      codes: the codes, by id.
+      size: the number of codes.
+      width: the number of integers in a code.
     """
 
     def __init__(self, code_model: CodeModel, quantizer: Quantizer) -> None:
-        """Args:
-        code_model: holds the vocabulary.
-        quantizer: whose codes they are.
+        """Sorts the codes for look-ups.
+
+        Args:
+          code_model: the code model with the vocabulary.
+          quantizer: the quantizer behind the codes.
         """
         self.codes = code_model.vocabulary
         self.size, self.width = self.codes.shape
@@ -63,7 +66,7 @@ class Vocabulary:
     def ids(
         self, codes: Int[np.ndarray, "n height width ..."]
     ) -> Int32[np.ndarray, "n height width"]:
-        """The id of each code; `size` for those that the vocabulary lacks."""
+        """Looks up the id of each code; `size` stands for a code that the vocabulary lacks."""
         rows = codes.reshape(-1, self.width)
         ids = np.empty(len(rows), np.int32)
         for start in range(0, len(rows), _AT_ONCE):
@@ -72,7 +75,7 @@ class Vocabulary:
         return ids.reshape(codes.shape[:3])
 
     def block(self, codes: Int[np.ndarray, "n height width ..."]) -> Block:
-        """Codes as ids, and those that the vocabulary lacks as they are."""
+        """Replaces codes by ids; those that the vocabulary lacks stay beside them."""
         ids = self.ids(codes)
         is_escaped = ids.reshape(-1) == self.size
         rows = codes.reshape(-1, self.width)
@@ -81,10 +84,10 @@ class Vocabulary:
     def tokens(
         self, codes: Int32[np.ndarray, "n height width ..."]
     ) -> tuple[Int32[np.ndarray, "n height width"], int]:
-        """The id of each code or, where the vocabulary lacks it, of the nearest entry.
+        """Looks up the id of each code or, if the vocabulary lacks it, of the nearest entry.
 
         Returns:
-          (ids, how many codes the vocabulary lacks).
+          (ids, number of codes that the vocabulary lacks).
         """
         block = self.block(codes)
         tokens, num_outside = block.ids.copy(), len(block.escaped)
@@ -102,7 +105,7 @@ class Vocabulary:
         return self._quantizer.lookup(jnp.asarray(rows.reshape(-1, *self._quantizer.code_shape)))
 
     def codes_of(self, block: Block) -> Int32[np.ndarray, "n height width ..."]:
-        """The codes of a block."""
+        """Replaces the ids of a block by codes."""
         rows = np.take(self.codes, block.ids, axis=0, mode="clip")
         rows[block.ids == self.size] = block.escaped
         return rows.reshape(*block.ids.shape, *self._quantizer.code_shape)

@@ -15,6 +15,7 @@ from llvq.evaluation import metrics, pictures
 from llvq.evaluation.steps import make_steps
 from llvq.models import VQVAE
 from llvq.runtime import console, sharding
+from llvq.training.objective import Objective
 from llvq.training.train_state import TrainState
 from llvq.usage import CodebookUsage, CodeCounts
 
@@ -24,13 +25,14 @@ NUM_PICTURES = 8
 class Evaluator:
     """Evaluates a model on the devices of a mesh."""
 
-    def __init__(self, graphdef: nnx.GraphDef[VQVAE], mesh: Mesh) -> None:
+    def __init__(self, graphdef: nnx.GraphDef[VQVAE], objective: Objective, mesh: Mesh) -> None:
         """Args:
-        graphdef: the model's structure (see `train_state.split`), fitted to the mesh.
+        graphdef: the model's structure (see `factory.split`), fitted to the mesh.
+        objective: what is minimised in training.
         mesh: the devices.
         """
         self._mesh = mesh
-        self._steps = make_steps(graphdef, mesh)
+        self._steps = make_steps(graphdef, objective, mesh)
 
     def measure(
         self,
@@ -61,7 +63,7 @@ class Evaluator:
     def measure_batch(
         self, state: TrainState, images: UInt8[Array, "batch height width channels"]
     ) -> tuple[float, CodebookUsage]:
-        """Reconstruction + quantizer loss of one whole batch, and the codes it uses."""
+        """Measures the loss of one whole batch, and the codes it uses."""
         mask = np.ones(len(images) // jax.process_count(), bool)
         usage = CodebookUsage()
         sums, counts = self._steps.measure(

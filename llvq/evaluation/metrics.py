@@ -6,38 +6,25 @@ from typing import NamedTuple
 from jax import numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from llvq.evaluation.ssim import Images, ssim
+from llvq.models import Pair
+from llvq.training import objective
+from llvq.training.ssim import Images, ssim
 
 # An exact reconstruction counts as one with this mean squared error, 100 dB, instead of making the
 # mean over a split infinite.
 _SMALLEST_MSE = 1e-10
 
 
-class Pair(NamedTuple):
-    """Images and their reconstructions.
-
-    Attributes:
-      originals: in the model's value range.
-      reconstructions: likewise, but perhaps beyond it.
-      unit_originals: mapped to [0, 1].
-      unit_reconstructions: mapped to [0, 1] and clipped to it.
-    """
-
-    originals: Images
-    reconstructions: Images
-    unit_originals: Images
-    unit_reconstructions: Images
-
-
 class Metric(NamedTuple):
     """Attributes:
-    of_images: maps a pair to the metric of each image, [batch].
+    of_images: maps (pair, its images in [0, 1], its reconstructions clipped to [0, 1]) to the
+      metric of each image, [batch].
     finish: maps the mean over a split's images to the figure that is reported.
     title: of its column in a table.
     digits: how a table formats it.
     """
 
-    of_images: Callable[[Pair], Float[Array, "batch"]]
+    of_images: Callable[[Pair, Images, Images], Float[Array, "batch"]]
     finish: Callable[[float], float]
     title: str
     digits: str
@@ -62,28 +49,26 @@ def _mean(mean: float) -> float:
 
 
 METRICS: dict[str, Metric] = {
-    "reconstruction_loss": Metric(
-        lambda pair: mse(pair.originals, pair.reconstructions), _mean, "MSE", ".5f"
-    ),
-    "psnr": Metric(
-        lambda pair: psnr(pair.unit_originals, pair.unit_reconstructions), _mean, "PSNR", ".2f"
-    ),
-    "ssim": Metric(
-        lambda pair: ssim(pair.unit_originals, pair.unit_reconstructions), _mean, "SSIM", ".3f"
-    ),
+    "mse": Metric(lambda pair, *_: objective.mse(pair), _mean, "MSE", ".5f"),
+    "psnr": Metric(lambda _, *images: psnr(*images), _mean, "PSNR", ".2f"),
+    "ssim": Metric(lambda _, *images: ssim(*images), _mean, "SSIM", ".3f"),
 }
 
 
 def sums(pair: Pair, mask: Bool[Array, "batch"]) -> dict[str, Float[Array, ""]]:
-    """The sum of each metric over the images that the mask lets count."""
-    return {name: jnp.sum(m.of_images(pair), where=mask) for name, m in METRICS.items()}
+    """Sums each metric over the images that the mask lets count."""
+    images, reconstructions = pair.unit()
+    reconstructions = jnp.clip(reconstructions, 0.0, 1.0)
+    return {
+        name: jnp.sum(metric.of_images(pair, images, reconstructions), where=mask)
+        for name, metric in METRICS.items()
+    }
 
 
 def finish(totals: Mapping[str, float], num_images: int) -> dict[str, float]:
-    """The figures of a split, from the sums of metrics and losses over its images."""
+    """Makes the figures of a split from the sums of metrics and losses over its images."""
     means = {name: total / num_images for name, total in totals.items()}
-    finished = {
+    return {
         name: METRICS[name].finish(mean) if name in METRICS else mean
         for name, mean in means.items()
     }
-    return {"loss": means["reconstruction_loss"] + means["quantizer_loss"], **finished}

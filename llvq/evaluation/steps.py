@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, UInt8
 from llvq.evaluation import metrics
 from llvq.models import VQVAE
 from llvq.runtime import sharding
+from llvq.training.objective import Objective
 from llvq.training.train_state import TrainState
 from llvq.usage.counting import CodeCounts, count_codes
 
@@ -39,39 +40,32 @@ class Steps(NamedTuple):
 
 
 def measure_images(
-    model: VQVAE, images: Images, mask: Mask
-) -> tuple[dict[str, Float[Array, ""]], Int[Array, "batch h w ..."]]:
-    """Sums of metrics and quantizer losses over the images that count, and the codes of all."""
-    outputs, codes, losses = model(model.to_floats(model.pack(images)), mask=mask)
-    sums = metrics.sums(_pair(model, images, outputs), mask)
+    model: VQVAE, objective: Objective, images: Images, mask: Mask
+) -> tuple[dict[str, Float[Array, ""]], Int[Array, "batch ..."]]:
+    """Sums metrics and losses over the images that count; also returns the codes of all."""
+    _, means, pair = objective(model, images, mask=mask)
     count = mask.sum()
-    return sums | {name: loss * count for name, loss in losses.items()}, codes
+    losses = {name: mean * count for name, mean in means.items()}
+    return losses | metrics.sums(pair, mask), pair.codes
 
 
-def _pair(model: VQVAE, images: Images, outputs: Float[Array, "batch h w c"]) -> metrics.Pair:
-    originals = model.to_floats(images)
-    reconstructions = model.unpack(outputs).astype(originals.dtype)
-    return metrics.Pair(
-        originals, reconstructions, model.to_unit(originals), model.to_unit(reconstructions)
-    )
-
-
-def make_steps(graphdef: nnx.GraphDef[VQVAE], mesh: Mesh) -> Steps:
-    """The steps of a model.
+def make_steps(graphdef: nnx.GraphDef[VQVAE], objective: Objective, mesh: Mesh) -> Steps:
+    """Makes the steps of a model.
 
     Args:
-      graphdef: the model's structure (see `train_state.split`), fitted to the mesh.
+      graphdef: the model's structure (see `factory.split`), fitted to the mesh.
+      objective: what is minimised in training.
       mesh: the devices.
     """
 
     def load(state: TrainState) -> VQVAE:
-        return nnx.merge(graphdef, state.params, state.statistics)
+        return nnx.merge(graphdef, state.best_params, state.statistics)
 
     def metrics_step(
         state: TrainState, images: Images, mask: Mask, levels: Levels
     ) -> tuple[dict[str, Float[Array, ""]], CodeCounts]:
         model = load(state)
-        sums, codes = measure_images(model, images, mask)
+        sums, codes = measure_images(model, objective, images, mask)
         width = model.quantizer.code_width
         return sums, count_codes(codes, mask, levels, code_width=width, mesh=mesh)
 
@@ -79,10 +73,8 @@ def make_steps(graphdef: nnx.GraphDef[VQVAE], mesh: Mesh) -> Steps:
         state: TrainState, images: Images
     ) -> tuple[Float[Array, "..."], Float[Array, "..."], dict[str, Array]]:
         model = load(state)
-        outputs, codes, _ = model(model.pack(images))
-        pair = _pair(model, images, outputs)
-        histograms = model.quantizer.histograms(codes)
-        return pair.unit_originals, pair.unit_reconstructions, histograms
+        pair = model.pair(images)
+        return *pair.unit(), model.quantizer.histograms(pair.codes)
 
     whole, by_device = sharding.replicated(mesh), sharding.device_sharded(mesh)
     jit = functools.partial(jax.jit, compiler_options=sharding.compiler_options(mesh))

@@ -23,17 +23,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def check_activation(argument: str, name: str) -> str:
-    """Returns the name of an activation.
-
-    Raises:
-      ValueError: if there is none of that name; the message names the argument.
-    """
-    if name not in ACTIVATIONS:
-        raise ValueError(f"{argument}={name!r}: must be one of {', '.join(ACTIVATIONS)}")
-    return name
-
-
 def _uniform(fan_in: int) -> nnx.Initializer:
     bound = 1.0 / math.sqrt(fan_in)
     return lambda key, shape, dtype, *_: jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -50,8 +39,9 @@ class Conv(nnx.Module):
     """A convolution padded so that the output has 1/strides of the input's height and width.
 
     Attributes:
+      features: the number of output channels.
       scale: the height of the output over that of the network's latents.
-      packing: how the network's latents are packed (see `VQVAE`); None if images are not packed.
+      packing: how the network's latents are packed; None if images are not packed.
     """
 
     def __init__(
@@ -71,6 +61,7 @@ class Conv(nnx.Module):
         shape = (kernel_size, kernel_size, in_features, out_features)
         self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(init(rngs.params(), shape[-1:], param_dtype)) if use_bias else None
+        self.features = out_features
         self.strides = strides
         self.scale = scale
         self.packing: int | None = None
@@ -89,7 +80,7 @@ class ConvTranspose(nnx.Module):
 
     Attributes:
       scale: the height of the input over that of the network's latents.
-      packing: how the network's latents are packed (see `VQVAE`); None if images are not packed.
+      packing: how the network's latents are packed; None if images are not packed.
     """
 
     def __init__(

@@ -62,6 +62,22 @@ def unpack(
     return depth_to_space(x, packing)
 
 
+def pack_vectors(
+    x: Shaped[Array, "batch height width ..."], packing: int
+) -> Shaped[Array, "batch h w block ..."]:
+    """Latents or codes in blocks: [batch, height / packing, width / packing, packing², ...]."""
+    packed = space_to_depth(x.reshape(*x.shape[:3], -1), packing)
+    return packed.reshape(*packed.shape[:3], packing**2, *x.shape[3:])
+
+
+def unpack_vectors(
+    x: Shaped[Array, "batch h w block ..."], packing: int
+) -> Shaped[Array, "batch height width ..."]:
+    """The inverse of `pack_vectors`."""
+    plain = depth_to_space(x.reshape(*x.shape[:3], -1), packing)
+    return plain.reshape(*plain.shape[:3], *x.shape[4:])
+
+
 def conv_packed(
     x: _Images,
     kernel: _Kernel,

@@ -1,11 +1,16 @@
-"""The contract that every quantizer keeps.
+"""Contract of all quantizers.
 
-    quantized, codes, losses = quantizer(latents)
+    quantized, codes, loss, metrics = quantizer(latents)
 
-`latents` are [..., latent_dim]. `codes` are int32, and `quantizer.lookup(codes)` is `quantized`
-again, in param_dtype, unless a lattice trains with noise. The gradient of `quantized` passes to
-`latents` by the straight-through estimator. `losses` are scalars: add "quantizer_loss" to the loss
-that you minimise, the others are its parts.
+`latents` are [..., latent_dim]. `codes` are int32, and `quantizer.lookup(codes)` reconstructs
+`quantized`, in param_dtype, unless a lattice trains with noise. The gradient of `quantized` passes
+to `latents` by the straight-through estimator. `loss` is a scalar: add it to the objective.
+
+`metrics` are scalars to log. Parts of the loss, each before its weight, are `codebook_loss`,
+`commitment_loss`, `entropy`, `batch_entropy`, `basis_l1` and `rate`. Diagnostics, which no weight
+brings into the loss, are `distortion`, `second_moment`, `active_dimensions`, and `rate_N` and
+`distortion_N` of a lattice of several rates.
+
 `quantized` has the dtype of `latents`, but all arithmetic is in float32 at least: lattice codes
 reach 1e7.
 """
@@ -13,7 +18,7 @@ reach 1e7.
 import abc
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,7 +35,31 @@ CODEBOOK_SIZE = 512
 CommitmentCost = Annotated[float, Number(0)]
 COMMITMENT_COST = 0.25
 
-Losses = dict[str, Float[Array, ""]]
+Metrics = dict[str, Float[Array, ""]]
+
+
+class Statistic(nnx.Variable[Array]):
+    """A variable learned without gradients, such as a moving average or an EMA codebook."""
+
+
+class Frozen(nnx.Variable[Array]):
+    """A variable that is drawn once and never changes."""
+
+
+class QuantizerOutput(NamedTuple):
+    """Result of a quantizer's call.
+
+    Attributes:
+      quantized: in the latents' shape and dtype.
+      codes: int32 [batch, ..., *code_shape].
+      loss: the scalar to add to the objective; 0 where there is none.
+      metrics: scalars by name.
+    """
+
+    quantized: Float[Array, "batch ... latent_dim"]
+    codes: Int[Array, "batch ..."]
+    loss: Float[Array, ""]
+    metrics: Metrics
 
 
 class Quantizer(nnx.Module):
@@ -40,80 +69,81 @@ class Quantizer(nnx.Module):
     code_shape: tuple[int, ...]
     """The shape of one latent vector's code: () for an index, (n,) for n integers."""
     levels: tuple[int, ...] | None = None
-    """How many values each integer of a code takes, from 0 on; None if any int32 is possible."""
+    """The number of values of each integer of a code, from 0 on; None if any int32 is possible."""
     param_dtype: DTypeLike
-
-    default_latent_dim = 64
-    """The latent_dim of a config that names none, if the options do not determine it."""
-    loss_warmup: float = 0.0
-    """The share of a training over which the weight of `quantizer_loss` rises from 0 to 1."""
-    learns_without_gradients = False
-    """Whether it learns from `update_statistics` instead of gradients; see the recipe `paper`."""
+    """The dtype of parameters and arithmetic."""
+    num_shares: int = 1
+    """Into how many equal parts the devices split a batch."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Constructors check the options that are annotated with a range."""
+        """Makes constructors check the options that are annotated with a range."""
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
             setattr(cls, "__init__", checked(cls.__init__))  # noqa: B010
 
     @classmethod
     def fixed_latent_dim(cls, options: Mapping[str, Any]) -> int | None:
-        """The latent_dim that the constructor's options determine; None if it takes any."""
+        """Returns the latent_dim that these options determine, or None if any is possible.
+
+        Args:
+          options: of the constructor, all of them.
+        """
         del options
         return None
 
     @classmethod
     def latent_dim_unit(cls, options: Mapping[str, Any]) -> int:
-        """What latent_dim has to be a multiple of, for the constructor's options."""
+        """Returns the number of which latent_dim must be a multiple, given these options."""
         del options
         return 1
 
     @property
     def code_width(self) -> int:
-        """How many integers make up the code of one latent vector."""
+        """The number of integers in the code of one latent vector."""
         return math.prod(self.code_shape)
 
     @property
     def num_codes(self) -> int | None:
-        """How many different codes there are; None if there is no limit, as for lattices."""
+        """The number of different codes; None if there is no limit, as for lattices."""
         return None if self.levels is None else math.prod(self.levels)
 
     @abc.abstractmethod
     def quantize(
         self, latents: Float[Array, "... latent_dim"]
     ) -> tuple[Float[Array, "... latent_dim"], Int[Array, "..."]]:
-        """The quantized latents and their codes; differentiable in the quantizer's parameters."""
+        """Returns (quantized latents, codes), differentiable in the quantizer's parameters."""
 
     @abc.abstractmethod
     def lookup(self, codes: Int[Array, "..."]) -> Float[Array, "... latent_dim"]:
-        """The quantized latents of given codes."""
+        """Returns the quantized latents of codes."""
 
     def losses(
         self,
         latents: Float[Array, "... latent_dim"],
         quantized: Float[Array, "... latent_dim"],
         where: Bool[Array, "..."] | None,
-    ) -> Losses:
-        """The quantizer's loss and its parts.
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Returns (loss, metrics); by default there is no loss.
 
         Args:
           latents: as `prepare` returns them.
-          quantized: what `quantize` makes of them.
+          quantized: as `quantize` returns them.
           where: the latents that count, in a shape that broadcasts; None if all do.
         """
-        raise NotImplementedError
+        del latents, quantized, where
+        return jnp.zeros((), self.param_dtype), {}
 
     def prepare(self, latents: Float[Array, "... latent_dim"]) -> Float[Array, "... latent_dim"]:
         """Transforms the latents before they are quantized, differentiably."""
         return latents
 
-    def initialise(
+    def initialize(
         self,
         latents: Float[Array, "... latent_dim"],
         mask: Bool[Array, "batch"] | None,
         key: Key[Array, ""] | None,
     ) -> None:
-        """Sees each training batch before it is quantized, for an initialisation from the first."""
+        """Sees every training batch before it is quantized; may initialize from the first."""
         del latents, mask, key
 
     def update_statistics(
@@ -123,7 +153,7 @@ class Quantizer(nnx.Module):
         mask: Bool[Array, "batch"] | None,
         key: Key[Array, ""] | None,
     ) -> None:
-        """Learns from a training batch by other means than gradients, if the quantizer does."""
+        """Sees every training batch after it is quantized; may learn without gradients."""
         del latents, codes, mask, key
 
     def forward(
@@ -133,23 +163,26 @@ class Quantizer(nnx.Module):
         train: bool,
         mask: Bool[Array, "batch"] | None,
         key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "batch ... latent_dim"], Int[Array, "batch ..."], Losses]:
-        """As `__call__`, for prepared latents in param_dtype and without the gradient to them."""
+    ) -> QuantizerOutput:
+        """Does what `__call__` does, for prepared latents in param_dtype.
+
+        `quantized` comes without the gradient to the latents, which `pass_gradient` adds.
+        """
         if train:
-            self.initialise(jax.lax.stop_gradient(latents), mask, key)
+            self.initialize(jax.lax.stop_gradient(latents), mask, key)
         quantized, codes = self.quantize(latents)
         where = None if mask is None else by_example(mask, latents)
-        losses = self.losses(latents, quantized, where)
+        loss, metrics = self.losses(latents, quantized, where)
         if train:
             self.update_statistics(jax.lax.stop_gradient(latents), codes, mask, key)
-        return quantized, codes, losses
+        return QuantizerOutput(quantized, codes, loss, metrics)
 
     def pass_gradient(
         self,
         quantized: Float[Array, "... latent_dim"],
         latents: Float[Array, "... latent_dim"],
     ) -> Float[Array, "... latent_dim"]:
-        """The quantized latents, with a gradient with respect to the latents."""
+        """Gives the quantized latents a gradient with respect to the latents."""
         return straight_through(quantized, latents)
 
     def __call__(
@@ -159,18 +192,15 @@ class Quantizer(nnx.Module):
         train: bool = False,
         mask: Bool[Array, "batch"] | None = None,
         key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "batch ... latent_dim"], Int[Array, "batch ..."], Losses]:
+    ) -> QuantizerOutput:
         """Quantizes latents.
 
         Args:
           latents: [batch, ..., latent_dim].
-          train: whether to update what is learned without gradients. An initialisation from the
+          train: whether to update what is learned without gradients. An initialization from the
             first batch takes effect in this call, every other update in the next one.
-          mask: [batch], the examples that count in losses and statistics; all by default.
-          key: for what is random in training. Only some options need one.
-
-        Returns:
-          (quantized, codes, losses).
+          mask: [batch], the examples that count in loss, metrics and statistics; all by default.
+          key: the random key of a training call. Only some options need one.
 
         Raises:
           ValueError: if the last axis of `latents` is not latent_dim long, or if an option needs a
@@ -183,20 +213,23 @@ class Quantizer(nnx.Module):
             )
         dtype = latents.dtype
         latents = self.prepare(jnp.asarray(latents, self.param_dtype))
-        quantized, codes, losses = self.forward(latents, train=train, mask=mask, key=key)
-        return self.pass_gradient(quantized, latents).astype(dtype), codes, losses
+        output = self.forward(latents, train=train, mask=mask, key=key)
+        quantized = self.pass_gradient(output.quantized, latents)
+        return output._replace(quantized=quantized.astype(dtype))
 
     def code_length(self, points: Float[Array, "... latent_dim"]) -> Float[Array, "..."] | None:
-        """The bits of quantized latents under a density that the quantizer learns, if it does."""
+        """Returns the bits of quantized latents under the quantizer's learned density, or None."""
         del points
         return None
 
     def histograms(self, codes: Int[Array, "..."]) -> dict[str, Array]:
-        """Arrays whose distribution is worth watching, by name, given the codes of some images."""
+        """Returns arrays to log as histograms, by name, given the codes of some images."""
         return {"codes": codes}
 
     def codes_to_indices(self, codes: Int[Array, "..."]) -> Int[Array, "..."]:
-        """One index from 0 to num_codes − 1 per latent vector; the first integer varies fastest.
+        """Flattens codes to one index per latent vector, from 0 to num_codes − 1.
+
+        The first integer of a code varies fastest.
 
         The −1 of a stage that `ResidualVQ` dropped in training has no index.
 
@@ -207,8 +240,8 @@ class Quantizer(nnx.Module):
             return codes
         return jnp.sum(codes * self._place_values(), axis=-1, dtype=jnp.int32)
 
-    def indices_to_codes(self, indices: Int[Array, "..."]) -> Int[Array, "..."]:
-        """The codes of indices; the inverse of `codes_to_indices`.
+    def unflatten_codes(self, indices: Int[Array, "..."]) -> Int[Array, "..."]:
+        """Returns the codes of indices: the inverse of `codes_to_indices`.
 
         Raises:
           ValueError: if the quantizer has 2³¹ codes or more.
@@ -228,14 +261,14 @@ class Quantizer(nnx.Module):
 
 
 def by_example(mask: Bool[Array, "batch"], like: Array) -> Bool[Array, "batch ..."]:
-    """A mask of examples in a shape that broadcasts with an array [batch, ...]."""
+    """Reshapes a mask of examples to broadcast with an array [batch, ...]."""
     return mask.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def both(
     mask: Bool[Array, "batch"] | None, other: Bool[Array, "batch"] | None
 ) -> Bool[Array, "batch"] | None:
-    """The examples in two masks; None stands for all."""
+    """Intersects two masks of examples; None stands for all."""
     if mask is None or other is None:
         return other if mask is None else mask
     return mask & other
@@ -244,12 +277,12 @@ def both(
 def straight_through(
     quantized: Float[Array, "..."], latents: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """`quantized`, with the gradient of `latents`."""
+    """Returns `quantized`, with the gradient of `latents`."""
     return jax.lax.stop_gradient(quantized) + (latents - jax.lax.stop_gradient(latents))
 
 
 def mean(values: Float[Array, "..."], where: Bool[Array, "..."] | None) -> Float[Array, ""]:
-    """The mean of the values that count; 0 if none does."""
+    """Averages the values that count; 0 if none does."""
     if where is None:
         return jnp.mean(values)
     # Counted before it is broadcast: the number of elements may exceed an int32.
@@ -262,10 +295,10 @@ def distances(
     quantized: Float[Array, "..."],
     where: Bool[Array, "..."] | None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(codebook loss, commitment loss): the same value, a mean of squares over all elements.
+    """Returns (codebook loss, commitment loss), two means of squares of the same value.
 
-    The first one's gradient moves the quantizer towards the latents, the second one's the latents
-    towards the quantizer (van den Oord et al. 2017, eq. 3).
+    The gradient of the first moves the quantizer towards the latents, that of the second the
+    latents towards the quantizer (van den Oord et al. 2017, eq. 3).
     """
     return (
         mean((quantized - jax.lax.stop_gradient(latents)) ** 2, where),
@@ -278,11 +311,8 @@ def codebook_losses(
     quantized: Float[Array, "..."],
     where: Bool[Array, "..."] | None,
     commitment_cost: float,
-) -> Losses:
-    """VQ-VAE's loss: codebook loss + commitment cost × commitment loss."""
+) -> tuple[Float[Array, ""], Metrics]:
+    """Returns (VQ-VAE's loss, its parts): codebook loss + commitment cost × commitment loss."""
     codebook_loss, commitment_loss = distances(latents, quantized, where)
-    return {
-        "quantizer_loss": codebook_loss + commitment_cost * commitment_loss,
-        "codebook_loss": codebook_loss,
-        "commitment_loss": commitment_loss,
-    }
+    parts = {"codebook_loss": codebook_loss, "commitment_loss": commitment_loss}
+    return codebook_loss + commitment_cost * commitment_loss, parts

@@ -1,4 +1,4 @@
-"""The common part of LFQ and BSQ: codes of bits, and the entropies of softly assigned bits.
+"""Base class of LFQ and BSQ: codes of bits, and the entropies of softly assigned bits.
 
 A latent z belongs to the code c with probability p(c|z) ∝ exp(−‖z − c‖² / τ). For codes in {±a}ᵈ
 that is a product over the coordinates: bit i is set with probability σ(4·a·zᵢ / τ). The BSQ paper
@@ -34,7 +34,7 @@ class BinaryQuantizer(Quantizer):
     def logits(
         self, latents: Float[Array, "... num_bits"], temperature: float
     ) -> Float[Array, "... num_bits"]:
-        """The log odds of each bit."""
+        """Returns the log odds of each bit."""
         return (4.0 * self.scale / temperature) * latents
 
 
@@ -42,7 +42,7 @@ class BinaryQuantizer(Quantizer):
 def _probabilities(
     logits: Float[Array, "..."],
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """The probabilities that a bit is 1 and that it is 0, without cancellation."""
+    """Returns the probabilities that a bit is 1 and that it is 0, without cancellation."""
     odds = jnp.exp(-jnp.abs(logits))  # of the less likely value
     likely = 1 / (1 + odds)
     unlikely = odds * likely
@@ -59,7 +59,7 @@ def _(primals: Any, tangents: Any) -> Any:
 
 @jax.custom_jvp
 def _entropies(logits: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The entropy of each bit, in nats."""
+    """Returns the entropy of each bit, in nats."""
     unlikely = jnp.minimum(*_probabilities(logits))
     return jnp.abs(logits) * unlikely - jnp.log1p(-unlikely)
 
@@ -74,14 +74,14 @@ def _(primals: Any, tangents: Any) -> Any:
 def mean_entropy(
     logits: Float[Array, "... num_bits"], where: Bool[Array, "..."] | None
 ) -> Float[Array, ""]:
-    """E[H(p(c|z))] in nats, the mean over the latents of the entropy of their bits."""
+    """Returns E[H(p(c|z))] in nats, the mean over the latents of the entropy of their bits."""
     return logits.shape[-1] * mean(_entropies(logits), where)
 
 
 def entropy_of_mean(
-    logits: Float[Array, "... num_bits"], where: Bool[Array, "..."] | None, *, factorised: bool
+    logits: Float[Array, "... num_bits"], where: Bool[Array, "..."] | None, *, factorized: bool
 ) -> Float[Array, ""]:
-    """H(E[p(c|z)]) in nats: how evenly a batch uses the codes.
+    """Returns H(E[p(c|z)]) in nats: how evenly a batch uses the codes.
 
     The derivative of Σ p·log p is Σ (log p + 1)·dp, of which the 1 cancels, since Σ p is constant.
     Holding the logarithms constant leaves out what cancels, and its rounding errors with it.
@@ -89,13 +89,13 @@ def entropy_of_mean(
     Args:
       logits: of the bits.
       where: the latents that count, [batch, 1, ..., 1].
-      factorised: whether to add up the entropies of the single bits, which is an upper bound,
+      factorized: whether to add up the entropies of the single bits, which is an upper bound,
         instead of going over all 2 ** num_bits codes.
     """
     weights = jnp.ones((*logits.shape[:-1], 1), logits.dtype)
     weights = weights if where is None else weights * where
     total = jnp.maximum(jnp.sum(weights), 1)
-    if factorised:
+    if factorized:
         axes = tuple(range(logits.ndim - 1))
         means = [
             jnp.sum(weights * values, axis=axes) / total
@@ -120,7 +120,7 @@ def entropy_of_mean(
 
 
 def _joint(logits: Float[Array, "... bits"]) -> Float[Array, "... codes"]:
-    """The probabilities of all combinations of some bits."""
+    """Returns the probabilities of all combinations of bits."""
     joint = jnp.ones((*logits.shape[:-1], 1), logits.dtype)
     for bit in range(logits.shape[-1]):
         one, zero = _probabilities(logits[..., bit : bit + 1])

@@ -10,16 +10,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from llvq.fields import Integer, Number
-from llvq.quantizers.base import Losses
+from llvq.quantizers.base import Metrics
 from llvq.quantizers.binary import BinaryQuantizer, entropy_of_mean, mean_entropy
-from llvq.quantizers.codebook import normalise
+from llvq.quantizers.codebook import normalize
 
 
 class BSQ(BinaryQuantizer):
-    """Binary spherical quantization: normalises a latent, then takes each coordinate to ±1/√L.
+    """Binary spherical quantization: normalizes a latent, then maps each coordinate to ±1/√L.
 
     A latent has L = num_bits entries. Codes are bits: int32 [batch, ..., num_bits], 0 or 1. The
-    quantizer has no parameters. The entropy loss E[H(p(c|u))] − H(E[p(c|u)]) of the normalised
+    quantizer has no parameters. The entropy loss E[H(p(c|u))] − H(E[p(c|u)]) of the normalized
     latents u adds up the single bits' entropies (paper, section 4). Since the error is bounded,
     there is no commitment loss.
     """
@@ -45,7 +45,7 @@ class BSQ(BinaryQuantizer):
         return options["num_bits"]
 
     def prepare(self, latents: Float[Array, "... num_bits"]) -> Float[Array, "... num_bits"]:
-        return normalise(latents)
+        return normalize(latents)
 
     def quantize(
         self, latents: Float[Array, "... num_bits"]
@@ -58,13 +58,10 @@ class BSQ(BinaryQuantizer):
         latents: Float[Array, "... num_bits"],
         quantized: Float[Array, "... num_bits"],
         where: Bool[Array, "..."] | None,
-    ) -> Losses:
+    ) -> tuple[Float[Array, ""], Metrics]:
         del quantized
         logits = self.logits(latents, self.temperature)
         entropy = mean_entropy(logits, where)
-        batch_entropy = entropy_of_mean(logits, where, factorised=True)
-        return {
-            "quantizer_loss": self.entropy_weight * (entropy - batch_entropy),
-            "entropy": entropy,
-            "batch_entropy": batch_entropy,
-        }
+        batch_entropy = entropy_of_mean(logits, where, factorized=True)
+        loss = self.entropy_weight * (entropy - batch_entropy)
+        return loss, {"entropy": entropy, "batch_entropy": batch_entropy}

@@ -1,8 +1,8 @@
-"""The common part of quantizers with a codebook: options, initialisation, restarts."""
+"""Base classes of quantizers with a codebook: options, initialization, restarts."""
 
 import abc
 import functools
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 from flax import nnx
@@ -10,10 +10,11 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from llvq.fields import Choice, Number
+from llvq.fields import Number
 from llvq.quantizers.base import (
-    Losses,
+    Metrics,
     Quantizer,
+    Statistic,
     by_example,
     codebook_losses,
     straight_through,
@@ -21,17 +22,17 @@ from llvq.quantizers.base import (
 from llvq.quantizers.codebook_search import nearest, sums_by_code
 
 # Options of these quantizers. The defaults are those of van den Oord et al. 2017.
-Distance = Annotated[str, Choice("euclidean", "cosine")]
-Gradient = Annotated[str, Choice("straight_through", "rotation")]
-Initialisation = Annotated[str, Choice("random", "batch")]
+Distance = Literal["euclidean", "cosine"]
+Gradient = Literal["straight_through", "rotation"]
+Initialization = Literal["random", "batch"]
 RestartThreshold = Annotated[float, Number(0, 1)]
 
-_SMALLEST_LENGTH = 1e-12  # of a vector that is normalised; shorter ones stay near 0
+_SMALLEST_LENGTH = 1e-12  # of a vector that is normalized; shorter ones stay near 0
 _KMEANS_ITERATIONS = 10
 
 
-def normalise(vectors: Float[Array, "... width"]) -> Float[Array, "... width"]:
-    """Vectors of length 1; 0 stays 0."""
+def normalize(vectors: Float[Array, "... width"]) -> Float[Array, "... width"]:
+    """Scales vectors to length 1; 0 stays 0."""
     squares = jnp.sum(vectors**2, axis=-1, keepdims=True)
     return vectors * jax.lax.rsqrt(jnp.maximum(squares, _SMALLEST_LENGTH**2))
 
@@ -39,14 +40,14 @@ def normalise(vectors: Float[Array, "... width"]) -> Float[Array, "... width"]:
 def rotate(
     quantized: Float[Array, "... width"], latents: Float[Array, "... width"]
 ) -> Float[Array, "... width"]:
-    """`quantized`, with the gradient of the rotation trick (Fifty et al. 2024, arXiv 2410.06424).
+    """Gives `quantized` the gradient of the rotation trick (Fifty et al. 2024, arXiv 2410.06424).
 
     The gradient is that of λ·R·latents. R rotates each latent to the direction of its quantized
     vector, and λ is the ratio of their lengths; both are held constant.
     """
     latents_held, quantized = jax.lax.stop_gradient((latents, quantized))
-    start, end = normalise(latents_held), normalise(quantized)
-    bisector = normalise(start + end)
+    start, end = normalize(latents_held), normalize(quantized)
+    bisector = normalize(start + end)
     along = functools.partial(jnp.sum, axis=-1, keepdims=True)
     lengths = [jnp.sqrt(along(x**2)) for x in (quantized, latents_held)]
     ratio = lengths[0] / jnp.maximum(lengths[1], _SMALLEST_LENGTH)
@@ -62,13 +63,13 @@ def draw(
     *,
     distinct: bool,
 ) -> Float[Array, "count width"]:
-    """Some of a batch's latents, drawn uniformly.
+    """Draws latents of a batch uniformly.
 
     Args:
       latents: [batch, ..., width].
-      mask: [batch], the examples to draw from; all by default.
-      key: decides which.
-      count: how many are drawn.
+      mask: [batch], the examples to draw from; all if None.
+      key: the random key.
+      count: how many to draw.
       distinct: whether to draw without replacement, which needs a sort of all latents. If `count`
         exceeds their number, latents repeat.
     """
@@ -93,7 +94,7 @@ def sums_and_counts(
     codebook_size: int,
     num_shares: int = 1,
 ) -> tuple[Float[Array, "codes width"], Float[Array, "codes"]]:
-    """(sums, counts) of the latents of each code; see `sums_by_code`."""
+    """Returns (sums, counts) of the latents of each code; see `sums_by_code`."""
     # The last column counts the latents.
     ones = jnp.ones((*latents.shape[:-1], 1), latents.dtype)
     values = jnp.append(latents, ones, axis=-1)
@@ -115,7 +116,7 @@ class CodebookQuantizer(Quantizer):
 
     @abc.abstractmethod
     def points(self) -> Float[Array, "codes latent_dim"]:
-        """The vectors that latents are replaced by."""
+        """Returns the codebook vectors."""
 
     def quantize(
         self, latents: Float[Array, "... latent_dim"]
@@ -132,7 +133,7 @@ class CodebookQuantizer(Quantizer):
         latents: Float[Array, "... latent_dim"],
         quantized: Float[Array, "... latent_dim"],
         where: Bool[Array, "..."] | None,
-    ) -> Losses:
+    ) -> tuple[Float[Array, ""], Metrics]:
         return codebook_losses(latents, quantized, where, self.commitment_cost)
 
     def histograms(self, codes: Int[Array, "..."]) -> dict[str, Array]:
@@ -144,9 +145,9 @@ class LearnedCodebook(CodebookQuantizer):
 
     Attributes:
       distance: "euclidean" or "cosine"; with the latter, latents and codebook vectors are
-        normalised before anything else (Yu et al. 2022, arXiv 2110.04627).
+        normalized before anything else (Yu et al. 2022, arXiv 2110.04627).
       gradient: "straight_through" or "rotation"; see `rotate`.
-      initialisation: "random", or "batch" for k-means on the first training batch
+      initialization: "random", or "batch" for k-means on the first training batch
         (Zeghidour et al. 2021, arXiv 2107.03312).
       restart_threshold: the number of latents per vector is tracked as a moving average. A vector
         whose average falls below this fraction of the codebook's mean is dead. After a training
@@ -155,7 +156,7 @@ class LearnedCodebook(CodebookQuantizer):
     """
 
     codebook: nnx.Variable[Array]  # [codebook_size, latent_dim]
-    cluster_size: nnx.BatchStat[Array] | None  # [codebook_size], the moving averages, if needed
+    cluster_size: Statistic | None  # [codebook_size], the moving averages, if needed
 
     def _set_up(
         self,
@@ -165,7 +166,7 @@ class LearnedCodebook(CodebookQuantizer):
         commitment_cost: float,
         distance: str,
         gradient: str,
-        initialisation: str,
+        initialization: str,
         restart_threshold: float,
         param_dtype: DTypeLike,
     ) -> None:
@@ -176,17 +177,17 @@ class LearnedCodebook(CodebookQuantizer):
         self.gradient = gradient
         self.restart_threshold = restart_threshold
         self.param_dtype = param_dtype
-        self.num_shares = 1
+        # Saved checkpoints have this name.
         self.is_initialised = (
-            nnx.BatchStat(jnp.zeros((), param_dtype)) if initialisation == "batch" else None
+            Statistic(jnp.zeros((), param_dtype)) if initialization == "batch" else None
         )
 
     def points(self) -> Float[Array, "codes latent_dim"]:
         codebook = self.codebook[...]
-        return normalise(codebook) if self.distance == "cosine" else codebook
+        return normalize(codebook) if self.distance == "cosine" else codebook
 
     def prepare(self, latents: Float[Array, "... latent_dim"]) -> Float[Array, "... latent_dim"]:
-        return normalise(latents) if self.distance == "cosine" else latents
+        return normalize(latents) if self.distance == "cosine" else latents
 
     def pass_gradient(
         self,
@@ -195,7 +196,7 @@ class LearnedCodebook(CodebookQuantizer):
     ) -> Float[Array, "... latent_dim"]:
         return (rotate if self.gradient == "rotation" else straight_through)(quantized, latents)
 
-    def initialise(
+    def initialize(
         self,
         latents: Float[Array, "batch ... latent_dim"],
         mask: Bool[Array, "batch"] | None,
@@ -204,7 +205,7 @@ class LearnedCodebook(CodebookQuantizer):
         if self.is_initialised is None:
             return
         if key is None:
-            raise ValueError("initialisation='batch' needs a key in training")
+            raise ValueError("initialization='batch' needs a key in training")
         codebook_size = len(self.codebook[...])
         is_first = self.is_initialised[...] == 0
         mean_count = jnp.asarray(latents.size / latents.shape[-1] / codebook_size, latents.dtype)

@@ -1,4 +1,4 @@
-"""Codebooks searched, and values added up by code, in blocks of the codebook."""
+"""Searches codebooks, and adds values up by code, in blocks of the codebook."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ _BLOCK_SIZE = 256
 
 
 def _blocks(codebook_size: int) -> tuple[int, int]:
-    """How many blocks of at most _BLOCK_SIZE vectors make up a codebook, and how many each has."""
+    """Returns (number of blocks, vectors per block) of a codebook, at most _BLOCK_SIZE each."""
     num_blocks = -(-codebook_size // _BLOCK_SIZE)
     return num_blocks, -(-codebook_size // num_blocks)
 
@@ -24,7 +24,7 @@ def _blocks(codebook_size: int) -> tuple[int, int]:
 def nearest(
     latents: Float[Array, "... latent_dim"], codebook: Float[Array, "codes latent_dim"]
 ) -> Int[Array, "..."]:
-    """The index of the codebook vector nearest to each latent, the lowest one on ties.
+    """Finds the index of the codebook vector nearest to each latent, the lowest one on ties.
 
     The distance is ‖z‖² + ‖e‖² − 2z·e, with all three terms: ‖z‖² is the same for every e, but its
     rounding decides between the many near-zero vectors of a codebook that EMA has let die.
@@ -62,7 +62,7 @@ def nearest(
 
 
 def _argmin_by_comparison(values: Float[Array, "... n"]) -> Int[Array, "..."]:
-    """The argmin, in half of the time that `jnp.argmin` takes a CPU."""
+    """Finds the argmin, in half of the time that `jnp.argmin` takes on a CPU."""
     is_larger = values > jnp.min(values, axis=-1, keepdims=True)
     numbers = jnp.arange(values.shape[-1], dtype=jnp.int32)
     return jnp.min(jnp.where(is_larger, len(numbers), numbers), axis=-1)
@@ -74,7 +74,7 @@ def sums_by_code(
     codebook_size: int,
     num_shares: int = 1,
 ) -> Float[Array, "codes width"]:
-    """The sum, for each index of the codebook, of the values whose code it is.
+    """Adds up, for each index of the codebook, the values that have it as their code.
 
     The values are added in the same order every time.
 
@@ -82,7 +82,7 @@ def sums_by_code(
       codes: [batch, ...], int32.
       values: [batch, ..., width].
       codebook_size: how many codes there are.
-      num_shares: into how many equal parts several devices split the batch. Each part is summed by
+      num_shares: into how many equal parts the devices split the batch. Each part is summed by
         itself first; communication is then needed only once.
     """
     shares = math.gcd(num_shares, len(codes))
@@ -95,7 +95,7 @@ def sums_by_code(
 def _add(
     codebook_size: int, codes: Int[Array, "shares n"], values: Float[Array, "shares n width"]
 ) -> Float[Array, "shares codes width"]:
-    """Adds up each share, one value after the other; on a GPU the order would be random."""
+    """Adds up each share value by value; on a GPU the order would be random."""
     zeros = jnp.zeros((codebook_size, values.shape[-1]), values.dtype)
     return jax.vmap(lambda codes, values: zeros.at[codes].add(values))(codes, values)
 
@@ -103,7 +103,7 @@ def _add(
 def _multiply(
     codebook_size: int, codes: Int[Array, "shares n"], values: Float[Array, "shares n width"]
 ) -> Float[Array, "shares codes width"]:
-    """Adds up each share by a product with one-hot vectors; a CPU takes many times as long."""
+    """Adds up each share by a product with one-hot vectors; on a CPU this is many times slower."""
     num_blocks, block_size = _blocks(codebook_size)
 
     def of_block(first: Int[Array, ""]) -> Float[Array, "shares block width"]:

@@ -8,10 +8,10 @@ import numpy as np
 from flax import nnx
 from jax import numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from llvq.fields import Integer, Several
-from llvq.quantizers.base import Losses, Quantizer
+from llvq.quantizers.base import Quantizer
 
 # The bound stays short of the outermost levels by this share of half the range, as in the paper.
 _MARGIN = 1e-3
@@ -43,7 +43,7 @@ class FSQ(Quantizer):
         return len(options["levels"])
 
     def _half_widths(self) -> Float[np.ndarray, "latent_dim"]:
-        """How many levels lie below 0, for each entry."""
+        """Returns the number of levels below 0, for each entry."""
         return (np.array(self.levels) // 2).astype(self.param_dtype)
 
     def prepare(self, latents: Float[Array, "... latent_dim"]) -> Float[Array, "... latent_dim"]:
@@ -72,12 +72,3 @@ class FSQ(Quantizer):
     def lookup(self, codes: Int[Array, "... latent_dim"]) -> Float[Array, "... latent_dim"]:
         half_widths = self._half_widths()
         return (codes.astype(self.param_dtype) - half_widths) / half_widths
-
-    def losses(
-        self,
-        latents: Float[Array, "... latent_dim"],
-        quantized: Float[Array, "... latent_dim"],
-        where: Bool[Array, "..."] | None,
-    ) -> Losses:
-        del latents, quantized, where
-        return {"quantizer_loss": jnp.zeros((), self.param_dtype)}

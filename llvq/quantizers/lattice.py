@@ -18,7 +18,7 @@ from llvq.quantizers.base import (
     COMMITMENT_COST,
     CodebookSize,
     CommitmentCost,
-    Losses,
+    Metrics,
     Quantizer,
     codebook_losses,
 )
@@ -30,11 +30,11 @@ LARGEST_CODE = 2**30
 
 
 def sparse_basis_bound(codebook_size: int, latent_dim: int) -> float:
-    """B of the sparse lattice: at a spacing of B, a unit cube has codebook_size lattice points."""
+    """Returns the spacing B at which a unit cube has codebook_size lattice points."""
     return 1.0 / (codebook_size ** (1.0 / latent_dim) - 1.0)
 
 
-class LatticeQuantizer(Quantizer):
+class SparseLattice(Quantizer):
     """The sparse lattice: rounds to a coarse, learnable grid.
 
     Codes are the integer coordinates in the lattice basis: int32 [batch, ..., latent_dim].
@@ -78,7 +78,7 @@ class LatticeQuantizer(Quantizer):
         return jnp.where(self.basis[...] < 0, -1.0, 1.0).astype(self.param_dtype)
 
     def effective_basis(self) -> Float[Array, "latent_dim"]:
-        """The basis in use: the parameter, kept at least SMALLEST_BASIS away from zero."""
+        """Returns the basis in use: the parameter, kept at least SMALLEST_BASIS away from zero."""
         basis = self.basis[...]
         return jnp.where(jnp.abs(basis) >= SMALLEST_BASIS, basis, self._sign() * SMALLEST_BASIS)
 
@@ -98,19 +98,18 @@ class LatticeQuantizer(Quantizer):
         latents: Float[Array, "... latent_dim"],
         quantized: Float[Array, "... latent_dim"],
         where: Bool[Array, "..."] | None,
-    ) -> Losses:
-        losses = codebook_losses(latents, quantized, where, self.commitment_cost)
+    ) -> tuple[Float[Array, ""], Metrics]:
+        loss, parts = codebook_losses(latents, quantized, where, self.commitment_cost)
         # The sum is over the parameter, not the basis in use: an entry at zero must still move.
         basis_l1 = jnp.sum(self._sign() * self.basis[...])
-        losses["quantizer_loss"] -= self.gamma * basis_l1
-        return losses | {"basis_l1": basis_l1}
+        return loss - self.gamma * basis_l1, {**parts, "basis_l1": basis_l1}
 
     def histograms(self, codes: Int[Array, "..."]) -> dict[str, Array]:
         del codes
         return {"basis": self.basis[...]}
 
 
-class DenseLatticeQuantizer(LatticeQuantizer):
+class DenseLattice(SparseLattice):
     """The dense lattice: the loss term −γ·Σ|b| with γ < 0 shrinks the basis towards zero.
 
     The basis starts uniform in ±1. The lattice becomes so fine that it hardly quantizes.

@@ -1,4 +1,4 @@
-"""A lattice whose basis is learned whole, in blocks of the latents.
+"""A lattice whose whole basis is learned, in blocks of the latents.
 
 B = U·Σ·Vᵀ, with the rows as basis vectors, as in SALVQ (arXiv 2509.13482) and OLVQ (arXiv
 2411.16119). U and V stay orthogonal because they are Cayley transforms, (1 − A)·(1 + A)⁻¹ of
@@ -54,7 +54,7 @@ class LearnedLattice(RateLattice):
           latent_dim: of the latents, a multiple of `block_size`.
           block_size: entries that share a basis.
           rate_weight: λ, in units of the loss per bit.
-          warmup: the share of the training over which λ rises from 0.
+          warmup: the share of training over which λ rises from 0.
           initial_step: the first length of the basis vectors.
           training: see `RateLattice`.
           param_dtype: of the parameters.
@@ -80,12 +80,12 @@ class LearnedLattice(RateLattice):
         return options["block_size"]
 
     def _factors(self) -> tuple[Array, Array, Array]:
-        """(U, the diagonal of Σ, V)."""
+        """Returns (U, the diagonal of Σ, V)."""
         steps = self.steps().reshape(-1, self.block_size)
         return cayley(self.left[...]), steps, cayley(self.right[...])
 
     def basis(self) -> Float[Array, "blocks n n"]:
-        """The bases; each row is a basis vector."""
+        """Returns the bases; each row is a basis vector."""
         left, steps, right = self._factors()
         return jnp.einsum("bij,bj,bkj->bik", left, steps, right, precision=_PRECISION)
 
@@ -108,7 +108,7 @@ class LearnedLattice(RateLattice):
 
 
 def cayley(matrices: Float[Array, "... n n"]) -> Float[Array, "... n n"]:
-    """Orthogonal matrices, by the Cayley transform of the antisymmetric parts of some matrices."""
+    """Makes orthogonal matrices: Cayley transforms of the matrices' antisymmetric parts."""
     skew = (matrices - jnp.swapaxes(matrices, -1, -2)) / 2
     unit = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
     # (1 − A) and (1 + A)⁻¹ commute.

@@ -24,13 +24,13 @@ _BLOCK_SIZE = 64  # vectors searched at once
 
 
 def _span(generators: Sequence[Sequence[int]]) -> np.ndarray:
-    """The words of a binary code; word i is the sum of the generators that the bits of i name."""
+    """Returns the words of a code; word i is the sum of the generators that i's bits name."""
     bits = np.arange(2 ** len(generators))[:, None] >> np.arange(len(generators)) & 1
     return bits @ np.array(generators) % 2
 
 
 def _hamming(polynomial: Sequence[int]) -> np.ndarray:
-    """The words of a cyclic code of length 7, each with a parity bit."""
+    """Returns the words of a cyclic code of length 7, each with a parity bit."""
     rows = [[0] * shift + [*polynomial] + [0] * (3 - shift) for shift in range(4)]
     return _span([[*row, sum(row) % 2] for row in rows])
 
@@ -39,7 +39,7 @@ _A, _X = _hamming((1, 1, 0, 1)), _hamming((1, 0, 1, 1))
 
 
 def _golay() -> np.ndarray:
-    """[16, 16, 16, 24]: the words of the Golay code, by x, a and b."""
+    """Returns the words of the Golay code by x, a and b: [16, 16, 16, 24]."""
     x, a, b = _X[:, None, None], _A[None, :, None], _A[None, None]
     sections = np.broadcast_arrays(a + x, b + x, a + b + x)
     return np.concatenate(sections, axis=-1) % 2
@@ -49,7 +49,7 @@ GOLAY = _golay()
 
 
 def _make_basis() -> np.ndarray:
-    """[24, 24]: the rows are a basis."""
+    """Returns a basis, [24, 24]; each row is a basis vector."""
     # Bring twelve words that span the code into reduced echelon form.
     words = GOLAY.reshape(-1, LENGTH)
     rows: list[np.ndarray] = []
@@ -69,7 +69,7 @@ def _make_basis() -> np.ndarray:
 
 
 def nearest(vectors: Float[Array, "n 24"]) -> Float[Array, "n 24"]:
-    """The nearest points, by a search of all words of the Golay code in bounded memory."""
+    """Finds the nearest points by a search of all words of the Golay code, in bounded memory."""
     num_blocks = -(-len(vectors) // _BLOCK_SIZE)
     padded = jnp.pad(vectors, ((0, num_blocks * _BLOCK_SIZE - len(vectors)), (0, 0)))
     points = jax.lax.map(_nearest, padded.reshape(num_blocks, _BLOCK_SIZE, LENGTH))
@@ -77,7 +77,7 @@ def nearest(vectors: Float[Array, "n 24"]) -> Float[Array, "n 24"]:
 
 
 def _nearest(vectors: Float[Array, "n 24"]) -> Float[Array, "n 24"]:
-    """The nearest points of a block.
+    """Finds the nearest points of a block.
 
     A word and m fix the residue of each entry modulo 4, and so the two nearest integers. The sum is
     right if an even number of entries (for m = 1, an odd one) is an odd multiple of 4 from its
@@ -124,13 +124,13 @@ _BY_SUM = GOLAY[:, _NUMBERS, _NUMBERS[:, None] ^ _NUMBERS].reshape(-1, len(_A), 
 def _least_sums(
     first: Float[Array, "2 16 n"], second: Float[Array, "2 16 n"]
 ) -> Float[Array, "2 16 n"]:
-    """The least first[i, a] + second[j, b] for each i + j (mod 2) and each a + b in the code."""
+    """Finds the least first[i, a] + second[j, b] for each i + j (mod 2) and each sum a + b."""
     seconds = second.reshape(2, *[2] * 4, -1)
     least = []
     for parity in (0, 1):
         sums = []
         for a, i in itertools.product(range(len(_A)), (0, 1)):
-            # Adding a to all b turns round the axes of the bits that a has.
+            # Adding a to all b reverses the axes of the bits that a has.
             axes = [3 - bit for bit in range(4) if a >> bit & 1]
             sums.append(first[i, a] + jnp.flip(seconds[i ^ parity], axes))
         least.append(functools.reduce(jnp.minimum, sums))
@@ -138,7 +138,7 @@ def _least_sums(
 
 
 def _section_costs(vectors: Float[Array, "n 24"]) -> Float[Array, "2 256 3 2 n"]:
-    """What each section costs, by m, pattern of bits, section and parity of the multiples of 4.
+    """Returns each section's cost by m, pattern of bits, section and parity of the multiples of 4.
 
     For m = 1 the third section's parities are exchanged, so that all three have to add up to 0.
     """
@@ -146,7 +146,7 @@ def _section_costs(vectors: Float[Array, "n 24"]) -> Float[Array, "2 256 3 2 n"]
     multiples, errors = _in_class(vectors.T.reshape(3, _SECTION, -1), residues)
 
     def combine(add: Callable[[Array, Array], Array], terms: Array) -> Array:
-        # By the bits of four entries at a time, one axis for each, the last entry's first.
+        # Four entries at a time: one axis for the bit of each, the last entry's first.
         half = _SECTION // 2
         halves = []
         for first in (0, half):
@@ -166,7 +166,7 @@ def _section_costs(vectors: Float[Array, "n 24"]) -> Float[Array, "2 256 3 2 n"]
 
 
 def _in_class(values: Array, residues: Array | int) -> tuple[Array, Array]:
-    """The multiples of 4 that bring the residues nearest to the values, and the errors left."""
+    """Returns (the multiples of 4 that bring the residues nearest to the values, the errors)."""
     multiples = jnp.round((values - residues) / 4)
     return multiples, values - residues - 4 * multiples
 

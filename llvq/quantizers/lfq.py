@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from llvq.fields import Number, PowerOfTwo
-from llvq.quantizers.base import COMMITMENT_COST, CommitmentCost, Losses, distances
+from llvq.quantizers.base import COMMITMENT_COST, CommitmentCost, Metrics, distances
 from llvq.quantizers.binary import BinaryQuantizer, entropy_of_mean, mean_entropy
 
 # Up to this codebook size the entropy of the mean goes over all codes.
@@ -61,14 +61,15 @@ class LFQ(BinaryQuantizer):
         latents: Float[Array, "... num_bits"],
         quantized: Float[Array, "... num_bits"],
         where: Bool[Array, "..."] | None,
-    ) -> Losses:
+    ) -> tuple[Float[Array, ""], Metrics]:
         _, commitment_loss = distances(latents, quantized, where)
         logits = self.logits(latents, self.temperature)
         entropy = mean_entropy(logits, where)
-        batch_entropy = entropy_of_mean(logits, where, factorised=2**self.latent_dim > _MOST_EXACT)
-        return {
-            "quantizer_loss": self.commitment_cost * commitment_loss
-            + self.entropy_weight * (entropy - batch_entropy),
+        batch_entropy = entropy_of_mean(logits, where, factorized=2**self.latent_dim > _MOST_EXACT)
+        loss = self.commitment_cost * commitment_loss + self.entropy_weight * (
+            entropy - batch_entropy
+        )
+        return loss, {
             "commitment_loss": commitment_loss,
             "entropy": entropy,
             "batch_entropy": batch_entropy,

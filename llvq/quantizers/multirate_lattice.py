@@ -1,7 +1,7 @@
 """One network for several rates: a lattice for each of them."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 from flax import nnx
@@ -9,14 +9,13 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from llvq.fields import Choice, Number, Several
-from llvq.quantizers.base import Losses, Quantizer, both, by_example
+from llvq.fields import Number, Several
+from llvq.quantizers.base import Metrics, Quantizer, QuantizerOutput, both, by_example
 from llvq.quantizers.rate_lattice import (
     INITIAL_STEP,
     TRAINING,
     WARMUP,
     InitialStep,
-    RateLattice,
     Training,
     Warmup,
 )
@@ -49,13 +48,13 @@ class MultirateLattice(Quantizer):
       rates: the lattices.
     """
 
-    default_latent_dim = RateLattice.default_latent_dim
-
     def __init__(
         self,
         latent_dim: int,
         *,
-        lattice: Annotated[str, Choice(*_LATTICES)] = "e8_lattice",
+        lattice: Literal[
+            "diagonal_lattice", "d4_lattice", "e8_lattice", "leech_lattice"
+        ] = "e8_lattice",
         rate_weights: Annotated[tuple[float, ...], Several(Number(0))] = (3e-4, 3e-3),
         warmup: Warmup = WARMUP,
         initial_step: InitialStep = INITIAL_STEP,
@@ -63,15 +62,17 @@ class MultirateLattice(Quantizer):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs | None = None,
     ) -> None:
-        """Args:
-        latent_dim: of the latents, a multiple of the lattice's dimension.
-        lattice: the quantizer of each rate.
-        rate_weights: λ of each.
-        warmup: of all of them; see the lattice, as for what follows.
-        initial_step: likewise.
-        training: likewise.
-        param_dtype: of the parameters.
-        rngs: not needed, since nothing is drawn.
+        """Makes the lattices.
+
+        Args:
+          latent_dim: of the latents, a multiple of the lattice's dimension.
+          lattice: the quantizer of each rate.
+          rate_weights: λ of each.
+          warmup: of all of them; see `RateLattice`.
+          initial_step: likewise.
+          training: likewise.
+          param_dtype: of the parameters.
+          rngs: not needed, since nothing is drawn.
         """
         self.rates = nnx.List(
             _LATTICES[lattice](
@@ -87,7 +88,7 @@ class MultirateLattice(Quantizer):
         )
         self.latent_dim = latent_dim
         self.code_shape = (latent_dim,)
-        self.loss_warmup = warmup
+        self.warmup = warmup
         self.param_dtype = param_dtype
 
     @classmethod
@@ -103,7 +104,7 @@ class MultirateLattice(Quantizer):
         return self.rates[0].lookup(codes)
 
     def code_length(self, points: Float[Array, "... latent_dim"]) -> Float[Array, "..."]:
-        """The bits that each point costs at the first rate."""
+        """Returns the bits that each point costs at the first rate."""
         return self.rates[0].code_length(points)
 
     def forward(
@@ -113,44 +114,46 @@ class MultirateLattice(Quantizer):
         train: bool,
         mask: Bool[Array, "batch"] | None,
         key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "batch ... latent_dim"], Int[Array, "batch ... latent_dim"], Losses]:
-        """As the base class, but with the gradient to the latents, since each rate has its own.
+    ) -> QuantizerOutput:
+        """Quantizes, and adds the gradient to the latents, since each rate has its own.
 
-        In training, losses are means over all examples; those of one rate have its number in their
-        name: rate_0, distortion_0, ….
+        In training, loss and metrics are means over all examples; metrics of one rate have its
+        number in their name: rate_0, distortion_0, ….
         """
         if not train:
             first = self.rates[0]
-            points, integers, parts = first.forward(latents, train=False, mask=mask, key=None)
-            return first.pass_gradient(points, latents), integers, parts
+            output = first.forward(latents, train=False, mask=mask, key=None)
+            return output._replace(quantized=first.pass_gradient(output.quantized, latents))
         if key is None:
             raise ValueError("several rates need a key in training")
         of_rates, key = jax.random.split(key)
         chosen = jax.random.randint(of_rates, (len(latents),), 0, len(self.rates))
         quantized, codes = jnp.zeros_like(latents), jnp.zeros(latents.shape, jnp.int32)
-        losses: Losses = {}
+        loss = jnp.zeros((), self.param_dtype)
+        metrics: Metrics = {}
         count = jnp.maximum(len(latents) if mask is None else jnp.sum(mask), 1)
         for index, lattice in enumerate(self.rates):
             own = chosen == index
-            points, integers, parts = lattice.forward(
+            points, integers, loss_of_rate, parts = lattice.forward(
                 latents, train=True, mask=both(mask, own), key=key
             )
             points = lattice.pass_gradient(points, latents)
             quantized = jnp.where(by_example(own, latents), points, quantized)
             codes = jnp.where(by_example(own, latents), integers, codes)
             share = jnp.sum(own if mask is None else own & mask) / count
+            loss += share * loss_of_rate
             for name, value in parts.items():
-                losses[name] = losses.get(name, 0) + share * value
-            losses[f"rate_{index}"] = parts["rate"]
-            losses[f"distortion_{index}"] = parts["distortion"]
-        return quantized, codes, losses
+                metrics[name] = metrics.get(name, 0) + share * value
+            metrics[f"rate_{index}"] = parts["rate"]
+            metrics[f"distortion_{index}"] = parts["distortion"]
+        return QuantizerOutput(quantized, codes, loss, metrics)
 
     def pass_gradient(
         self,
         quantized: Float[Array, "... latent_dim"],
         latents: Float[Array, "... latent_dim"],
     ) -> Float[Array, "... latent_dim"]:
-        """What `forward` returns, as it is."""
+        """Returns `quantized`, to which `forward` has added the gradient."""
         del latents
         return quantized
 

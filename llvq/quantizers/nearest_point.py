@@ -1,4 +1,4 @@
-"""Nearest points of the lattices Z, A2, D_n, E8 and Leech, and their coordinates.
+"""Finds nearest points of the lattices Z, A2, D_n, E8 and Leech, and their coordinates.
 
 `nearest_z`, `nearest_a2`, `nearest_dn`, `nearest_e8` and `nearest_leech` map vectors [..., n] to
 lattice points in the usual scaling (Conway & Sloane, Sphere Packings, Lattices and Groups). The
@@ -37,7 +37,7 @@ class Lattice(NamedTuple):
       basis: [n, n], integers. The rows, times `step`, are a basis of the lattice.
       step: [n].
       nearest: maps vectors [..., n] to the nearest points.
-      period: [n], after how much the lattice repeats itself along each axis.
+      period: [n], the period of the lattice along each axis.
       second_moment: the mean squared error per entry of a uniform vector, for cells of volume 1
         (Conway & Sloane, table 2.3).
     """
@@ -50,7 +50,7 @@ class Lattice(NamedTuple):
 
     @property
     def dimension(self) -> int:
-        """How many entries a vector has."""
+        """The number of entries of a vector."""
         return len(self.basis)
 
     @property
@@ -60,7 +60,7 @@ class Lattice(NamedTuple):
 
 
 def to_coordinates(lattice: Lattice, points: Float[Array, "... n"]) -> Int[Array, "... n"]:
-    """The integers whose combination of the basis is each lattice point; exact up to `LARGEST`."""
+    """Returns the integer coordinates of lattice points in the basis; exact up to `LARGEST`."""
     integers = jnp.round(points / lattice.step.astype(points.dtype)).astype(jnp.int32)
     multiples = _DENOMINATOR * np.linalg.inv(lattice.basis)
     assert np.allclose(multiples, np.rint(multiples))
@@ -71,22 +71,22 @@ def to_coordinates(lattice: Lattice, points: Float[Array, "... n"]) -> Int[Array
 def from_coordinates(
     lattice: Lattice, coordinates: Int[Array, "... n"], dtype: DTypeLike
 ) -> Float[Array, "... n"]:
-    """The lattice points with these coordinates in the basis."""
+    """Returns the lattice points with these coordinates in the basis."""
     return _to_points(to_integers(lattice, coordinates), lattice.step, dtype)
 
 
 def to_integers(lattice: Lattice, coordinates: Int[Array, "... n"]) -> Int[Array, "... n"]:
-    """The points with these coordinates in the basis, in units of `lattice.step`."""
+    """Returns the points with these coordinates in the basis, in units of `lattice.step`."""
     return jnp.stack(_combine(_planes(coordinates), lattice.basis), axis=-1)
 
 
 def nearest_z(vectors: Float[Array, "... 1"]) -> Float[Array, "... 1"]:
-    """The nearest integer."""
+    """Finds the nearest integer."""
     return jnp.round(_clip(vectors))
 
 
 def nearest_a2(vectors: Float[Array, "... 2"]) -> Float[Array, "... 2"]:
-    """The nearest point of the hexagonal lattice, spanned by (1, 0) and (1/2, √3/2)."""
+    """Finds the nearest point of the hexagonal lattice, spanned by (1, 0) and (1/2, √3/2)."""
     # It is a rectangular lattice and a copy of it in the middle of the rectangles.
     scale = 2 * A2.step.astype(vectors.dtype)
     first, second = (_clip(vectors[..., i]) / scale[i] for i in (0, 1))
@@ -101,7 +101,7 @@ def nearest_a2(vectors: Float[Array, "... 2"]) -> Float[Array, "... 2"]:
 
 
 def nearest_dn(vectors: Float[Array, "... n"]) -> Float[Array, "... n"]:
-    """The nearest point of D_n, the integer vectors whose sum is even.
+    """Finds the nearest point of D_n, the integer vectors whose sum is even.
 
     Conway & Sloane (1982): round every entry; if the sum is odd, round the entry with the largest
     error the other way.
@@ -115,7 +115,7 @@ def nearest_dn(vectors: Float[Array, "... n"]) -> Float[Array, "... n"]:
 
 
 def nearest_e8(vectors: Float[Array, "... 8"]) -> Float[Array, "... 8"]:
-    """The nearest point of E8: of D8, or of D8 shifted by 1/2 in every entry.
+    """Finds the nearest point of E8: of D8, or of D8 shifted by 1/2 in every entry.
 
     An entry with the error e from its integer has the error 1/2 − |e| from the half-integer next to
     it. So one rounding serves both.
@@ -162,7 +162,7 @@ def _is_odd(planes: Sequence[_Rounded]) -> Bool[Array, "..."]:
 
 
 def _first(planes: Planes, value: Array) -> Int[Array, "..."]:
-    """The number of the first plane with this value."""
+    """Returns the number of the first plane with this value."""
     number = jnp.zeros(value.shape, jnp.int32)
     for i, plane in reversed(list(enumerate(planes))):
         number = jnp.where(plane == value, i, number)
@@ -170,7 +170,7 @@ def _first(planes: Planes, value: Array) -> Int[Array, "..."]:
 
 
 def nearest_leech(vectors: Float[Array, "... 24"]) -> Float[Array, "... 24"]:
-    """The nearest point of the Leech lattice; see `leech`."""
+    """Finds the nearest point of the Leech lattice; see `leech`."""
     scaled = _clip(vectors).reshape(-1, leech.LENGTH) / LEECH.step.astype(vectors.dtype)
     return _to_points(leech.nearest(scaled), LEECH.step, vectors.dtype).reshape(vectors.shape)
 
@@ -189,7 +189,7 @@ def _where(condition: Array, values: Sequence[Array], others: Sequence[Array]) -
 
 
 def _combine(planes: Planes, matrix: np.ndarray) -> list[Array]:
-    """The planes times an integer matrix."""
+    """Multiplies the planes by an integer matrix."""
     return [
         functools.reduce(
             jnp.add, [int(factor) * planes[i] for i, factor in enumerate(column) if factor]
@@ -205,7 +205,7 @@ def _to_points(
 
 
 def _through_last(first_row: Sequence[int], scale: int) -> np.ndarray:
-    """A basis of a given row, then scale·(eᵢ + e_last) for each i, then 2·scale·e_last."""
+    """Makes a basis of a given row, scale·(eᵢ + e_last) for each i, and 2·scale·e_last."""
     basis = scale * np.eye(len(first_row), dtype=int)
     basis[:, -1] = scale
     basis[-1, -1] = 2 * scale
@@ -214,7 +214,7 @@ def _through_last(first_row: Sequence[int], scale: int) -> np.ndarray:
 
 
 def dn(dimension: int) -> Lattice:
-    """D_n, the integer vectors whose sum is even."""
+    """Makes D_n, the integer vectors whose sum is even."""
     basis = _through_last([1, *[0] * (dimension - 2), 1], scale=1)
     second_moment = (1 / 12 + 1 / (2 * dimension * (dimension + 1))) / 2 ** (2 / dimension)
     return Lattice(basis, np.ones(dimension), nearest_dn, np.full(dimension, 2.0), second_moment)

@@ -1,10 +1,10 @@
-"""Lattices that learn with a rate in the loss, in place of the paper's −γ·Σ|b|: the common part."""
+"""Base class of lattices that learn with a rate in the loss, in place of the paper's −γ·Σ|b|."""
 
 import abc
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 from flax import nnx
@@ -12,8 +12,8 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from llvq.fields import Choice, Number
-from llvq.quantizers.base import Losses, Quantizer, by_example, mean, straight_through
+from llvq.fields import Number
+from llvq.quantizers.base import Quantizer, QuantizerOutput, by_example, mean, straight_through
 from llvq.quantizers.density import LogisticMixtures
 from llvq.quantizers.nearest_point import Lattice, to_coordinates, to_integers
 
@@ -24,8 +24,8 @@ Warmup = Annotated[float, Number(0, 1)]
 WARMUP = 0.4
 InitialStep = Annotated[float, Number(0, excluded=0)]
 INITIAL_STEP = 0.15
-Training = Annotated[str, Choice("straight_through", "noise", "mixed")]
-TRAINING = "noise"
+Training = Literal["straight_through", "noise", "mixed"]
+TRAINING: Training = "noise"
 
 # Steps stay within this factor of where they began, so that no volume runs away.
 _LARGEST_CHANGE = 1e3
@@ -44,13 +44,13 @@ class RateLattice(Quantizer):
     Attributes:
       lattice: the fixed lattice to which `to_cells` maps this one, in blocks of its dimension.
       rate_weight: λ.
+      warmup: the share of training over which the training loop lets the weight of the loss rise
+        from 0 to 1. The quantizer does not know how far training is.
       training: how latents are quantized in training. "straight_through" takes the nearest points,
         "noise" adds noise that is uniform over a cell (Ballé et al. 2017, arXiv 1611.01704), and
         "mixed" takes the rate of noisy latents but passes on the nearest points (Minnen and Singh
         2020, arXiv 2007.08739).
     """
-
-    default_latent_dim = 8
 
     lattice: Lattice
 
@@ -71,7 +71,7 @@ class RateLattice(Quantizer):
         self.latent_dim = latent_dim
         self.code_shape = (latent_dim,)
         self.rate_weight = rate_weight
-        self.loss_warmup = warmup
+        self.warmup = warmup
         self.initial_step = initial_step
         self.training = training
         self.param_dtype = param_dtype
@@ -79,7 +79,7 @@ class RateLattice(Quantizer):
         self.density = LogisticMixtures(latent_dim, param_dtype=param_dtype)
 
     def steps(self) -> Float[Array, "num_steps"]:
-        """The lengths that are learned, each within a factor of _LARGEST_CHANGE of its start."""
+        """Returns the learned lengths, each within a factor of _LARGEST_CHANGE of its start."""
         bound = math.log(_LARGEST_CHANGE)
         return self.initial_step * jnp.exp(bound * jnp.tanh(self.log_steps[...] / bound))
 
@@ -89,21 +89,21 @@ class RateLattice(Quantizer):
 
     @abc.abstractmethod
     def from_cells(self, points: Float[Array, "... latent_dim"]) -> Float[Array, "... latent_dim"]:
-        """The inverse of `to_cells`."""
+        """Inverts `to_cells`."""
 
     def from_integers(
         self, points: Float[Array, "... latent_dim"]
     ) -> Float[Array, "... latent_dim"]:
-        """`from_cells` of points of `lattice` in units of its step."""
+        """Applies `from_cells` to points of `lattice` in units of its step."""
         return self.from_cells(points)
 
     @abc.abstractmethod
     def log_volume(self) -> Float[Array, ""]:
-        """The natural logarithm of the volume of a latent vector's cell."""
+        """Returns the natural logarithm of the volume of a latent vector's cell."""
 
     @abc.abstractmethod
     def basis(self) -> Array:
-        """What is learned of the lattice, to be watched in training."""
+        """Returns what is learned of the lattice, to be logged in training."""
 
     def _in_blocks(self, function: Callable[[Array], Array], vectors: Array) -> Array:
         blocks = vectors.reshape(*vectors.shape[:-1], -1, self.lattice.dimension)
@@ -123,7 +123,7 @@ class RateLattice(Quantizer):
         return self.from_integers(integers.astype(self.param_dtype))
 
     def code_length(self, points: Float[Array, "... latent_dim"]) -> Float[Array, "..."]:
-        """The bits that each point costs."""
+        """Returns the bits that each point costs."""
         logs = self.density.log_density(points) + self.log_volume() / self.latent_dim
         if self.training == "straight_through":
             # Without noise a density may become as narrow as it likes around a point.
@@ -135,7 +135,7 @@ class RateLattice(Quantizer):
         quantized: Float[Array, "... latent_dim"],
         latents: Float[Array, "... latent_dim"],
     ) -> Float[Array, "... latent_dim"]:
-        """The quantized latents. Their gradient takes the errors as constant shares of a cell."""
+        """Adds a gradient that takes the quantization errors as constant shares of a cell."""
         errors = jax.lax.stop_gradient(self.to_cells(quantized - latents))
         return straight_through(quantized, latents + self.from_cells(errors))
 
@@ -146,8 +146,8 @@ class RateLattice(Quantizer):
         train: bool,
         mask: Bool[Array, "batch"] | None,
         key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "batch ... latent_dim"], Int[Array, "batch ... latent_dim"], Losses]:
-        """As the base class, but training with noise returns the noisy latents, not the points.
+    ) -> QuantizerOutput:
+        """Quantizes; training with noise returns the noisy latents, not the points.
 
         `second_moment` is the mean squared error divided by the cell's volume to the power of
         2 / latent_dim. It is the lattice's own, such as 1/12 for rounding, where latents are spread
@@ -165,17 +165,16 @@ class RateLattice(Quantizer):
         lengths = self.code_length(self.pass_gradient(rated, latents))
         rate = mean(lengths[..., None], where)
         distortion = mean((quantized - latents) ** 2, where)
-        losses = {
-            "quantizer_loss": self.rate_weight * rate,
+        metrics = {
             "rate": rate,
             "distortion": distortion,
             "second_moment": distortion / jnp.exp(2 * self.log_volume() / self.latent_dim),
             "active_dimensions": self._active_dimensions(codes, where),
         }
-        return quantized, codes, losses
+        return QuantizerOutput(quantized, codes, self.rate_weight * rate, metrics)
 
     def _noise(self, like: Array, key: Key[Array, ""]) -> Float[Array, "... latent_dim"]:
-        """Vectors that are uniform over the cell around 0 of the fixed lattice."""
+        """Draws vectors uniformly from the cell around 0 of the fixed lattice."""
 
         def fold(uniform: Array) -> Array:
             vectors = uniform * self.lattice.period.astype(like.dtype)
@@ -186,7 +185,7 @@ class RateLattice(Quantizer):
     def _active_dimensions(
         self, codes: Int[Array, "... latent_dim"], where: Bool[Array, "..."] | None
     ) -> Float[Array, ""]:
-        """How many integers of a code are not the same all over the batch."""
+        """Counts the integers of a code that vary over the batch."""
         values = codes.astype(self.param_dtype)
         axes = tuple(range(codes.ndim - 1))
         means = jnp.mean(values, axis=axes, where=where, keepdims=True)

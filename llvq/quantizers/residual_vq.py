@@ -1,7 +1,7 @@
 """Residual VQ: each codebook quantizes what those before it left (arXiv 2107.03312)."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 from flax import nnx
@@ -9,24 +9,25 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from llvq.fields import Choice, Flag, Integer, Number
+from llvq.fields import Integer, Number
 from llvq.quantizers.base import (
     COMMITMENT_COST,
     CodebookSize,
     CommitmentCost,
-    Losses,
+    Metrics,
     Quantizer,
+    QuantizerOutput,
     both,
     by_example,
 )
-from llvq.quantizers.codebook import CodebookQuantizer, Initialisation, RestartThreshold
+from llvq.quantizers.codebook import CodebookQuantizer, Initialization, RestartThreshold
 from llvq.quantizers.simvq import SimVQ
-from llvq.quantizers.vq import VectorQuantizer
-from llvq.quantizers.vq_ema import EMAVectorQuantizer
+from llvq.quantizers.vq import VQ
+from llvq.quantizers.vq_ema import VQEMA
 
 _STAGES: dict[str, Callable[..., CodebookQuantizer]] = {
-    "vq": VectorQuantizer,
-    "vq_ema": EMAVectorQuantizer,
+    "vq": VQ,
+    "vq_ema": VQEMA,
     "simvq": SimVQ,
 }
 
@@ -48,34 +49,36 @@ class ResidualVQ(Quantizer):
         *,
         depth: Annotated[int, Integer(1, 64)] = 4,
         codebook_size: CodebookSize = 1024,
-        stage: Annotated[str, Choice(*_STAGES)] = "vq_ema",
+        stage: Literal["vq", "vq_ema", "simvq"] = "vq_ema",
         commitment_cost: CommitmentCost = COMMITMENT_COST,
         decay: Annotated[float, Number(0, 1, excluded=1)] = 0.99,
-        initialisation: Initialisation = "batch",
+        initialization: Initialization = "batch",
         restart_threshold: RestartThreshold = 0.1,
-        dropout: Annotated[bool, Flag()] = True,
+        dropout: bool = True,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        """Args:
-        latent_dim: of the latents.
-        depth: how many stages there are.
-        codebook_size: of each stage.
-        stage: the quantizer of each stage: vq, vq_ema or simvq.
-        commitment_cost: of each stage.
-        decay: of the moving averages of vq_ema.
-        initialisation: of each codebook; see `LearnedCodebook`. simvq has none.
-        restart_threshold: likewise.
-        dropout: see the class.
-        param_dtype: of the codebooks.
-        rngs: the source of initial values.
+        """Makes the stages.
+
+        Args:
+          latent_dim: of the latents.
+          depth: how many stages there are.
+          codebook_size: of each stage.
+          stage: the quantizer of each stage: vq, vq_ema or simvq.
+          commitment_cost: of each stage.
+          decay: of the moving averages of vq_ema.
+          initialization: of each codebook; see `LearnedCodebook`. simvq has none.
+          restart_threshold: likewise.
+          dropout: see the class.
+          param_dtype: of the codebooks.
+          rngs: the source of initial values.
         """
         options: dict[str, Any] = {
             "codebook_size": codebook_size,
             "commitment_cost": commitment_cost,
         }
         if stage != "simvq":
-            options["initialisation"] = initialisation
+            options["initialization"] = initialization
             options["restart_threshold"] = restart_threshold
         if stage == "vq_ema":
             options["decay"] = decay
@@ -92,8 +95,8 @@ class ResidualVQ(Quantizer):
     def quantize(
         self, latents: Float[Array, "... latent_dim"]
     ) -> tuple[Float[Array, "... latent_dim"], Int[Array, "... depth"]]:
-        quantized, codes, _ = self.forward(latents, train=False, mask=None, key=None)
-        return quantized, codes
+        output = self.forward(latents, train=False, mask=None, key=None)
+        return output.quantized, output.codes
 
     def lookup(self, codes: Int[Array, "... stages"]) -> Float[Array, "... latent_dim"]:
         total = jnp.zeros((*codes.shape[:-1], self.latent_dim), self.param_dtype)
@@ -108,8 +111,8 @@ class ResidualVQ(Quantizer):
         train: bool,
         mask: Bool[Array, "batch"] | None,
         key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "batch ... latent_dim"], Int[Array, "batch ... depth"], Losses]:
-        """Quantizes stage by stage; the losses are the sums of the stages'."""
+    ) -> QuantizerOutput:
+        """Quantizes stage by stage; loss and metrics are the sums of the stages'."""
         depth, num_stages = len(self.stages), None
         if train and self.dropout:
             if key is None:
@@ -117,10 +120,11 @@ class ResidualVQ(Quantizer):
             key, of_dropout = jax.random.split(key)
             num_stages = jax.random.randint(of_dropout, (len(latents),), 1, depth + 1)
         total, codes = jnp.zeros_like(latents), []
-        losses: Losses = {}
+        loss = jnp.zeros((), self.param_dtype)
+        metrics: Metrics = {}
         for index, stage in enumerate(self.stages):
             uses = None if num_stages is None else index < num_stages
-            quantized, code, parts = stage.forward(
+            quantized, code, loss_of_stage, parts = stage.forward(
                 latents - jax.lax.stop_gradient(total),
                 train=train,
                 mask=both(mask, uses),
@@ -131,5 +135,6 @@ class ResidualVQ(Quantizer):
                 code = jnp.where(by_example(uses, code), code, -1)
             total += quantized
             codes.append(code)
-            losses = {name: losses.get(name, 0) + value for name, value in parts.items()}
-        return total, jnp.stack(codes, axis=-1), losses
+            loss += loss_of_stage
+            metrics = {name: metrics.get(name, 0) + value for name, value in parts.items()}
+        return QuantizerOutput(total, jnp.stack(codes, axis=-1), loss, metrics)

@@ -42,7 +42,7 @@ class ScaledLattice(RateLattice):
         Args:
           latent_dim: of the latents, a multiple of the lattice's dimension.
           rate_weight: λ, in units of the loss per bit.
-          warmup: the share of the training over which λ rises from 0.
+          warmup: the share of training over which λ rises from 0.
           initial_step: what the lattice, in its usual scaling, is first multiplied by.
           training: see `RateLattice`.
           param_dtype: of the parameters.
@@ -66,7 +66,7 @@ class ScaledLattice(RateLattice):
         return cls.lattice.dimension
 
     def basis(self) -> Float[Array, "blocks"]:
-        """The steps."""
+        """Returns the steps."""
         return self.steps()
 
     def _entry_steps(self) -> Float[Array, "latent_dim"]:
@@ -95,7 +95,7 @@ class DiagonalLattice(ScaledLattice):
     lattice = nearest_point.Z
 
     def code_length(self, points: Float[Array, "... latent_dim"]) -> Float[Array, "..."]:
-        """The bits that each point costs: exact, since cells are boxes."""
+        """Returns the bits that each point costs: exact, since cells are boxes."""
         logs = self.density.log_probability(points, self._entry_steps())
         return -jnp.sum(logs, axis=-1) / math.log(2)
 

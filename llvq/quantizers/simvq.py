@@ -6,7 +6,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from llvq.quantizers.base import COMMITMENT_COST, CodebookSize, CommitmentCost
+from llvq.quantizers.base import COMMITMENT_COST, CodebookSize, CommitmentCost, Frozen
 from llvq.quantizers.codebook import CodebookQuantizer
 
 _PRECISION = jax.lax.Precision.HIGHEST
@@ -34,10 +34,7 @@ class SimVQ(CodebookQuantizer):
         self.param_dtype = param_dtype
         bound = latent_dim**-0.5
         shape = (codebook_size, latent_dim)
-        # Not trained, but part of the model's state.
-        self.coefficients = nnx.BatchStat(
-            bound * jax.random.normal(rngs.params(), shape, param_dtype)
-        )
+        self.coefficients = Frozen(bound * jax.random.normal(rngs.params(), shape, param_dtype))
         self.basis = nnx.Param(
             jax.random.uniform(rngs.params(), (latent_dim,) * 2, param_dtype, -bound, bound)
         )

@@ -11,12 +11,13 @@ from llvq.quantizers.base import (
     COMMITMENT_COST,
     CodebookSize,
     CommitmentCost,
+    Statistic,
     by_example,
 )
 from llvq.quantizers.codebook import (
     Distance,
     Gradient,
-    Initialisation,
+    Initialization,
     LearnedCodebook,
     RestartThreshold,
 )
@@ -24,7 +25,7 @@ from llvq.quantizers.codebook import (
 _DECAY = 0.99  # of the moving averages that say which vectors are dead
 
 
-class VectorQuantizer(LearnedCodebook):
+class VQ(LearnedCodebook):
     """A codebook that the gradient of its distance to the latents moves."""
 
     def __init__(
@@ -35,7 +36,7 @@ class VectorQuantizer(LearnedCodebook):
         commitment_cost: CommitmentCost = COMMITMENT_COST,
         distance: Distance = "euclidean",
         gradient: Gradient = "straight_through",
-        initialisation: Initialisation = "random",
+        initialization: Initialization = "random",
         restart_threshold: RestartThreshold = 0.0,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -46,7 +47,7 @@ class VectorQuantizer(LearnedCodebook):
             commitment_cost=commitment_cost,
             distance=distance,
             gradient=gradient,
-            initialisation=initialisation,
+            initialization=initialization,
             restart_threshold=restart_threshold,
             param_dtype=param_dtype,
         )
@@ -57,7 +58,7 @@ class VectorQuantizer(LearnedCodebook):
             )
         )
         self.cluster_size = (
-            nnx.BatchStat(jnp.zeros(codebook_size, param_dtype)) if restart_threshold else None
+            Statistic(jnp.zeros(codebook_size, param_dtype)) if restart_threshold else None
         )
 
     def update_statistics(

@@ -14,29 +14,24 @@ from llvq.quantizers.base import (
     COMMITMENT_COST,
     CodebookSize,
     CommitmentCost,
-    Losses,
+    Metrics,
+    Statistic,
     distances,
 )
 from llvq.quantizers.codebook import (
     Distance,
     Gradient,
-    Initialisation,
+    Initialization,
     LearnedCodebook,
     RestartThreshold,
     sums_and_counts,
 )
 
 
-class EMAVectorQuantizer(LearnedCodebook):
-    """A codebook in which each vector follows the mean of the latents nearest to it.
+class VQEMA(LearnedCodebook):
+    """A codebook in which each vector follows the mean of the latents nearest to it."""
 
-    Attributes:
-      num_shares: into how many parts several devices split a batch; see `sums_by_code`.
-    """
-
-    learns_without_gradients = True
-
-    cluster_size: nnx.BatchStat[Array]
+    cluster_size: Statistic
 
     def __init__(
         self,
@@ -48,7 +43,7 @@ class EMAVectorQuantizer(LearnedCodebook):
         epsilon: Annotated[float, Number(0, excluded=0)] = 1e-5,
         distance: Distance = "euclidean",
         gradient: Gradient = "straight_through",
-        initialisation: Initialisation = "random",
+        initialization: Initialization = "random",
         restart_threshold: RestartThreshold = 0.0,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -59,29 +54,26 @@ class EMAVectorQuantizer(LearnedCodebook):
             commitment_cost=commitment_cost,
             distance=distance,
             gradient=gradient,
-            initialisation=initialisation,
+            initialization=initialization,
             restart_threshold=restart_threshold,
             param_dtype=param_dtype,
         )
         self.decay = decay
         self.epsilon = epsilon
         shape = (codebook_size, latent_dim)
-        self.codebook = nnx.BatchStat(jax.random.normal(rngs.params(), shape, param_dtype))
-        self.ema_sum = nnx.BatchStat(jax.random.normal(rngs.params(), shape, param_dtype))
-        self.cluster_size = nnx.BatchStat(jnp.zeros(codebook_size, param_dtype))
+        self.codebook = Statistic(jax.random.normal(rngs.params(), shape, param_dtype))
+        self.ema_sum = Statistic(jax.random.normal(rngs.params(), shape, param_dtype))
+        self.cluster_size = Statistic(jnp.zeros(codebook_size, param_dtype))
 
     def losses(
         self,
         latents: Float[Array, "... latent_dim"],
         quantized: Float[Array, "... latent_dim"],
         where: Bool[Array, "..."] | None,
-    ) -> Losses:
+    ) -> tuple[Float[Array, ""], Metrics]:
         # The moving averages stand in for the codebook loss.
         _, commitment_loss = distances(latents, quantized, where)
-        return {
-            "quantizer_loss": self.commitment_cost * commitment_loss,
-            "commitment_loss": commitment_loss,
-        }
+        return self.commitment_cost * commitment_loss, {"commitment_loss": commitment_loss}
 
     def _replace(
         self,

@@ -16,7 +16,6 @@ from jax.profiler import TraceAnnotation
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
-from llvq.config import INTERVALS, TrainConfig
 from llvq.data import Dataset, Images, IndexBatch
 from llvq.runtime import sharding
 
@@ -39,18 +38,20 @@ class Call(NamedTuple):
     last_images: Callable[[], UInt8[Array, "batch height width channels"]]
 
 
-def steps_per_call(config: TrainConfig, steps: Iterable[int], mesh: Mesh) -> int:
-    """How many steps each call takes, so that whatever follows a step follows the last of a call.
+def steps_per_call(most: int, stops: Iterable[int], mesh: Mesh) -> int:
+    """Returns how many steps each call takes, such that logs and checkpoints fall between calls.
 
     Args:
-      config: its `steps_per_call` is the upper bound; the result divides it and all intervals.
-      steps: other steps that something follows; the result divides them, too.
+      most: the upper bound.
+      stops: the steps, and the intervals between steps, that something follows.
       mesh: the devices. On a CPU the result is 1.
+
+    Returns:
+      The largest divisor of `most` that also divides all stops.
     """
     if mesh.devices.flat[0].platform in _ONE_STEP_PER_CALL:
         return 1
-    intervals = (getattr(config, name) for name in INTERVALS)
-    return math.gcd(config.steps_per_call, *intervals, *steps)
+    return math.gcd(most, *stops)
 
 
 def one_by_one(
