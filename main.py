@@ -6,9 +6,9 @@
 
 The config argument names the quantizer; any field can be overridden, as in
 --config.num_train_steps=200. The same command, given again, resumes the run where it stopped. A
-checkpoint knows its model and its data set: where these are evaluated or encoded, --config only
-says where the data is, and the batch size. On the hosts of a Cloud TPU pod and under Slurm, the
-same command on each host makes one run.
+checkpoint knows its model and its data set, so evaluation and encoding need no --config; with one,
+they take its section `dataset` and, in evaluation, its batch size. On the hosts of a Cloud TPU pod
+and under Slurm, the same command on each host makes one run.
 """
 
 import contextlib

@@ -37,7 +37,7 @@ class DatasetConfig:
         centre, "tiles" cuts them up. This field and the next three are for data sets of such images
         only; others refuse them.
       flip: whether training mirrors each image with probability ½.
-      convert: whether images with transparency or 16 bits are converted; if not, they are refused.
+      convert: whether transparency, 16 bits and other colour spaces are converted, or refused.
       skip_damaged: whether files that cannot be used are left out; if not, they are an error.
     """
 

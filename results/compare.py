@@ -156,7 +156,7 @@ def _plot(records: Mapping[Run, Record], path: Path) -> None:
 _HEADER = """# Quantizers at equal coded bits
 
 `python -m results.compare` wrote this page; do not edit it by hand. Each run trains FashionMNIST's
-network for three epochs with a schedule of a cosine. Coded bits are the size of the test
+network for three epochs with the schedule `cosine`. Coded bits are the size of the test
 split's codes as one file, each coded by how often it occurs in the training split (order 0); "with
 contexts", its neighbours predict it. `vq_restarts` and `vq_ema_restarts` are `vq` and `vq_ema`
 with dead codes restarted and the codebook initialised from the first batch.

@@ -22,7 +22,7 @@ from results.recorded import Record, evaluated, keep, missing, read
 _HEADER = """# Models of photographs and faces
 
 `python -m results.photos` wrote this page; do not edit it by hand. Each model is trained through
-the data set `image_folder`, with a schedule of a cosine, and the latents of
+the data set `image_folder`, with the schedule `cosine`, and the latents of
 [compare.md](compare.md). Coded bits are the size of files: over the test split at the training size
 as one stream of order 0, and over whole test photographs as one file each. JPEG and WebP (Pillow)
 have for each photograph the quality whose file has the nearest size. MS-SSIM is by TensorFlow.
